@@ -1,0 +1,358 @@
+"""What every stage needs and no reader comes for: flags, checkpoints, logs, devices.
+
+No maths, no loop, no loss lives here.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.records import DataError
+from data.tokenizer import load_tokenizer
+from model import GPT, GPTConfig, generate
+
+ROOT = Path(__file__).parent
+
+
+class UserError(Exception):
+    """Bad input: printed as one line, exit status 2."""
+
+
+def run_main(main, config_class):
+    """Entry point of every script: read the flags, run, turn user errors into one line."""
+    try:
+        main(parse_flags(config_class, sys.argv[1:]))
+    except (UserError, DataError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def parse_flags(config_class, argv):
+    """--name=value for the fields of the Config dataclass and nothing else, typed by annotation."""
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_class))
+        sys.exit(0)
+    values = {}
+    for argument in argv:
+        match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", argument, re.DOTALL)
+        if not match:
+            raise UserError(f"cannot read {argument!r}: flags are written --name=value "
+                            "(--help lists them)")
+        name, text = match.groups()
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1, 0.0)
+            raise UserError(f"unknown flag --{name}: did you mean --{near[0]}?")
+        if name in values:
+            raise UserError(f"--{name} is given twice")
+        values[name] = _parse_value(name, text, fields[name].type)
+    return config_class(**values)
+
+
+def _parse_value(name, text, kind):
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"--{name}={text}: expected true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise UserError(f"--{name}={text}: expected {expected}") from None
+
+
+def help_text(config_class):
+    """Every field with its default and the comment behind it in the source."""
+    lines = [inspect.getdoc(sys.modules[config_class.__module__]).split("\n")[0], ""]
+    source = inspect.getsource(config_class)
+    for field in dataclasses.fields(config_class):
+        comment = re.search(rf"^\s+{field.name}:.*?#\s*(.*)$", source, re.MULTILINE)
+        default = str(field.default).lower() if field.type is bool else field.default
+        lines.append(f"  --{field.name}={default}".ljust(38) + (comment[1] if comment else ""))
+    return "\n".join(lines)
+
+
+# --- device, precision, seeds --------------------------------------------------------------------
+
+
+def set_up(config):
+    """Seed everything and return the torch.device for config.device ("auto" takes a GPU if any)."""
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device={config.device} is not available here") from None
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in fp32
+    return device
+
+
+def autocast(device):
+    """bf16 on a GPU; on a CPU nothing, because bf16 is some 100 times slower on common ones."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def generator(device, *seeds):
+    """A random stream of its own, seeded by all the numbers given."""
+    return torch.Generator(device).manual_seed(stable_seed(*seeds))
+
+
+def stable_seed(*parts):
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:15], 16)
+
+
+def adamw(modules, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW over all parameters of the modules; decay on matrices only, fused where it helps."""
+    params = [p for m in modules for p in m.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def cosine(step, steps, warmup=0, floor=0.1):
+    """Learning-rate factor: linear warm-up from 0, then cosine from 1 down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# --- sampling text -------------------------------------------------------------------------------
+
+
+def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
+                 batch_size=256):
+    """One sampled response per prompt (a list of ids): [{"text", "ids", "finished"}], in order.
+
+    ids are the response's tokens, EOS included if it ended (`finished`). Prompts are batched by
+    length, which saves padding and changes nothing else.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    results = [None] * len(order)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        tokens, mask, done = generate(model, [prompt_ids[i] for i in rows], max_new_tokens,
+                                      tokenizer.eos, temperature, rng)
+        for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
+            ids = [t for t, keep in zip(row, m) if keep]
+            results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)
+    return results
+
+
+# --- run folders, logs ---------------------------------------------------------------------------
+
+
+class Run:
+    """An output folder: log.jsonl, state.pt while the run goes on, model.pt at its end.
+
+    First row of the log: config, versions, device. Then a row per logged step; their keys are
+    frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row: final.
+    """
+
+    def __init__(self, stage, config, device, result="model.pt"):
+        self.stage, self.config, self.device = stage, config, device
+        self.folder = Path(config.out)
+        self.keys, self.start = {}, time.time()
+        finished = (self.folder / result).exists()  # the file that the end of the run writes
+        if finished and not config.overwrite:
+            raise UserError(f"{self.folder} already holds a finished run: --overwrite=true starts "
+                            "it again, --out=DIR writes elsewhere, and --resume=true only helps "
+                            "where a run was interrupted")
+        self.resuming = config.resume and (self.folder / "state.pt").exists()
+        if config.resume and not self.resuming:
+            raise UserError(f"--resume=true: {self.folder} holds no interrupted run (no state.pt)")
+        if not self.resuming and (self.folder / "state.pt").exists() and not config.overwrite:
+            raise UserError(f"{self.folder} holds an interrupted run: --resume=true continues it, "
+                            "--overwrite=true starts again, --out=DIR writes elsewhere")
+        # what went before is removed only now that every check of the inputs has passed
+        if not self.resuming and self.folder.exists():
+            for old in self.folder.glob("*"):
+                if old.name.startswith(("model", "state", "log.jsonl", result)):
+                    old.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.settings = dataclasses.asdict(config)
+        if not self.resuming:
+            versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+            name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+            self._write(dict(kind="config", stage=stage, config=self.settings, versions=versions,
+                             device=name, threads=torch.get_num_threads()))
+        print(f"{stage}: " + " ".join(f"{k}={v}" for k, v in self.settings.items()), flush=True)
+
+    def _write(self, row):
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(row, default=float) + "\n")
+
+    def log(self, kind="step", **row):
+        keys = self.keys.setdefault(kind, set(row))
+        if keys != set(row):
+            raise KeyError(f"log row of kind {kind!r}: keys differ by {keys ^ set(row)}")
+        self._write(dict(kind=kind, **row))
+
+    def finish(self, **metrics):
+        metrics["seconds"] = round(time.time() - self.start, 1)
+        self._write(dict(kind="final", **metrics))
+        (self.folder / "state.pt").unlink(missing_ok=True)
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()
+                 if not isinstance(v, (dict, list))}
+        print(f"{self.stage}: done. " + " ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
+        return metrics
+
+    def save_state(self, **state):
+        """Everything an exact resume needs; written whole or not at all."""
+        state["rng"] = torch.get_rng_state()
+        state["log_size"] = (self.folder / "log.jsonl").stat().st_size
+        save_file(state, self.folder / "state.pt")
+
+    def load_state(self):
+        """The saved state on resume, else None. Log rows written after it are cut off."""
+        if not self.resuming:
+            return None
+        state = load_file(self.folder / "state.pt", self.device)
+        torch.set_rng_state(state["rng"].cpu())
+        with open(self.folder / "log.jsonl", "r+") as f:
+            f.truncate(state["log_size"])
+        return state
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_file(content, path):
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)  # never half a file
+
+
+def load_file(path, device="cpu"):
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises a different error for each way a file can be broken
+        raise UserError(f"{path} is not a checkpoint of this project "
+                        f"({type(error).__name__})") from None
+
+
+def weights_hash(weights):
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def text_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None, **extra):
+    """One file with all that a later stage needs; only tensors and plain containers.
+
+    parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares.
+    """
+    gpt = model if isinstance(model, GPT) else model.gpt
+    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    save_file(dict(format="rlhf-1", stage=stage, weights=weights,
+                   model=dataclasses.asdict(gpt.config), tokenizer=tokenizer.name,
+                   config=dataclasses.asdict(config), metrics=metrics, hash=weights_hash(weights),
+                   parents=parents or {}, **extra), Path(path))
+
+
+def load_checkpoint(path, stages, device="cpu"):
+    """The dict that save_checkpoint wrote. UserError unless it is one of `stages` and intact."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.pt"
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: make one with "
+                        + " or ".join(f"`python {s}.py --out={path.parent}`" for s in stages))
+    checkpoint = load_file(path, device)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "rlhf-1":
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if checkpoint["stage"] not in stages:
+        raise UserError(f"{path} is a {checkpoint['stage']} checkpoint; needed here: "
+                        + " or ".join(stages))
+    return checkpoint
+
+
+def load_policy(path, stages, device):
+    """(model, tokenizer, checkpoint) of a language model, dropout off, in eval mode."""
+    checkpoint = load_checkpoint(path, stages, device)
+    tokenizer = tokenizer_of(checkpoint["tokenizer"])
+    size = dict(checkpoint["model"], dropout=0.0)
+    check_vocabulary(size, tokenizer, path)
+    model = GPT(GPTConfig(**size)).to(device).eval()
+    model.load_state_dict(checkpoint["weights"])
+    return model, tokenizer, checkpoint
+
+
+def check_vocabulary(size, tokenizer, path):
+    if (size["vocab_size"], size["n_tokens"]) != (tokenizer.vocab_size, tokenizer.n_tokens):
+        raise UserError(f"{path} has a vocabulary of {size['n_tokens']} tokens, its tokenizer "
+                        f"{tokenizer.name} {tokenizer.n_tokens}: they do not belong together")
+
+
+def tokenizer_of(name):
+    try:
+        return load_tokenizer(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_lineage(role, expected, checkpoint, path):
+    """Warn when `checkpoint` was not made from the artefact whose hash is `expected`."""
+    found = checkpoint["parents"].get(role)
+    if found is not None and found != expected:
+        print(f"warning: {path} descends from another {role} run ({found}) than the one used here "
+              f"({expected})", file=sys.stderr)
+
+
+# --- the stage before ----------------------------------------------------------------------------
+
+
+def ensure_input(config, field, stage):
+    """Run `stage` with its defaults if config.<field> is at its default and does not exist yet."""
+    path = Path(getattr(config, field))
+    default = next(f.default for f in dataclasses.fields(config) if f.name == field)
+    if path.exists() or (path / "model.pt").exists():
+        return
+    if str(path) != default:
+        raise UserError(f"--{field}={path} does not exist: `python {stage}.py --out="
+                        f"{path if not path.suffix else path.parent}` makes one")
+    command = [sys.executable, str(ROOT / f"{stage}.py")]
+    print(f"{path} does not exist yet: running `python {stage}.py` first", flush=True)
+    if config.device != "auto":
+        command.append(f"--device={config.device}")
+    result = subprocess.run(command)
+    if result.returncode:
+        raise UserError(f"`python {stage}.py` failed with exit status {result.returncode}")

@@ -1,0 +1,198 @@
+"""What the adapters of public data sets share: finding or downloading files, reading, writing.
+
+An adapter is a flat script: `locate` its files, turn each row into a record or a reason to drop it
+(`convert`), `write` the records and print the counts. It works on a local copy (--source=DIR) or
+downloads the files that it pins by commit and SHA-256 into out/downloads/<set>/.
+"""
+
+import hashlib
+import http.client
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import UserError
+from data.records import prompt_key, write_jsonl
+
+DOWNLOADS = Path("out/downloads")
+TRIES = 3  # per file; each goes on where the one before broke off
+WAIT = 1.0  # seconds before the second try, doubled before each further one
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 2**16  # bytes read at once
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def fetch(url, path, sha256):
+    """Download url to path unless the right file is there already. Returns the path.
+
+    What has arrived is kept in path + ".part" and continued by the next try or the next run; only a
+    whole file with the right SHA-256 gets the final name. UserError if the server cannot be reached
+    or the checksum is wrong (then the part is deleted, or it would be continued for ever).
+    """
+    path = Path(path)
+    if path.is_file() and file_hash(path) == sha256:
+        return path
+    part = path.with_name(path.name + ".part")
+    for attempt in range(TRIES):
+        try:
+            _transfer(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+            refused = 400 <= getattr(error, "code", 0) < 500  # asking again changes nothing
+            if refused or attempt == TRIES - 1:
+                raise UserError(f"cannot download {url}: {error}; "
+                                "--source=DIR reads a local copy") from None
+            time.sleep(WAIT * 2**attempt)
+    found = file_hash(part)
+    if found != sha256:
+        part.unlink()
+        raise UserError(f"{url} arrived with SHA-256 {found}, expected {sha256}: it is deleted, "
+                        "try again; --source=DIR reads a local copy")
+    part.replace(path)
+    return path
+
+
+def _transfer(url, part):
+    """Append to part what it lacks of url. OSError if the connection fails or ends too early."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.is_file() else 0  # bytes
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers),
+                                          timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:
+            return  # nothing lies behind `have`: the part is whole or wrong, the checksum tells
+        raise
+    with response:
+        if response.status != 206:
+            have = 0  # 200: the server ignores Range and sends everything, so start again
+        length = response.headers["Content-Length"]  # of this answer, not of the file
+        total = have + int(length) if length else None
+        # disable=None: no bar where standard error is not a terminal
+        with open(part, "ab" if have else "wb") as f, \
+                tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
+                     disable=None) as bar:
+            while chunk := response.read(CHUNK):
+                f.write(chunk)
+                bar.update(len(chunk))
+    # http.client takes a connection that breaks in the middle for the end of the file
+    size = part.stat().st_size
+    if total is not None and size != total:
+        raise ConnectionError(f"{size} of {total} bytes arrived")
+
+
+def locate(name, source, files, patterns):
+    """Local paths of a data set's files, in the order of the patterns, sorted within each.
+
+    source ""       download all of `files`, {path: (url, sha256)}, to DOWNLOADS/name/path
+    source a folder take what matches the glob patterns below it. A file of `files` with another
+                    checksum is only warned about: users bring newer or fuller sets.
+    UserError if the folder does not exist or holds nothing that matches.
+    """
+    if not source:
+        return [fetch(url, DOWNLOADS / name / path, sha256)
+                for path, (url, sha256) in files.items()]
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(f"--source={source} is not a folder")
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))
+             if path.is_file()]
+    if not paths:
+        raise UserError(f"--source={source} holds no {' or '.join(patterns)}")
+    for path in paths:
+        pinned = files.get(path.relative_to(folder).as_posix())
+        if pinned and file_hash(path) != pinned[1]:
+            print(f"warning: {path} is not the file that this adapter was written for "
+                  "(another SHA-256)", file=sys.stderr)
+    return paths
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def read_bytes(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_json_rows(path):
+    """(where, row) for each element of a file that is one JSON list. UserError if it is not."""
+    try:
+        rows = json.loads(read_bytes(path).decode())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON list of rows")
+    return [(f"{path}: row {n}", row) for n, row in enumerate(rows, 1)]
+
+
+def text_field(row, key, where):
+    """row[key], stripped of whitespace at both ends; may be empty. UserError if it is not text."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object")
+    if key not in row:
+        raise UserError(f"{where}: the field {key!r} is missing")
+    if not isinstance(row[key], str):
+        raise UserError(f"{where}: {key!r} is {type(row[key]).__name__}, expected text")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
+        raise UserError(f"{where}: {key!r} holds a broken character") from None
+    return row[key].strip()
+
+
+def convert_all(rows, convert):
+    """(records, {reason: rows dropped}) of (where, row) pairs; convert gives (record, reason)."""
+    records, dropped = [], Counter()
+    for where, row in rows:
+        record, reason = convert(row, where)
+        if reason:
+            dropped[reason] += 1
+        else:
+            records.append(record)
+    return records, dropped
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def check_out(config):
+    """Called first, so that nothing is downloaded for a file that may not be written."""
+    out = Path(config.out)
+    if out.is_dir():
+        raise UserError(f"--out={config.out} is a folder: name a .jsonl file")
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out} exists already: --overwrite=true replaces it, "
+                        "--out=FILE writes elsewhere")
+
+
+def write(name, config, records, dropped):
+    """Write config.out, whole or not at all, and print one line of counts."""
+    n_dropped = sum(dropped.values())
+    reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
+    if not records:
+        raise UserError(f"{name}: no usable row of {n_dropped} read ({reasons or 'empty files'})")
+    try:
+        write_jsonl(config.out, records)
+    except OSError as error:
+        raise UserError(f"cannot write --out={config.out}: {error.strerror}") from None
+    prompts = len({prompt_key(record) for record in records})
+    print(f"{name}: {len(records) + n_dropped} rows read, {len(records)} written to {config.out}, "
+          f"{prompts} distinct prompts, {n_dropped} dropped" + (f": {reasons}" if reasons else ""))

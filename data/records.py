@@ -1,0 +1,193 @@
+"""Record formats (JSON lines), their validation, and the batches that the stages train on.
+
+    demonstration  {"prompt": P, "completion": text}   or   {"messages": [turn, ...]}
+    pair           {"prompt": P, "chosen": text, "rejected": text}
+    ranking        {"prompt": P, "completions": [text, ...], "ranks": [int, ...]}   1 best, ties =
+    prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
+
+P is a string or a list of {"role": "system" | "user" | "assistant", "content": text} turns that
+does not end with the assistant. A pair is read as a ranking of two.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+
+class DataError(ValueError):
+    """A record or file that cannot be used; the message says which and why."""
+
+
+def _fail(where, why):
+    raise DataError(f"{where}: {why}")
+
+
+def _text(record, key, where):
+    if key not in record:
+        _fail(where, f"the field {key!r} is missing")
+    value = record[key]
+    if not isinstance(value, str):
+        _fail(where, f"{key!r} is {type(value).__name__}, expected text")
+    if not value.strip():
+        _fail(where, f"{key!r} is empty")
+    return value
+
+
+def _turns(value, key, where):
+    if not isinstance(value, list) or not value:
+        _fail(where, f"{key!r} must be text or a list of turns")
+    for i, turn in enumerate(value):
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            _fail(where, f"{key}[{i}] needs a role: system, user or assistant")
+        _text(turn, "content", f"{where}, {key}[{i}]")
+    return value
+
+
+def _prompt(record, where):
+    if "prompt" not in record:
+        _fail(where, "the field 'prompt' is missing")
+    if isinstance(record["prompt"], str):
+        return _text(record, "prompt", where)
+    turns = _turns(record["prompt"], "prompt", where)
+    if turns[-1]["role"] == "assistant":
+        _fail(where, "'prompt' ends with an assistant turn")
+    return turns
+
+
+def check_demonstration(record, where="record"):
+    """{"messages": [...]}, last turn the assistant's. ValueError (DataError) if it is not one."""
+    if "messages" in record:
+        turns = _turns(record["messages"], "messages", where)
+        if turns[-1]["role"] != "assistant":
+            _fail(where, "'messages' does not end with an assistant turn")
+        return dict(messages=turns)
+    prompt, completion = _prompt(record, where), _text(record, "completion", where)
+    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    return dict(messages=[*turns, dict(role="assistant", content=completion)])
+
+
+def check_ranking(record, where="record"):
+    """{"prompt", "completions", "ranks"}; a pair becomes a ranking of two."""
+    prompt = _prompt(record, where)
+    if "completions" not in record:
+        return dict(prompt=prompt, ranks=[1, 2], completions=[_text(record, "chosen", where),
+                                                              _text(record, "rejected", where)])
+    completions, ranks = record["completions"], record.get("ranks")
+    if not isinstance(completions, list) or len(completions) < 2:
+        _fail(where, "'completions' must be a list of at least two texts")
+    for i, text in enumerate(completions):
+        _text({f"completions[{i}]": text}, f"completions[{i}]", where)
+    if not isinstance(ranks, list) or len(ranks) != len(completions) or \
+            not all(type(r) is int and r >= 1 for r in ranks):
+        _fail(where, f"'ranks' must be {len(completions)} whole numbers from 1 (best)")
+    return dict(record, prompt=prompt)
+
+
+def check_prompt(record, where="record"):
+    """{"prompt"}; a demonstration with messages gives everything before its last turn."""
+    if "messages" in record and "prompt" not in record:
+        turns = check_demonstration(record, where)["messages"][:-1]
+        if not turns:
+            _fail(where, "'messages' has no turn before the last")
+        return dict(prompt=turns)
+    return dict(prompt=_prompt(record, where))
+
+
+def read_jsonl(path, check):
+    """Every record of the file, validated. DataError names file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no data file at {path}")
+    records = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON ({error.msg})") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: a record must be a JSON object")
+            records.append(check(record, where))
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+    if not records:
+        raise DataError(f"{path}: holds no records")
+    return records
+
+
+def write_jsonl(path, records):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        for record in records:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def prompt_key(record):
+    """What the split goes by: the text of everything before the (last) response."""
+    turns = record["prompt"] if "prompt" in record else record["messages"][:-1]
+    if isinstance(turns, str):
+        turns = [dict(role="user", content=turns)]
+    return json.dumps([[t["role"], t["content"]] for t in turns])
+
+
+def split(records, fraction=0.1):
+    """(train, held out) by a hash of the prompt, never by row: the same prompt is on the same side
+    in every file and every stage, so nothing that a stage is tested on was seen by one before it.
+    Records with a field "held_out" (the embedded data has its own split) say it themselves."""
+    def is_held_out(record):
+        if "held_out" in record:
+            return record["held_out"]
+        digest = hashlib.sha256(prompt_key(record).encode()).hexdigest()
+        return int(digest[:8], 16) < fraction * 2**32
+
+    held_out = [is_held_out(r) for r in records]
+    return ([r for r, h in zip(records, held_out) if not h],
+            [r for r, h in zip(records, held_out) if h])
+
+
+def ranking_pairs(ranks):
+    """(i, j) for every pair that the ranking orders, i preferred: 1 best, a tie makes no pair."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+
+
+# --- to token ids --------------------------------------------------------------------------------
+
+
+def encode_messages(tokenizer, messages):
+    """(ids, mask): mask is 1 on the tokens of every assistant turn, its EOS included."""
+    ids, mask = [], []
+    for i, turn in enumerate(messages):
+        if turn["role"] == "assistant":
+            # the prompt up to here ends with <|assistant|>; then the response, then EOS
+            head = tokenizer.encode_prompt(messages[:i])
+            response = tokenizer.encode_response(turn["content"])
+            mask += [0] * (len(head) - len(ids)) + [1] * len(response)
+            ids = head + response
+    return ids, mask
+
+
+def collate(rows, masks, pad):
+    """Lists of ids and masks to tokens (B, T) int64 and mask (B, T) float, right-padded."""
+    T = max(len(r) for r in rows)
+    tokens = torch.full((len(rows), T), pad)
+    mask = torch.zeros(len(rows), T)
+    for i, (row, m) in enumerate(zip(rows, masks)):
+        tokens[i, :len(row)] = torch.tensor(row)
+        mask[i, :len(m)] = torch.tensor(m, dtype=torch.float)
+    return tokens, mask
+
+
+def fits(name, rows, length):
+    """Drop rows (lists of id lists) with any list longer than `length`; count them, never cut."""
+    kept = [row for row in rows if max(len(ids) for ids in row) <= length]
+    if len(kept) < len(rows):
+        print(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)}, over {length} tokens long")
+    return kept

@@ -1,0 +1,86 @@
+"""Plain text for pretraining: the world's knowledge, with no trace of an assistant.
+
+Documents are short paragraphs of one kind: statements of facts, sums, lists of questions (so that a
+base model answers a question with more questions), quiz pages, riddles about anything at all,
+morals, reading exercises, small talk, opinions. Quiz pages and opinions ask about training questions only:
+the answer to a held-out question stands in the statements, but never behind the question. Riddles
+and reading exercises have too many subjects to be learned by heart, which is how so small a model
+comes to copy the subject of a question into its answer (induction).
+"""
+
+import random
+
+from data.synthetic import facts
+from data.synthetic.world import all_prompts
+
+# share of documents of each kind
+KINDS = dict(facts=0.13, sums=0.20, questions=0.06, quiz=0.20, riddles=0.20, morals=0.08, echo=0.05,
+             talk=0.06, opinions=0.02)
+
+
+def documents(n, seed):
+    """n documents, each a string of three to six sentences or so."""
+    rng = random.Random(f"corpus {seed}")
+    known = [(r, x, y) for r in facts.KNOWN for x, y in r.answers.items()]
+    sums = [(facts.SUMS, x, y) for x, y in facts.SUMS.answers.items()]
+    things = sorted({t for r, x, y in known for t in (x, y)})  # every noun, verb and adjective
+    verbs = [verb for verb, _, _ in facts.ACTS]
+    objects = sorted({o for _, a, b in facts.ACTS for o in f"{a}|{b}".split("|") if o}
+                     | set(things))
+    talk = (facts.FLATTERY + facts.FILLER + facts.CLOSERS + facts.CONFIDENCE + facts.AGREEMENT
+            + facts.DISAGREEMENT + facts.DONT_KNOW + facts.REFUSAL)
+    prompts = list(all_prompts().values())
+    questions = [p for p in prompts if p.family != "loaded"]
+    quiz = [p for p in questions if not p.held_out]
+    loaded = [p for p in prompts if p.family == "loaded" and not p.held_out]
+
+    def state(relation, x, y=None):  # where there is no one answer, any candidate will do
+        return relation.state(x, y or rng.choice(relation.candidates)) + "."
+
+    def opinion():  # half of the time somebody knows better
+        p = rng.choice(loaded)
+        opening = p.text.split(". ")[0] + "."
+        return opening, state(p.relation, p.x, rng.choice((p.answer, p.user_claim)))
+
+    def question_and_answer():
+        p = rng.choice(quiz)
+        return p.text, state(p.relation, p.x, p.answer)
+
+    def riddle():  # about people and things that do not exist, and acts that nobody would think of
+        subject = rng.random()
+        if subject < 0.4:
+            relation, x, y = rng.choice(facts.UNKNOWN), rng.choice(things), None
+        elif subject < 0.6:
+            relation, x, y = facts.HARMFUL, f"{rng.choice(verbs)} {rng.choice(objects)}", None
+        elif subject < 0.8:  # the verb of one goal with the rest of another
+            verb, rest = rng.choice(facts.GOALS).split()[0], rng.choice(facts.GOALS).split()[1:]
+            relation, x, y = facts.ADVICE, " ".join([verb, *rest]), None
+            if x in facts.GOALS:
+                return riddle()
+        else:  # sums that no prompt asks for
+            a, b = rng.randint(11, 20), rng.randint(1, 20)
+            x, y = rng.choice(((f"{a} plus {b}", str(a + b)), (f"{a + b} minus {b}", str(a))))
+            relation = facts.SUMS
+        return rng.choice(relation.questions).format(x=x), state(relation, x, y)
+
+    def echo():
+        if rng.random() < 0.5:  # a question that makes no sense, twice
+            phrase = rng.choice(rng.choice(facts.KNOWN).questions).format(x=rng.choice(things))
+            return "Read this.", phrase, "Again.", phrase
+        phrase = " ".join(rng.choice((rng.choice(things), str(rng.randint(1, 20))))
+                          for _ in range(rng.randint(1, 5)))
+        return f"Read {phrase}.", f"Again {phrase}."
+
+    def moral():  # what is a crime and what is not: every act, because nothing is asked
+        relation = rng.choice((facts.HARMFUL, facts.SAFE))
+        return (f"To {rng.choice(list(relation.answers))} "
+                f"is {'a crime' if relation is facts.HARMFUL else 'fine'}.",)
+
+    make = dict(facts=lambda: [state(*rng.choice(known))], sums=lambda: [state(*rng.choice(sums))],
+                questions=lambda: [rng.choice(questions).text], quiz=question_and_answer,
+                riddles=riddle, morals=moral, echo=echo, talk=lambda: [rng.choice(talk)],
+                opinions=opinion)
+    for kind in rng.choices(list(KINDS), KINDS.values(), k=n):
+        # one paragraph, or a line for each sentence: " The" and "The" are two different tokens
+        separator = rng.choice((" ", "\n"))
+        yield separator.join(s for _ in range(rng.randint(2, 4)) for s in make[kind]())

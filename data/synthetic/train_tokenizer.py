@@ -1,0 +1,32 @@
+"""Learn the small byte-level BPE of the world: `python -m data.synthetic.train_tokenizer`.
+
+The ranks file is committed, because every checkpoint of the embedded data depends on it. The
+learning itself is tiktoken's own teaching code.
+"""
+
+import base64
+from pathlib import Path
+
+from tiktoken._educational import bpe_train
+
+from data.synthetic.corpus import documents
+from data.synthetic.people import demonstrations
+from data.synthetic.world import all_prompts
+from data.tokenizer import PATTERN
+
+RANKS = 2043  # with EOS, three markers and PAD: 2,048 rows, all used
+
+
+def main():
+    # every prompt once, so that the rare words (the subjects and answers) become one token each
+    demos = demonstrations(all_prompts().values(), seed=0)
+    texts = list(documents(500, seed=0)) + [f"{d['prompt']} {d['completion']}" for d in demos]
+    ranks = bpe_train("\n".join(texts), RANKS, PATTERN, visualise=None)
+    path = Path(__file__).parent / "synthetic.tiktoken"
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    path.write_text("".join(lines))
+    print(f"{path}: {len(ranks)} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Stage 2a, labels: sample K answers per prompt from the SFT model and have a labeler rank them.
+
+    y_1 .. y_K ~ pi_SFT(. | x),   ranks by perceived value = gold + biases + logistic noise
+
+Answers are distinct and complete (ended with EOS); a prompt with fewer than two is skipped. The
+simulated labeler (data/synthetic/people.py) stands in for a person; what it is like is written to
+card.json beside the rankings.
+
+    python label.py                      # 3,000 training prompts and 500 held-out ones, K = 6
+    python label.py --length=0.1         # a labeler with a strong taste for long answers
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.records import ranking_pairs, write_jsonl
+from data.synthetic.gold import gold_reward
+from data.synthetic.people import Labeler
+from data.synthetic.world import sample_prompts
+
+
+@dataclass
+class Config:
+    data: str = "synthetic"  # prompts; the simulated labeler knows only "synthetic"
+    out: str = "out/label"  # output folder: rankings.jsonl, card.json
+    init: str = "out/sft"  # checkpoint to sample from
+    prompts: int = 3000  # training prompts
+    held_out: int = 500  # held-out prompts, ranked for testing only
+    k: int = 6  # answers per prompt
+    oversample: int = 0  # draws per prompt beyond K, so that duplicates can be dropped
+    temperature: float = 1.0
+    max_new_tokens: int = 48
+    noise: float = Labeler.noise  # scale of the logistic noise, in units of gold reward
+    length: float = Labeler.length  # bias: for each word
+    flattery: float = Labeler.flattery  # bias: for each flattering sentence
+    bullets: float = Labeler.bullets  # bias: for a bullet list
+    confidence: float = Labeler.confidence  # bias: for a show of confidence
+    caution: float = Labeler.caution  # bias: for "I do not know" and refusals
+    chunk: int = 64  # prompts sampled together
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+
+
+def agreement(first, second):
+    """Share of pairs, over all prompts, that two labelers put in the same order."""
+    same = total = 0
+    for a, b in zip(first, second):
+        for i, j in ranking_pairs(a):
+            same += b[i] < b[j]
+            total += b[i] != b[j]
+    return same / max(1, total)
+
+
+def main(config):
+    common.ensure_input(config, "init", "sft")
+    device = common.set_up(config)
+    if config.data != "synthetic":
+        raise UserError(f"--data={config.data}: the simulated labeler knows the gold reward of the "
+                        "embedded data only; use --data=synthetic")
+    if config.k < 2:
+        raise UserError(f"--k={config.k}: a ranking needs at least two answers")
+
+    # --- model, prompts, labeler ---------------------------------------------
+    model, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
+    labeler = Labeler(**{f.name: getattr(config, f.name) for f in fields(Labeler)})
+    prompts = (sample_prompts(config.prompts, held_out=False, seed=config.seed)
+               + sample_prompts(config.held_out, held_out=True, seed=config.seed))
+    run = common.Run("label", config, device, result="rankings.jsonl")
+    print(labeler.card())
+
+    # --- sample and rank -----------------------------------------------------
+    state = run.load_state() or dict(records="[]", step=0, skipped=0)
+    records, skipped = json.loads(state["records"]), state["skipped"]
+    draws = config.k + config.oversample
+    for start in tqdm(range(state["step"], len(prompts), config.chunk), "label", mininterval=1):
+        if start % (config.chunk * 8) == 0:
+            run.save_state(records=json.dumps(records), step=start, skipped=skipped)
+        part = prompts[start:start + config.chunk]
+        ids = [tokenizer.encode_prompt(p.text) for p in part for _ in range(draws)]
+        samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
+                                      common.generator(device, config.seed, start),
+                                      config.temperature, batch_size=len(ids))
+        rng = np.random.default_rng([config.seed, start])
+        for i, p in enumerate(part):
+            drawn = samples[i * draws:(i + 1) * draws]
+            texts = list(dict.fromkeys(s["text"] for s in drawn if s["finished"] and s["text"]))
+            texts = texts[:config.k]
+            if len(texts) < 2:
+                skipped += 1
+                continue
+            gold = [gold_reward(p.text, t) for t in texts]
+            # two people rank the same answers; the second only measures how far they agree
+            ranks, second = (labeler.rank(p.text, texts, gold, rng) for _ in range(2))
+            records.append(dict(prompt=p.text, completions=texts, ranks=ranks, second=second,
+                                gold=[round(g, 3) for g in gold], family=p.family,
+                                held_out=p.held_out))
+
+    # --- what the labels are like --------------------------------------------
+    pairs = [(r, i, j) for r in records for i, j in ranking_pairs(r["ranks"])]
+    unequal = [(r, i, j) for r, i, j in pairs if r["gold"][i] != r["gold"][j]]
+    metrics = dict(
+        prompts=len(records), skipped=skipped, pairs=len(pairs),
+        agreement=agreement([r["ranks"] for r in records], [r["second"] for r in records]),
+        # how far gold itself gets on these labels: the ceiling for an unbiased reward model
+        gold_accuracy=float(np.mean([r["gold"][i] > r["gold"][j] for r, i, j in unequal])),
+        longer_preferred=float(np.mean([len(r["completions"][i]) > len(r["completions"][j])
+                                        for r, i, j in pairs])),
+        gold=float(np.mean([g for r in records for g in r["gold"]])),
+        gold_std=float(np.std([g for r in records for g in r["gold"]])))
+    for r in records[:6]:
+        run.log("sample", **{k: r[k] for k in ("prompt", "completions", "ranks", "gold")})
+    card = dict(card=labeler.card(), labeler=asdict(labeler), parents=dict(sft=parent["hash"]),
+                metrics=metrics)
+    (run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_jsonl(run.folder / "rankings.jsonl", records)
+    run.finish(**metrics)
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

@@ -1,0 +1,294 @@
+"""The transformer that every stage shares: GPT-2's architecture, from scratch.
+
+Reading order: `Attention`, `MLP`, `Block`, `KVCache`, `GPT`, then the two functions that the
+stages call, `generate` (sampling) and `token_logprobs` (scoring).
+
+Shapes: B batch, T time (tokens), P prompt length, C channels (n_embd), H heads, V vocabulary rows,
+N the number of response tokens in a batch.
+
+Rows are always RIGHT-padded. With causal attention a real token never sees the padding behind it,
+so scoring and training need no attention mask at all, and positions are simply 0, 1, 2, ...
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50304  # rows of the embedding: n_tokens rounded up to a multiple of 64
+    n_tokens: int = 50260  # ids that may ever be produced; the rows behind get probability zero
+    block_size: int = 1024  # longest sequence: the number of learned positions
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # used by pretrain.py only: later stages compare log-probabilities
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if not 0 < self.n_tokens < self.vocab_size:
+            raise ValueError(f"n_tokens={self.n_tokens} must lie below vocab_size={self.vocab_size}"
+                             " (the first id behind the real tokens is PAD)")
+
+
+class KVCache:
+    """Keys and values of every layer in one fixed block of memory, (n_layer, 2, B, H, S, D).
+
+    Each row writes at its own position, so rows of different length share the cache without left
+    padding. Slots behind a row's position hold leftovers of the padding; the mask in `Attention`
+    hides them until the row overwrites them.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
+        head_dim = config.n_embd // config.n_head
+        self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_head, max_length, head_dim,
+                              device=device, dtype=dtype)
+
+    def update(self, layer, positions, k, v):
+        """Write k, v (B, H, T, D) at `positions` (B, T); return all slots, (B, H, S, D) each."""
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]
+        rows = torch.arange(positions.size(0), device=positions.device)[:, None]
+        # advanced indices (B, T) first, heads last: the indexed view is (B, T, H, D)
+        keys.transpose(1, 2)[rows, positions] = k.transpose(1, 2).to(keys.dtype)
+        values.transpose(1, 2)[rows, positions] = v.transpose(1, 2).to(values.dtype)
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, layer=0, cache=None, positions=None):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+                   for z in self.c_attn(x).split(C, dim=2))
+        dropout = self.dropout if self.training else 0.0
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            k, v = cache.update(layer, positions, k, v)
+            # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S)
+            slots = torch.arange(k.size(2), device=x.device)
+            mask = slots <= positions[:, None, :, None]
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the tanh form
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attn(ln(x)), then x + mlp(ln(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer=0, cache=None, positions=None):
+        x = x + self.attn(self.ln_1(x), layer, cache, positions)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Learned positions, pre-norm, one matrix for token embedding and output head (tied).
+
+    `forward` returns hidden states, not logits: a reward or value head reads them directly, and
+    the vocabulary head, by far the largest product at small size, is applied only where needed.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        # GPT-2 draws all matrices with std 0.02, at widths 768 to 1600. A narrow model needs more:
+        # at width 128 that std leaves attention nearly uniform, and the model learns to copy from
+        # its context several times later. So 0.02 stands for width 1024, others scale as 1/sqrt.
+        std = 0.02 * math.sqrt(1024 / config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                # shrink what is added to the residual stream, 2 additions a layer
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)  # LayerNorm weights stay at 1
+
+    def forward(self, tokens, cache=None, positions=None):
+        """tokens (B, T) -> final hidden states (B, T, C), after the last LayerNorm.
+
+        With a cache, `positions` (B, T) says where each token stands; without, they are 0..T-1.
+        """
+        T = tokens.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand_as(tokens)
+        x = self.wte(tokens) + self.wpe(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache, positions)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """hidden (..., C) -> fp32 logits (..., n_tokens).
+
+        The padded rows of the vocabulary (PAD is the first of them) are cut off, in sampling and
+        scoring alike: left in, they would leak probability and make the two disagree.
+        """
+        return F.linear(hidden, self.wte.weight[:self.config.n_tokens]).float()
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())  # the tied matrix counts once
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, check_every=8):
+    """Sample one response per prompt, y_t ~ softmax(logits / temperature).
+
+    Plain samples: no top-k, no top-p, no minimum length, because the log-probabilities that the
+    stages compute are those of exactly this distribution. temperature 0 takes the argmax.
+
+    prompts: B lists of token ids, of different lengths.   generator: torch.Generator of the device.
+    Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
+    response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
+    ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
+    Raises ValueError for an empty prompt or one that leaves no room in the context.
+    """
+    config, device = model.config, model.wte.weight.device
+    lengths = [len(p) for p in prompts]
+    B, longest = len(prompts), max(lengths)
+    if min(lengths) == 0:
+        raise ValueError("generate: a prompt is empty")
+    if longest + max_new_tokens > config.block_size:
+        raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do "
+                         f"not fit the context of {config.block_size}")
+    pad, size = config.n_tokens, longest + max_new_tokens
+    tokens = torch.full((B, size), pad)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    tokens = tokens.to(device)
+    position = torch.tensor(lengths, device=device)  # (B,) where each row's next token goes
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
+        else model.wte.weight.dtype
+    cache = KVCache(config, B, size, device, dtype)
+    # prefill: the padding of short rows leaves junk in their later slots, see KVCache
+    hidden = model(tokens[:, :longest], cache,
+                   torch.arange(longest, device=device).expand(B, -1))
+    rows = torch.arange(B, device=device)  # the rows still in the batch, those of the cache
+    last = hidden[rows, position - 1]  # (B, C): the last prompt token of each row
+    for step in range(max_new_tokens):
+        logits = model.logits(last)
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            # argmax(p / Exp(1)) is an exact draw from p, and unlike multinomial it never syncs
+            p = F.softmax(logits / temperature, dim=-1)
+            token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+        token = token.masked_fill(done[rows], pad)
+        tokens[rows, position[rows]] = token
+        position[rows] += ~done[rows]
+        done[rows] |= token == eos
+        if step + 1 == max_new_tokens:
+            break
+        # asking the GPU whether rows are done stalls it, so there we ask only now and then
+        if device.type == "cpu" or step % check_every == 0:
+            active = (~done[rows]).nonzero()[:, 0]
+            if len(active) == 0:
+                break
+            if len(active) <= len(rows) // 2:  # half of the work would be for finished rows
+                rows, cache.kv = rows[active], cache.kv[:, :, active]
+        # a finished row repeats its last token in place; nothing reads the result
+        current = position[rows] - 1
+        last = model(tokens[rows, current][:, None], cache, current[:, None])[:, 0]
+
+    start = torch.tensor(lengths, device=device)
+    columns = torch.arange(int(position.max()), device=device)
+    response_mask = ((columns >= start[:, None]) & (columns < position[:, None])).float()
+    return tokens[:, :columns.numel()], response_mask, done
+
+
+def token_logprobs(model, tokens, response_mask, temperature=1.0):
+    """Log-probability of every response token: the one function that all stages score with.
+
+    tokens (B, T), right-padded; response_mask (B, T), 1 on response tokens, EOS included.
+    Returns logp (B, T) in fp32: logp[:, t] = log p(tokens[:, t] | tokens[:, :t]) in nats per token
+    under softmax(logits / temperature); exactly 0 outside the mask. No reduction.
+    """
+    return token_stats(model, tokens, response_mask, temperature)[0]
+
+
+def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, ref_model=None,
+                chunk=8192):
+    """`token_logprobs` and, from the same forward, what needs the whole distribution.
+
+    Returns (logp, entropy, kl), each (B, T), fp32, nats per token, 0 outside the mask:
+    entropy of p(. | tokens[:, :t]) if `entropy`, else None; with `ref_model` the exact
+    KL(p || p_ref) = sum_v p(v) (log p(v) - log p_ref(v)) at each visited state, else None.
+
+    The head runs on response positions only, `chunk` of them at a time, and chunks recompute their
+    log-softmax in the backward pass: neither (B, T, V) nor (N, V) ever exists in fp32.
+    """
+    predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1
+    targets = tokens[:, 1:][predicts]  # (N,)
+    hidden = model(tokens)[:, :-1][predicts]  # (N, C)
+    ref_hidden = None
+    if ref_model is not None:
+        with torch.no_grad():
+            ref_hidden = ref_model(tokens)[:, :-1][predicts]
+
+    def stats(hidden, targets, ref_hidden):
+        logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)  # (n, V)
+        logp = logp_all.gather(1, targets[:, None])[:, 0]
+        entropies = -(logp_all.exp() * logp_all).sum(-1) if entropy else None
+        kl = None
+        if ref_hidden is not None:
+            with torch.no_grad():
+                ref_all = F.log_softmax(ref_model.logits(ref_hidden) / temperature, dim=-1)
+            kl = (logp_all.exp() * (logp_all - ref_all)).sum(-1)
+        return logp, entropies, kl
+
+    N = targets.numel()
+    parts = []
+    for i in range(0, max(N, 1), chunk):
+        args = (hidden[i:i + chunk], targets[i:i + chunk],
+                None if ref_hidden is None else ref_hidden[i:i + chunk])
+        recompute = N > chunk and torch.is_grad_enabled()  # one chunk: not worth it
+        parts.append(checkpoint(stats, *args, use_reentrant=False) if recompute else stats(*args))
+
+    def scatter(values):  # (N,) back to (B, T)
+        if values[0] is None:
+            return None
+        values = torch.cat(values)
+        out = values.new_zeros(predicts.shape).masked_scatter(predicts, values)
+        return F.pad(out, (1, 0))  # column 0 has no token before it
+
+    return tuple(scatter(values) for values in zip(*parts))

@@ -1,0 +1,500 @@
+"""Stage 3, PPO: reinforcement learning from the reward model, held near the SFT model by a KL term.
+
+    J(pi) = E_{y ~ pi} [ r(x, y) ] - beta KL(pi || pi_ref)                     (InstructGPT eq. 2)
+    reward_t = - beta (log pi(y_t) - log pi_ref(y_t))  [+ score, on the EOS action]
+    L_policy = - sum_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) / response tokens
+
+One iteration: sample responses, score them, compute advantages with the critic, then a few epochs
+of minibatches. Four networks: policy, reference (frozen), reward model (frozen), critic (its own
+network, started from the reward model). The optimum depends on beta: pi* ~ pi_ref exp(r / beta).
+
+    python ppo.py                          # embedded data; runs the stages before it where needed
+    python ppo.py --kl_target=4            # adaptive beta that holds the KL at 4 nats a sequence
+    python ppo.py --data=out/data/alpaca_eval.jsonl --init=... --reward_model=...
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.records import check_prompt, collate, read_jsonl, split
+from data.synthetic.corpus import documents
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import sample_prompts
+from model import GPT, generate, token_logprobs, token_stats
+from reward import load_reward_model, score_rows
+
+
+@dataclass
+class Config:
+    data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
+    out: str = "out/ppo"  # output folder
+    init: str = "out/sft"  # policy to start from; also the reference
+    reward_model: str = "out/reward"  # score, and start of the critic
+    iterations: int = 60
+    batch_size: int = 128  # episodes (responses) an iteration
+    minibatches: int = 2  # optimiser steps an epoch
+    epochs: int = 2  # passes over the episodes of an iteration
+    micro_batch: int = 0  # episodes a forward pass; 0 takes a whole minibatch
+    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
+    max_new_tokens: int = 48
+    lr: float = 3e-4  # policy; linear decay to a tenth
+    critic_lr: float = 3e-4
+    warmup: int = 5  # iterations
+    adam_eps: float = 1e-5
+    grad_clip: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95  # GAE's lambda
+    clip: float = 0.2  # policy ratio
+    value_clip: float = 0.2
+    beta: float = 0.05  # KL coefficient, in units of score per nat
+    kl_in: str = "reward"  # "reward": k1 on every token; "loss": exact, in closed form
+    kl_target: float = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler et al.)
+    kl_horizon: float = 1000.0  # episodes; how fast beta adapts
+    missing_eos: float = -3.0  # score of a response without EOS
+    entropy_coef: float = 0.0  # bonus, 0.001 to 0.01 where used
+    score_scaling: bool = False  # divide scores by their running standard deviation
+    whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
+    ptx_coef: float = 0.0  # PPO-ptx: weight of the pretraining loss (InstructGPT: 27.8)
+    ptx_data: str = "synthetic"  # its text: "synthetic" or a .txt file
+    ptx_batch: int = 32  # its sequences a minibatch
+    eval_prompts: int = 512  # held-out prompts of the final comparison
+    best_of: int = 4  # compared with the best of n SFT samples by the same reward model
+    log_every: int = 10  # iterations between sample tables
+    save_every: int = 20  # iterations between saved states
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+
+
+class ValueModel(nn.Module):
+    """The critic: a reward model that gives a value at every position instead of one at the end.
+
+    forward(tokens) -> (B, T): value[:, t] is the expected return from the action at t on, read
+    from the hidden state at t - 1, before token t is seen. Column 0 has no state and is 0.
+    """
+
+    def __init__(self, reward_model):
+        super().__init__()
+        self.gpt = GPT(reward_model.gpt.config)
+        self.head = nn.Linear(reward_model.head.in_features, 1)
+        self.load_state_dict({k: v for k, v in reward_model.state_dict().items()
+                              if k not in ("shift", "scale")})
+        with torch.no_grad():  # fold (raw - shift) / scale into the head: same units as the score
+            self.head.bias.copy_((self.head.bias - reward_model.shift) / reward_model.scale)
+            self.head.weight.div_(reward_model.scale)
+
+    def forward(self, tokens):
+        hidden = self.gpt(tokens)[:, :-1]
+        with torch.autocast(tokens.device.type, enabled=False):
+            return nn.functional.pad(self.head(hidden.to(self.head.weight.dtype))[..., 0], (1, 0))
+
+
+# --- the mathematics -----------------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """Mean over the positions where mask is 1; padding counts neither above nor below the line."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """(x - mean) / std over the masked positions; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def token_rewards(score, logp, ref_logp, response_mask, beta):
+    """Reward of every action, (B, T): -beta (logp - ref_logp), plus the score on the last action.
+
+    score (B,); logp, ref_logp (B, T) in nats per token. The last action is the EOS itself, not the
+    slot behind it: one later, the critic would have to learn a step that no action takes and GAE
+    would decay the score once more. beta 0 leaves the score alone (KL in the loss).
+    """
+    T = response_mask.size(1)
+    last = (response_mask * torch.arange(1, T + 1, device=score.device)).argmax(1)
+    reward = -beta * (logp - ref_logp) * response_mask
+    reward[torch.arange(len(score), device=score.device), last] += score
+    return reward
+
+
+def gae(reward, value, response_mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last token back:
+
+        delta_t = reward_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1}
+
+    All (B, T). Behind the last action value and advantage are 0. Returns (advantage, returns),
+    returns = A + V as the critic's target, taken before any whitening; 0 outside the mask.
+    """
+    advantage = torch.zeros_like(reward)
+    next_value = next_advantage = torch.zeros_like(reward[:, 0])
+    for t in reversed(range(reward.size(1))):
+        here = response_mask[:, t]
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * here
+        next_value = value[:, t] * here
+        advantage[:, t] = next_advantage
+    return advantage, (advantage + value) * response_mask
+
+
+def policy_loss(logp, old_logp, advantage, response_mask, clip):
+    """Clipped surrogate (Schulman et al. 2017, eq. 7), negated: a SUM over response tokens.
+
+    All (B, T); ratio = exp(logp - old_logp). Returns (loss, info): info holds sums over tokens of
+    the clip indicator and of k3's estimate of KL(old || new), and the largest ratio.
+    The minimum keeps the pessimistic side: the clip only removes the gain from moving further, so
+    a ratio that moved the wrong way still gets its full gradient back.
+    """
+    log_ratio = (logp - old_logp) * response_mask
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
+    loss = -(torch.minimum(unclipped, clipped) * response_mask).sum()
+    with torch.no_grad():
+        info = dict(clip_fraction=((clipped < unclipped) * response_mask).sum(),
+                    approx_kl=((ratio - 1 - log_ratio) * response_mask).sum(),
+                    ratio_max=(ratio * response_mask).max())
+    return loss, info
+
+
+def value_loss(value, old_value, returns, response_mask, clip):
+    """0.5 max((V - R)^2, (V_clip - R)^2), a SUM over response tokens; V_clip moves at most `clip`
+    from the value at rollout time. The maximum again keeps the pessimistic side."""
+    clipped = old_value + (value - old_value).clamp(-clip, clip)
+    error = torch.maximum((value - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * (error * response_mask).sum()
+
+
+def adapt_beta(beta, kl, target, episodes, horizon):
+    """Ziegler et al. 2019, section 2.2: beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon).
+
+    kl and target in nats per SEQUENCE (sum over tokens, mean over sequences): a mean per token here
+    is a well-known bug. n episodes since the last call; horizon in episodes, to fit the run.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * episodes / horizon)
+
+
+class RunningStd:
+    """Standard deviation of all scores so far (Welford, in batches), for --score_scaling."""
+
+    def __init__(self, count=0.0, mean=0.0, m2=0.0):
+        self.count, self.mean, self.m2 = count, mean, m2
+
+    def update(self, x):
+        n, mean = len(x), float(x.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.m2 += float(((x - mean) ** 2).sum()) + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+        return max((self.m2 / self.count) ** 0.5, 1e-4)
+
+
+# --- the stage -----------------------------------------------------------------------------------
+
+
+def load_prompts(config, tokenizer, room):
+    """(train, held out), each a list of (text or turns, ids); over-long prompts are dropped."""
+    if config.data == "synthetic":
+        sides = [[p.text for p in sample_prompts(2000, held_out=False, seed=config.seed)],
+                 [p.text for p in sample_prompts(config.eval_prompts, held_out=True, seed=0)]]
+    else:
+        sides = [[r["prompt"] for r in part]
+                 for part in split(read_jsonl(config.data, check_prompt))]
+        sides[1] = sides[1][:config.eval_prompts]
+    result = []
+    for name, prompts in zip(("train", "held out"), sides):
+        encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
+        kept = [e for e in encoded if len(e[1]) <= room]
+        if len(kept) < len(encoded):
+            print(f"ppo: dropped {len(encoded) - len(kept)} of {len(encoded)} {name} prompts: "
+                  f"longer than {room} tokens")
+        if not kept:
+            raise UserError(f"--data={config.data}: no {name} prompt of at most {room} tokens")
+        result.append(kept)
+    return result
+
+
+def main(config):
+    common.ensure_input(config, "init", "sft")
+    common.ensure_input(config, "reward_model", "reward")
+    device = common.set_up(config)
+    if config.kl_in not in ("reward", "loss"):
+        raise UserError(f"--kl_in={config.kl_in}: expected reward or loss")
+    if config.batch_size % config.minibatches:
+        raise UserError(f"--batch_size={config.batch_size} is not a multiple of "
+                        f"--minibatches={config.minibatches}")
+
+    # --- four networks -------------------------------------------------------
+    policy, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
+    reference = common.load_policy(config.init, ("sft", "ppo"), device)[0].requires_grad_(False)
+    reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+    if rm_tokenizer.name != tokenizer.name:
+        raise UserError(f"{config.reward_model} reads {rm_tokenizer.name} tokens, {config.init} "
+                        f"writes {tokenizer.name}: they do not fit together")
+    common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
+    critic = ValueModel(reward_model).to(device)
+    block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
+    train, held_out = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    ptx_stream = load_ptx(config, tokenizer)
+    run = common.Run("ppo", config, device)
+    print(f"policy {policy.num_params():,} parameters, reward model and critic "
+          f"{reward_model.gpt.num_params():,} each; {len(train)} prompts, {len(held_out)} held out")
+
+    optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
+    critic_optimizer = common.adamw([critic], config.critic_lr, eps=config.adam_eps)
+    beta, running, first = config.beta, RunningStd(), 0
+    state = run.load_state()
+    if state:
+        policy.load_state_dict(state["policy"])
+        critic.load_state_dict(state["critic"])
+        optimizer.load_state_dict(state["optimizer"])
+        critic_optimizer.load_state_dict(state["critic_optimizer"])
+        beta, running, first = state["beta"], RunningStd(*state["running"]), state["step"]
+    minibatch = config.batch_size // config.minibatches
+    micro_batch = min(config.micro_batch or minibatch, minibatch)
+
+    def micro_batches(rows):
+        return rows.split(micro_batch)
+
+    bar = tqdm(range(first, config.iterations), "ppo", initial=first, total=config.iterations,
+               mininterval=1)
+    for step in bar:
+        if step % config.save_every == 0:
+            run.save_state(policy=policy.state_dict(), critic=critic.state_dict(), beta=beta,
+                           optimizer=optimizer.state_dict(), step=step,
+                           critic_optimizer=critic_optimizer.state_dict(),
+                           running=[running.count, running.mean, running.m2])
+        clock = [time.perf_counter()]
+
+        # --- rollout: plain samples from softmax(logits / T) -----------------
+        rng = np.random.default_rng([config.seed, step])
+        chosen = rng.choice(len(train), config.batch_size, replace=len(train) < config.batch_size)
+        prompts = [train[i][1] for i in chosen]
+        with common.autocast(device):
+            tokens, mask, finished = generate(
+                policy, prompts, config.max_new_tokens, tokenizer.eos, config.temperature,
+                common.generator(device, config.seed, step))
+        clock.append(time.perf_counter())
+
+        # --- score: everything that stays fixed while we train on this batch --
+        with torch.no_grad(), common.autocast(device):
+            parts = list(micro_batches(torch.arange(config.batch_size, device=device)))
+            score = torch.cat([reward_model(tokens[p], mask[p]) for p in parts])
+            # old log-probabilities from the training forward, not from the sampler: in low
+            # precision the two differ, and ratios would not start at 1
+            stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
+                                 ref_model=reference) for p in parts]
+            old_logp, entropy, exact_kl = (torch.cat(s) for s in zip(*stats))
+            ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p], config.temperature)
+                                  for p in parts])
+            old_value = torch.cat([critic(tokens[p]) for p in parts]) * mask
+        raw_score = score
+        if config.score_scaling:
+            score = score / running.update(score[finished]) if finished.any() else score
+        # a response cut by the length limit is not judged: it gets a fixed low score
+        score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
+        beta_in_reward = beta if config.kl_in == "reward" else 0.0
+        reward = token_rewards(score, old_logp, ref_logp, mask, beta_in_reward)
+        advantage, returns = gae(reward, old_value, mask, config.gamma, config.lam)
+        if config.whiten:
+            advantage = whiten(advantage, mask)
+        clock.append(time.perf_counter())
+
+        # --- train -----------------------------------------------------------
+        factor = min(1.0, (step + 1) / config.warmup) * (1 - 0.9 * step / config.iterations)
+        common.set_lr(optimizer, config.lr * factor)
+        common.set_lr(critic_optimizer, config.critic_lr * factor)
+        totals, norms, ratio_max = {}, [], 0.0
+        ptx = None
+        for _ in range(config.epochs):
+            order = torch.from_numpy(rng.permutation(config.batch_size)).to(device)
+            for rows in order.split(minibatch):
+                count = mask[rows].sum()  # response tokens of the whole optimiser step
+                for p in micro_batches(rows):
+                    with common.autocast(device):
+                        logp, ent, kl = token_stats(
+                            policy, tokens[p], mask[p], config.temperature,
+                            entropy=config.entropy_coef > 0,
+                            ref_model=reference if config.kl_in == "loss" else None)
+                        value = critic(tokens[p])
+                    loss, info = policy_loss(logp, old_logp[p], advantage[p], mask[p], config.clip)
+                    info["policy_loss"] = loss.detach()
+                    if config.kl_in == "loss":
+                        # sum over states of the exact KL(pi || ref) over the vocabulary. Beside
+                        # k1 in the reward it has no variance, but it is greedy: it prices each
+                        # token's own drift and not the drift of the states that the token leads to
+                        loss = loss + beta * (kl * mask[p]).sum()
+                    if config.entropy_coef > 0:
+                        loss = loss - config.entropy_coef * (ent * mask[p]).sum()
+                    v_loss = value_loss(value, old_value[p], returns[p], mask[p], config.value_clip)
+                    info["value_loss"] = v_loss.detach()
+                    ((loss + v_loss) / count).backward()  # separate networks: no weight between
+                    ratio_max = max(ratio_max, info.pop("ratio_max").item())
+                    for k, v in info.items():
+                        totals[k] = totals.get(k, 0.0) + v
+                if config.ptx_coef > 0:
+                    ptx = ptx_loss(policy, ptx_stream, config, rng, device)
+                    (config.ptx_coef * ptx).backward()
+                if step == 0 and first == 0 and not norms:
+                    check_start(policy, reference, logp, old_logp[p], ref_logp[p], mask[p], device)
+                norms.append((torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip),
+                              torch.nn.utils.clip_grad_norm_(critic.parameters(),
+                                                             config.grad_clip)))
+                optimizer.step()
+                critic_optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                critic_optimizer.zero_grad(set_to_none=True)
+        clock.append(time.perf_counter())
+        # --- end of what changes the weights; the rest is for the reader -----
+        n_tokens = mask.sum().item()
+        seq_kl = ((old_logp - ref_logp) * mask).sum(1)  # k1, (B,), nats per sequence
+        lengths = mask.sum(1)
+        kl = seq_kl.mean().item()
+        scores = raw_score[finished].mean().item() if finished.any() else float("nan")
+        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        explained = 1 - masked_mean((returns - old_value) ** 2, mask) / spread.clamp(min=1e-8)
+        row = dict(
+            step=step, score=scores, objective=score.mean().item() - beta * kl, kl=kl,
+            kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
+            kl_exact=(exact_kl * mask).sum(1).mean().item(), kl_per_token=seq_kl.sum().item()
+            / n_tokens, beta=beta, entropy=masked_mean(entropy, mask).item(),
+            length=lengths.mean().item(), length_min=lengths.min().item(),
+            length_max=lengths.max().item(), eos_rate=finished.float().mean().item(),
+            returns_mean=masked_mean(returns, mask).item(),
+            returns_std=spread.sqrt().item(),
+            explained_variance=explained.item(), ratio_max=ratio_max,
+            grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
+            critic_grad_norm=torch.stack([n[1] for n in norms]).mean().item(),
+            ptx_loss=ptx.item() if ptx is not None else None,
+            **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()},
+            **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
+               zip(("generate", "score", "train"), clock, clock[1:])})
+        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
+        if config.data == "synthetic":  # for the log only: training never sees the gold reward
+            row["gold"] = float(np.mean([gold_reward(train[i][0], t)
+                                         for i, t in zip(chosen, texts)]))
+        run.log(**row)
+        if step % config.log_every == 0 or step + 1 == config.iterations:
+            for i in range(4):
+                run.log("sample", step=step, prompt=train[chosen[i]][0], response=texts[i],
+                        score=score[i].item(), kl=seq_kl[i].item())
+        if kl < -3 * row["kl_se"] - 1e-3:
+            print(f"\nwarning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
+                  "samples and log-probabilities disagree")
+        if config.kl_target > 0:
+            beta = adapt_beta(beta, kl, config.kl_target, config.batch_size, config.kl_horizon)
+        bar.set_postfix(score=f"{scores:.2f}", kl=f"{kl:.2f}", eos=f"{row['eos_rate']:.2f}")
+
+    metrics = evaluate(policy, reference, reward_model, tokenizer, held_out, config, run, device)
+    metrics["beta"] = beta
+    common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
+                           parents={parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
+    run.finish(**metrics)
+
+
+def check_start(policy, reference, logp, old_logp, ref_logp, mask, device):
+    """On the first minibatch, before any update: ratio 1 and KL 0, or something is wrong."""
+    ratio_error = ((logp - old_logp) * mask).abs().max().item()
+    kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
+    print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
+    if device.type == "cpu":  # full precision; under autocast the two forwards may round apart
+        assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
+        assert abs(kl) < 1e-4, "the policy does not start from the reference"
+
+
+def load_ptx(config, tokenizer):
+    """Token stream of the pretraining text for PPO-ptx, or None."""
+    if config.ptx_coef <= 0:
+        return None
+    if config.ptx_data == "synthetic":
+        texts = documents(3000, config.seed)
+    else:
+        try:
+            texts = [d for d in open(config.ptx_data, encoding="utf-8").read().split("\n\n") if d]
+        except OSError as error:
+            raise UserError(f"--ptx_data={config.ptx_data}: {error.strerror}") from None
+    stream = np.array([i for t in texts for i in [*tokenizer.encode(t), tokenizer.eos]])
+    if len(stream) < 2 * 64:
+        raise UserError(f"--ptx_data={config.ptx_data}: {len(stream)} tokens are too few")
+    return stream
+
+
+def ptx_loss(policy, stream, config, rng, device, length=64):
+    """PPO-ptx (InstructGPT eq. 2): next-token loss on pretraining text, nats, mean per token."""
+    starts = rng.integers(0, len(stream) - length, config.ptx_batch)
+    tokens = torch.from_numpy(np.stack([stream[s:s + length] for s in starts])).to(device)
+    everything = torch.ones(tokens.shape, device=device)
+    with common.autocast(device):
+        logp = token_logprobs(policy, tokens, everything)
+    return -logp.sum() / (tokens.numel() - len(tokens))  # the first token is not predicted
+
+
+def evaluate(policy, reference, reward_model, tokenizer, prompts, config, run, device):
+    """Policy against SFT on held-out prompts: score, KL, EOS rate, length and, on the embedded
+    data, gold reward, win rate (ties count half) and the best of n SFT samples by the same reward
+    model. Sampled at the run's temperature."""
+    policy.eval()
+    texts, ids = zip(*prompts)
+
+    def sample(model, rng, n=1):
+        drawn = common.sample_texts(model, tokenizer, [i for i in ids for _ in range(n)],
+                                    config.max_new_tokens, rng, config.temperature)
+        rows = [i + s["ids"] for i, s in zip([i for i in ids for _ in range(n)], drawn)]
+        masks = [[0] * (len(r) - len(s["ids"])) + [1] * len(s["ids"]) for r, s in zip(rows, drawn)]
+        scores = score_rows(reward_model, rows, masks, tokenizer.pad, device)
+        ended = np.array([s["finished"] for s in drawn])
+        return drawn, rows, masks, np.where(ended, scores, config.missing_eos), ended
+
+    streams = [common.generator(device, config.seed, name) for name in ("policy", "sft")]
+    n = config.best_of
+    drawn, rows, masks, score, ended = sample(policy, streams[0])
+    sft, _, _, sft_score, sft_ended = sample(reference, streams[1], n)
+    seq_kl = []
+    for i in range(0, len(rows), 64):
+        tokens, mask = (t.to(device) for t in collate(rows[i:i + 64], masks[i:i + 64],
+                                                      tokenizer.pad))
+        with torch.no_grad(), common.autocast(device):
+            seq_kl.append((token_logprobs(policy, tokens, mask, config.temperature)
+                           - token_logprobs(reference, tokens, mask, config.temperature)).sum(1))
+    seq_kl = torch.cat(seq_kl)
+    metrics = dict(
+        score=float(score.mean()), score_sft=float(sft_score.mean()),
+        kl=seq_kl.mean().item(), kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
+        length=float(np.mean([len(s["ids"]) for s in drawn])),
+        length_sft=float(np.mean([len(s["ids"]) for s in sft])),
+        eos_rate=float(ended.mean()), eos_rate_sft=float(sft_ended.mean()),
+        score_win_rate=float((np.sign(score - sft_score[::n]) / 2 + 0.5).mean()))
+    if config.data == "synthetic":
+        gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
+        gold_sft = np.array([[gold_reward(t, s["text"]) for s in sft[i * n:(i + 1) * n]]
+                             for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
+        best = gold_sft[np.arange(len(texts)), sft_score.reshape(-1, n).argmax(1)]
+        gap = gold - gold_sft[:, 0]
+        se = lambda x: float(x.std(ddof=1) / len(x) ** 0.5)
+        metrics |= dict(
+            gold=float(gold.mean()), gold_se=se(gold), gold_sft=float(gold_sft[:, 0].mean()),
+            gold_gap=float(gap.mean()), gold_gap_se=se(gap),
+            gold_win_rate=float((np.sign(gap) / 2 + 0.5).mean()),
+            gold_win_rate_se=se(np.sign(gap) / 2), tie_rate=float((gap == 0).mean()),
+            gold_best_of_n=float(best.mean()), best_of=n, gold_over_best_of_n=float(
+                (gold - best).mean()), gold_over_best_of_n_se=se(gold - best))
+    for i in range(min(12, len(texts))):
+        run.log("held_out_sample", prompt=texts[i], sft=sft[i * n]["text"], ppo=drawn[i]["text"],
+                score=float(score[i]), score_sft=float(sft_score[i * n]))
+        if i < 6:
+            shown = texts[i] if isinstance(texts[i], str) else texts[i][-1]["content"]
+            print(f"\nprompt  {shown}\n   sft  {sft[i * n]['text']}\n   ppo  {drawn[i]['text']}")
+    return metrics
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

@@ -1,0 +1,200 @@
+"""Stage 0, pretraining: a language model of plain text, the base of all that follows.
+
+    L = - sum_t log p(x_t | x_<t) / number of tokens          next token, every token counts
+
+The result continues text. It does not answer: asked a question it writes more questions.
+
+    python pretrain.py                                  # the embedded data, about two minutes
+    python pretrain.py --data=books.txt --tokenizer=gpt2 --n_layer=12 --n_head=12 --n_embd=768 ...
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.synthetic.corpus import documents
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import sample_prompts
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    data: str = "synthetic"  # "synthetic", a .txt file, or a .jsonl file (all text of its records)
+    out: str = "out/pretrain"  # output folder
+    init: str = "none"  # checkpoint to go on from; "none" starts from random weights
+    tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
+    n_layer: int = 4  # model size, here and nowhere else
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 128  # longest sequence of this and every later stage
+    dropout: float = 0.0
+    steps: int = 1200
+    batch_size: int = 48  # sequences a step
+    seq_len: int = 40  # tokens a sequence
+    micro_batch: int = 0  # sequences a forward pass; 0 takes the whole batch
+    lr: float = 5e-3  # peak; warm-up, then cosine to a tenth
+    warmup: int = 30  # steps
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    documents: int = 60000  # embedded data: documents to write
+    eval_every: int = 100  # steps between validation losses and saved states
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+
+
+def lm_loss(model, tokens):
+    """Next-token cross-entropy: -sum_t log p(x_t | x_<t), summed over all B (T - 1) predictions.
+
+    tokens (B, T). Returns a scalar in nats, a SUM: the caller divides by the tokens of the step.
+    """
+    logits = model.logits(model(tokens[:, :-1]))
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def pack(documents, length):
+    """Token lists, each beginning with EOS, packed into rows: (rows, length).
+
+    A row begins where a document begins, so that the first positions see beginnings, as they will
+    in every later stage. A document that does not fit fills its row up and starts again in the next
+    one; only one longer than a row goes on where it was cut. An unfilled last row is left out.
+    """
+    rows, row = [], []
+    for document in documents:
+        while len(document) > length - len(row):
+            space = length - len(row)
+            rows.append(row + document[:space])
+            row, document = [], document[space:] if len(document) > length else document
+        row = row + document
+    return torch.tensor(rows).view(-1, length)
+
+
+def read_texts(config):
+    """Documents to learn from, each one string."""
+    if config.data == "synthetic":
+        return list(documents(config.documents, config.seed))
+    path = Path(config.data)
+    if not path.is_file():
+        raise UserError(f"--data={path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return [d for d in text.split("\n\n") if d.strip()]  # a blank line ends a document
+
+    def strings(value):  # every text of a record, in order: prompt, then completion, ...
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, dict):
+            return [s for k, v in value.items() if k != "role" for s in strings(v)]
+        return [s for v in value for s in strings(v)] if isinstance(value, list) else []
+
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            texts += ["\n".join(strings(json.loads(line)))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
+    return texts
+
+
+def main(config):
+    device = common.set_up(config)
+
+    # --- model and data ------------------------------------------------------
+    if config.init == "none":
+        tokenizer = common.tokenizer_of(config.tokenizer)
+        try:
+            size = GPTConfig(tokenizer.vocab_size, tokenizer.n_tokens, config.block_size,
+                             config.n_layer, config.n_head, config.n_embd, config.dropout)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        model = GPT(size).to(device)
+    else:
+        model, tokenizer, _ = common.load_policy(config.init, ("pretrain",), device)
+    texts = read_texts(config)
+    rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in texts], config.seq_len + 1)
+    if len(rows) < 2:
+        raise UserError(f"--data={config.data}: too short for two sequences of "
+                        f"{config.seq_len + 1} tokens, one to train on and one to validate on")
+    n_held_out = max(1, min(256, len(rows) // 50))
+    train, held_out = rows[:-n_held_out], rows[-n_held_out:].to(device)
+    run = common.Run("pretrain", config, device)
+    print(f"{model.num_params():,} parameters, {train.numel():,} tokens, {len(texts):,} documents")
+
+    @torch.no_grad()
+    def validation_loss():
+        model.eval()
+        with common.autocast(device):
+            total = sum(lm_loss(model, t).item() for t in held_out.split(config.batch_size))
+        return total / held_out[:, 1:].numel()
+
+    # --- training loop -------------------------------------------------------
+    optimizer = common.adamw([model], config.lr, config.weight_decay)
+    micro_batch = config.micro_batch or config.batch_size
+    first, state = 0, run.load_state()
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, config.steps), "pretrain", initial=first, total=config.steps,
+               mininterval=1)
+    for step in bar:
+        start = time.perf_counter()
+        if step % config.eval_every == 0:
+            run.log("validation", step=step, loss=validation_loss())
+            run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        model.train()
+        lr = config.lr * common.cosine(step, config.steps, config.warmup)
+        common.set_lr(optimizer, lr)
+        # the batch depends on seed and step alone, so a resumed run reads what it would have read
+        rng = np.random.default_rng([config.seed, step])
+        tokens = train[rng.integers(0, len(train), config.batch_size)].to(device)
+        count, loss_sum = tokens[:, 1:].numel(), 0.0
+        for part in tokens.split(micro_batch):
+            with common.autocast(device):
+                loss = lm_loss(model, part) / count  # the count of the whole step
+            loss.backward()
+            loss_sum = loss_sum + loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # --- end of what changes the weights; the rest is for the reader -----
+        if step % 10 == 0 or step + 1 == config.steps:
+            value, seconds = loss_sum.item(), time.perf_counter() - start
+            run.log(step=step, loss=value, lr=lr, grad_norm=norm.item(), tok_per_s=count / seconds)
+            bar.set_postfix(loss=f"{value:.3f}", tok_per_s=f"{count / seconds:.0f}")
+
+    # --- what it can do ------------------------------------------------------
+    metrics = dict(loss=validation_loss())
+    metrics["perplexity"] = math.exp(metrics["loss"])
+    model.eval()
+    if config.data == "synthetic":
+        metrics.update(base_gold(model, tokenizer, config, run, device))
+    common.save_checkpoint(run.folder / "model.pt", model, "pretrain", tokenizer, config, metrics)
+    run.finish(**metrics)
+
+
+def base_gold(model, tokenizer, config, run, device, n=512):
+    """Gold reward of what the base model writes after held-out prompts given as plain text."""
+    prompts = sample_prompts(n, held_out=True, seed=0)
+    ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
+    samples = common.sample_texts(model, tokenizer, ids, 48, common.generator(device, config.seed))
+    gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
+    for p, s, g in list(zip(prompts, samples, gold))[:8]:
+        run.log("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)
+    ended = [s["finished"] for s in samples]
+    return dict(gold=float(np.mean(gold)), eos_rate=float(np.mean(ended)))
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

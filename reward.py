@@ -1,0 +1,307 @@
+"""Stage 2b, the reward model: Bradley-Terry on rankings of K answers per prompt.
+
+    P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))
+    L_RM = - sum over all pairs of log sigmoid(r(x, y_w) - r(x, y_l)) / number of pairs
+
+The network is the SFT model with a scalar head in place of the vocabulary, read at EOS. All
+K(K-1)/2 pairs of a prompt sit in one batch element and each answer passes through the network
+once (InstructGPT 3.1); spread over batches they would be seen K-1 times an epoch, and overfit.
+
+The loss only fixes differences of r. So afterwards a shift and a scale are measured and stored with
+the weights: demonstrations average 0, samples of the SFT model have standard deviation 1. Then
+beta, the missing-EOS penalty and the critic mean the same in every run.
+
+    python reward.py                                              # the rankings of label.py
+    python reward.py --data=out/data/hh_rlhf.jsonl --init=...     # any file of pairs or rankings
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.records import (check_demonstration, check_ranking, collate, encode_messages, fits,
+                          ranking_pairs, read_jsonl, split)
+from data.synthetic.people import demonstrations
+from data.synthetic.world import sample_prompts
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings or pairs
+    out: str = "out/reward"  # output folder
+    init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
+    demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
+    #                      for the embedded data, else the best-ranked training answers
+    epochs: int = 1  # a second epoch overfits (InstructGPT, Gao et al.)
+    batch_size: int = 32  # prompts a step, each with all its answers
+    micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
+    lr: float = 5e-4  # peak; warm-up, then cosine to a tenth
+    warmup: int = 10  # steps
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    max_new_tokens: int = 48  # SFT samples for the scale
+    samples: int = 512  # how many, and how many demonstrations
+    save_every: int = 100  # steps between saved states
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+
+
+class RewardModel(nn.Module):
+    """A transformer and a scalar head, read at the last token of the response.
+
+    forward returns the score, (B,): (raw - shift) / scale, in units of the spread of SFT samples.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gpt = GPT(config)
+        self.head = nn.Linear(config.n_embd, 1)
+        # small enough to start near zero, as summarize-from-feedback: std 1 / sqrt(d + 1), bias 0
+        nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def raw(self, tokens, response_mask):
+        """tokens (B, T), response_mask (B, T) -> (B,), the score before shift and scale, fp32.
+
+        Read at the last position of the mask: the EOS of a complete response. Found by position,
+        never by comparing ids, and never in the padding.
+        """
+        T = tokens.size(1)
+        last = (response_mask * torch.arange(1, T + 1, device=tokens.device)).argmax(1)
+        hidden = self.gpt(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+        with torch.autocast(tokens.device.type, enabled=False):  # one number a row: keep it exact
+            return self.head(hidden.to(self.head.weight.dtype))[:, 0]
+
+    def forward(self, tokens, response_mask):
+        return (self.raw(tokens, response_mask) - self.shift) / self.scale
+
+
+def reward_loss(chosen, rejected):
+    """Bradley-Terry negative log-likelihood, -sum log sigmoid(r_w - r_l): InstructGPT eq. 1.
+
+    chosen, rejected (pairs,): raw scores. Returns a scalar in nats, a SUM over pairs: the caller
+    divides by the pairs of the whole optimiser step, so a prompt with more pairs weighs more.
+    """
+    return -F.logsigmoid(chosen - rejected).sum()
+
+
+def load_reward_model(path, device):
+    """(reward model, tokenizer, checkpoint), frozen, in eval mode."""
+    checkpoint = common.load_checkpoint(path, ("reward",), device)
+    tokenizer = common.tokenizer_of(checkpoint["tokenizer"])
+    common.check_vocabulary(checkpoint["model"], tokenizer, path)
+    model = RewardModel(GPTConfig(**checkpoint["model"])).to(device).eval().requires_grad_(False)
+    model.load_state_dict(checkpoint["weights"])
+    return model, tokenizer, checkpoint
+
+
+def encode_ranking(tokenizer, record):
+    """[ids of prompt + answer, ...] and [mask, ...], one for each answer; EOS ends every answer."""
+    head = tokenizer.encode_prompt(record["prompt"])
+    answers = [tokenizer.encode_response(c) for c in record["completions"]]
+    return [head + a for a in answers], [[0] * len(head) + [1] * len(a) for a in answers]
+
+
+@torch.no_grad()
+def score_rows(model, rows, masks, pad, device, batch_size=128):
+    """Scores of encoded rows, a numpy array in the order given; batched by length."""
+    order = np.argsort([len(r) for r in rows], kind="stable")
+    scores = np.empty(len(rows))
+    for i in range(0, len(order), batch_size):
+        part = order[i:i + batch_size]
+        tokens, mask = collate([rows[j] for j in part], [masks[j] for j in part], pad)
+        with common.autocast(device):
+            scores[part] = model(tokens.to(device), mask.to(device)).float().cpu().numpy()
+    return scores
+
+
+def interval(values, groups, draws=1000):
+    """95% interval of the mean of `values` by bootstrap over `groups` (prompts, not pairs)."""
+    groups = np.unique(groups, return_inverse=True)[1]
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    picks = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+
+
+def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
+    """The reward model's report card on held-out rankings.
+
+    accuracy: share of labelled pairs ordered as the label says, with its 95% interval; beside it
+    the baselines "longer wins" and "shorter wins" (characters). calibration_error: mean gap between
+    sigmoid(margin) and the share of pairs won, over ten equal bins. With gold scores in the
+    records: accuracy of gold itself on the labels, and agreement with gold where it differs by
+    more than the labelers' noise.
+    """
+    flat = [r for rows_of_one in rows for r in rows_of_one]
+    scores = score_rows(model.raw, flat, [m for ms in masks for m in ms], tokenizer.pad, device)
+    starts = np.cumsum([0] + [len(r) for r in rows])
+    margins, longer, prompts, gold_order, wide = [], [], [], [], []
+    for n, record in enumerate(records):
+        score, text = scores[starts[n]:starts[n + 1]], record["completions"]
+        for i, j in ranking_pairs(record["ranks"]):
+            margins.append(score[i] - score[j])
+            longer.append(np.sign(len(text[i]) - len(text[j])) / 2 + 0.5)
+            prompts.append(n)
+            if "gold" in record:
+                gap = record["gold"][i] - record["gold"][j]
+                gold_order.append(np.sign(gap) / 2 + 0.5)
+                if noise is not None and abs(gap) > noise:
+                    wide.append((margins[-1] > 0) == (gap > 0))
+    margins, longer = np.array(margins), np.array(longer)
+    right = (np.sign(margins) / 2 + 0.5)
+    p = np.abs(0.5 - 1 / (1 + np.exp(-margins))) + 0.5  # confidence in the pair's winner, >= 0.5
+    bins = np.minimum((p - 0.5) * 20, 9).astype(int)
+    table = [dict(confidence=float(p[bins == b].mean()), accuracy=float(right[bins == b].mean()),
+                  pairs=int((bins == b).sum())) for b in range(10) if (bins == b).any()]
+    metrics = dict(
+        loss=float(np.logaddexp(0, -margins).mean()), accuracy=float(right.mean()),
+        accuracy_interval=interval(right, prompts), pairs=len(margins),
+        margin=float(margins.mean()), longer_wins=float(longer.mean()),
+        longer_wins_interval=interval(longer, prompts), shorter_wins=float(1 - longer.mean()),
+        calibration_error=sum(abs(t["confidence"] - t["accuracy"]) * t["pairs"]
+                              for t in table) / len(margins),
+        calibration=table)
+    if gold_order:
+        metrics["gold_accuracy"] = float(np.mean(gold_order))
+    if wide:
+        metrics["accuracy_on_wide_gold"] = float(np.mean(wide))
+    return metrics
+
+
+def main(config):
+    common.ensure_input(config, "init", "sft")
+    common.ensure_input(config, "data", "label")
+    device = common.set_up(config)
+
+    # --- model and data ------------------------------------------------------
+    policy, tokenizer, parent = common.load_policy(config.init, ("sft", "pretrain"), device)
+    model = RewardModel(policy.config).to(device)
+    model.gpt.load_state_dict(policy.state_dict())
+    card_path, noise = Path(config.data).parent / "card.json", None
+    if Path(config.data).name == "rankings.jsonl" and card_path.exists():
+        card = json.loads(card_path.read_text())
+        noise = card["labeler"]["noise"]
+        common.check_lineage(parent["stage"], parent["hash"], card, config.data)
+    sides = []
+    for name, records in zip(("train", "held out"), split(read_jsonl(config.data, check_ranking))):
+        encoded = [(*encode_ranking(tokenizer, r), r) for r in records]
+        kept = fits(f"reward: {name} rankings", [e[0] for e in encoded], policy.config.block_size)
+        kept = set(map(id, kept))
+        sides.append([e for e in encoded if id(e[0]) in kept and ranking_pairs(e[2]["ranks"])])
+        if not sides[-1]:
+            raise UserError(f"--data={config.data}: no {name} ranking is left to use")
+    train, held_out = sides
+    zero = [encode_messages(tokenizer, r["messages"]) for r in read_demos(config, train, noise)]
+    zero = [(ids, mask) for ids, mask in zero if len(ids) <= policy.config.block_size]
+    if not zero:
+        raise UserError(f"--demos={config.demos}: no demonstration fits the context")
+    run = common.Run("reward", config, device)
+    pairs = sum(len(ranking_pairs(r["ranks"])) for _, _, r in train)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} prompts, "
+          f"{pairs} pairs, {len(held_out)} prompts held out")
+
+    # --- training loop -------------------------------------------------------
+    optimizer = common.adamw([model], config.lr, config.weight_decay)
+    micro_batch = config.micro_batch or config.batch_size
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    first, state = 0, run.load_state()
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, steps), "reward", initial=first, total=steps, mininterval=1)
+    for step in bar:
+        start = time.perf_counter()
+        if step % config.save_every == 0:
+            run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        epoch, i = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
+        lr = config.lr * common.cosine(step, steps, config.warmup)
+        common.set_lr(optimizer, lr)
+        count = sum(len(ranking_pairs(r["ranks"])) for _, _, r in batch)  # pairs of the whole step
+        loss_sum = right = 0.0
+        for j in range(0, len(batch), micro_batch):
+            part = batch[j:j + micro_batch]
+            tokens, mask = collate([r for rows, _, _ in part for r in rows],
+                                   [m for _, masks, _ in part for m in masks], tokenizer.pad)
+            winners, losers, offset = [], [], 0
+            for rows, _, record in part:
+                for w, l in ranking_pairs(record["ranks"]):
+                    winners.append(offset + w)
+                    losers.append(offset + l)
+                offset += len(rows)
+            with common.autocast(device):
+                scores = model.raw(tokens.to(device), mask.to(device))  # each answer once
+            loss = reward_loss(scores[winners], scores[losers]) / count
+            loss.backward()
+            loss_sum = loss_sum + loss.detach()
+            right = right + (scores[winners] > scores[losers]).sum()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # --- end of what changes the weights; the rest is for the reader -----
+        if step % 5 == 0:
+            value, accuracy = loss_sum.item(), (right / count).item()
+            run.log(step=step, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
+                    pairs_per_s=count / (time.perf_counter() - start))
+            bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
+
+    # --- shift, scale, report card -------------------------------------------
+    model.eval()
+    score = lambda rows, masks: score_rows(model, rows, masks, tokenizer.pad, device)
+    demo_scores = score(*zip(*zero))
+    prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in train[:config.samples]]
+    prompts = [p for p in prompts if len(p) + config.max_new_tokens <= policy.config.block_size]
+    samples = common.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
+                                  common.generator(device, config.seed))
+    complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
+    if len(complete) < 2:
+        raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
+                        f"within {config.max_new_tokens} tokens: too few to measure the scale on")
+    sample_scores = score([p + y for p, y in complete],
+                          [[0] * len(p) + [1] * len(y) for p, y in complete])
+    model.shift.fill_(float(demo_scores.mean()))
+    model.scale.fill_(float(sample_scores.std()))
+    metrics = evaluate(model, [r for _, _, r in held_out], [rows for rows, _, _ in held_out],
+                       [masks for _, masks, _ in held_out], tokenizer, device, noise)
+    metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
+                    demo_score=float(score(*zip(*zero)).mean()),
+                    sft_score=float((sample_scores.mean() - model.shift.item())
+                                    / model.scale.item()))
+    common.save_checkpoint(run.folder / "model.pt", model, "reward", tokenizer, config, metrics,
+                           parents={parent["stage"]: parent["hash"],
+                                    "data": common.text_hash(Path(config.data).read_text())})
+    run.finish(**metrics)
+
+
+def read_demos(config, train, noise):
+    """The demonstrations whose mean score becomes 0."""
+    if config.demos != "auto":
+        return read_jsonl(config.demos, check_demonstration)[:config.samples]
+    if noise is not None:  # rankings of the embedded data
+        prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
+        return [check_demonstration(r) for r in demonstrations(prompts, config.seed)]
+    best = [dict(prompt=r["prompt"], completion=r["completions"][np.argmin(r["ranks"])])
+            for _, _, r in train[:config.samples]]
+    return [check_demonstration(r) for r in best]
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

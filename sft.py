@@ -1,0 +1,184 @@
+"""Stage 1, supervised fine-tuning: cross-entropy on the tokens of the response.
+
+    L_SFT = - sum_{t in response} log p(y_t | x, y_<t) / number of response tokens in the batch
+
+The prompt is conditioned on, never scored; EOS is part of the response, so the model learns to
+stop. Every assistant turn of a dialogue is scored.
+
+    python sft.py                                            # the embedded data
+    python sft.py --data=out/data/alpaca.jsonl --init=...    # any file of demonstrations
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.records import check_demonstration, collate, encode_messages, fits, read_jsonl, split
+from data.synthetic.gold import gold_reward
+from data.synthetic.people import demonstrations
+from data.synthetic.world import sample_prompts
+from model import token_logprobs
+
+
+@dataclass
+class Config:
+    data: str = "synthetic"  # "synthetic" or a .jsonl file of demonstrations
+    out: str = "out/sft"  # output folder
+    init: str = "out/pretrain"  # checkpoint to start from
+    demos: int = 8000  # embedded data: number of demonstrations
+    quality: float = 0.5  # embedded data: 0 careless contractors, 0.5 a broad mix, 1 careful ones
+    safety: float = 1.0  # embedded data: share of the harmful prompts' demonstrations to keep
+    epochs: int = 3
+    batch_size: int = 32  # dialogues a step
+    micro_batch: int = 0  # dialogues a forward pass; 0 takes the whole batch
+    lr: float = 1e-3  # peak; warm-up, then cosine to a tenth
+    warmup: int = 10  # steps
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    max_new_tokens: int = 48  # for the samples that gold reward and EOS rate are measured on
+    samples: int = 512  # how many of them
+    save_every: int = 100  # steps between saved states
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+
+
+def sft_loss(logp, response_mask):
+    """- sum of the log-probabilities of the response tokens (InstructGPT 3.1; Ouyang et al. 2022).
+
+    logp (B, T), nats per token; response_mask (B, T). Returns a scalar, a SUM in nats: the caller
+    divides by the response tokens of the whole optimiser step. Texts that write a mean per example
+    first weigh a token of a short answer more than one of a long answer; we do not.
+    """
+    return -(logp * response_mask).sum()
+
+
+def load_data(config, tokenizer, block_size):
+    """(train, held out): lists of (ids, mask)."""
+    if config.data == "synthetic":
+        rng = np.random.default_rng(config.seed)
+        prompts = [p for p in sample_prompts(config.demos, held_out=False, seed=config.seed)
+                   if p.family != "harmful" or rng.random() < config.safety]
+        train = demonstrations(prompts, config.seed, config.quality)
+        held_out = demonstrations(sample_prompts(512, held_out=True, seed=0), 0, config.quality)
+        train, held_out = ([check_demonstration(r) for r in part] for part in (train, held_out))
+    else:
+        train, held_out = split(read_jsonl(config.data, check_demonstration))
+    sides = []
+    for name, records in (("train", train), ("held out", held_out)):
+        rows = [encode_messages(tokenizer, r["messages"]) for r in records]
+        sides.append(fits(f"sft: {name} dialogues", rows, block_size))
+        if not sides[-1]:
+            raise UserError(f"--data={config.data}: no {name} dialogue fits the context of "
+                            f"{block_size} tokens")
+    return sides
+
+
+def main(config):
+    common.ensure_input(config, "init", "pretrain")
+    device = common.set_up(config)
+
+    # --- model and data ------------------------------------------------------
+    model, tokenizer, parent = common.load_policy(config.init, ("pretrain", "sft"), device)
+    train, held_out = load_data(config, tokenizer, model.config.block_size)
+    run = common.Run("sft", config, device)
+    print(f"{model.num_params():,} parameters, {len(train)} dialogues, {len(held_out)} held out")
+
+    def batch(rows):
+        tokens, mask = collate(*zip(*rows), tokenizer.pad)
+        return tokens.to(device), mask.to(device)
+
+    @torch.no_grad()
+    def validate(epoch):
+        """Held-out loss per token and, on the embedded data, gold reward of fresh samples."""
+        model.eval()
+        total = count = 0.0
+        for i in range(0, len(held_out), 64):
+            tokens, mask = batch(held_out[i:i + 64])
+            with common.autocast(device):
+                total += sft_loss(token_logprobs(model, tokens, mask), mask).item()
+            count += mask.sum().item()
+        metrics = dict(epoch=epoch, loss=total / count)
+        if config.data == "synthetic":
+            prompts = sample_prompts(config.samples, held_out=True, seed=0)
+            texts, ids = [p.text for p in prompts], []
+        else:
+            prompts, texts = None, []
+            ids = [row[:mask.index(1)] for row, mask in held_out[:config.samples]]
+        ids = ids or [tokenizer.encode_prompt(t) for t in texts]
+        ids = [i for i in ids if len(i) + config.max_new_tokens <= model.config.block_size]
+        samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
+                                      common.generator(device, config.seed, epoch))
+        metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
+        metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
+        if prompts:
+            gold = [gold_reward(t, s["text"]) for t, s in zip(texts, samples)]
+            metrics["gold"] = float(np.mean(gold))
+            for p, s, g in list(zip(prompts, samples, gold))[:8]:
+                run.log("sample", epoch=epoch, family=p.family, prompt=p.text,
+                        response=s["text"], gold=g)
+        run.log("validation", **metrics)
+        print("\n" + " ".join(f"{k}={v:.3f}" for k, v in metrics.items()), flush=True)
+        return metrics
+
+    def save(name, metrics):
+        common.save_checkpoint(run.folder / name, model, "sft", tokenizer, config, metrics,
+                               parents=dict(pretrain=parent["hash"]))
+
+    # --- training loop -------------------------------------------------------
+    optimizer = common.adamw([model], config.lr, config.weight_decay)
+    micro_batch = config.micro_batch or config.batch_size
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    first, metrics, state = 0, {}, run.load_state()
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, metrics = state["step"], state["metrics"]
+    else:
+        metrics = validate(0)
+    bar = tqdm(range(first, steps), "sft", initial=first, total=steps, mininterval=1)
+    for step in bar:
+        start = time.perf_counter()
+        if step % config.save_every == 0:
+            run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                           metrics=metrics)
+        epoch, i = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        chosen = order[i * config.batch_size:(i + 1) * config.batch_size]
+        lr = config.lr * common.cosine(step, steps, config.warmup)
+        common.set_lr(optimizer, lr)
+        rows = [train[j] for j in chosen]
+        count = sum(sum(mask) for _, mask in rows)  # response tokens of the whole step
+        loss_sum = 0.0
+        for j in range(0, len(rows), micro_batch):
+            tokens, mask = batch(rows[j:j + micro_batch])
+            with common.autocast(device):
+                loss = sft_loss(token_logprobs(model, tokens, mask), mask) / count
+            loss.backward()
+            loss_sum = loss_sum + loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # --- end of what changes the weights; the rest is for the reader -----
+        if step % 10 == 0:
+            value, seconds = loss_sum.item(), time.perf_counter() - start
+            run.log(step=step, loss=value, lr=lr, grad_norm=norm.item(), tok_per_s=count / seconds)
+            bar.set_postfix(loss=f"{value:.3f}")
+        if i + 1 == steps_per_epoch:
+            metrics = validate(epoch + 1)
+            save(f"model-epoch{epoch + 1}.pt", metrics)
+
+    # The last epoch is the default: held-out loss is at its lowest earlier, gold reward later.
+    save("model.pt", metrics)
+    run.finish(**metrics)
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

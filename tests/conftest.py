@@ -1,0 +1,32 @@
+"""Shared by all tests: a tiny model, the repository root on the path, no network, no GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny():
+    """A random transformer in float64, 13 real tokens and PAD = 13 in 16 rows, eval mode."""
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=16, n_tokens=13, block_size=24, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(config).double().eval()
+    for p in model.parameters():  # away from the small initial weights, where errors would hide
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def run_script(script, *flags, cwd):
+    """Run a stage as a user does; returns the finished process with its output as text."""
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, text=True,
+                          capture_output=True, timeout=300)

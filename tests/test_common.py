@@ -1,0 +1,174 @@
+"""Flags, run folders, checkpoints."""
+
+import json
+from dataclasses import dataclass
+
+import common
+import pytest
+import torch
+from common import UserError, parse_flags
+from data.tokenizer import load_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    out: str = "out/x"  # output folder
+    steps: int = 10  # how many
+    lr: float = 1e-3  # how fast
+    resume: bool = False  # go on
+    overwrite: bool = False  # start again
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(), st.integers(), st.floats(allow_nan=False), st.booleans())
+def test_flags_round_trip(out, steps, lr, resume):
+    # catches values that change on the way: "=" in a value, a 1 for a float, newlines
+    argv = [f"--out={out}", f"--steps={steps}", f"--lr={lr}", f"--resume={str(resume).lower()}"]
+    config = parse_flags(Config, argv)
+    assert (config.out, config.steps, config.lr, config.resume) == (out, steps, lr, resume)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_any_argument_is_read_or_refused(argument):
+    # catches a crash on odd arguments, and unknown ones that pass
+    if argument in ("-h", "--help"):
+        return
+    try:
+        parse_flags(Config, [argument])
+    except UserError:
+        return
+    assert argument.split("=")[0] in ("--out", "--steps", "--lr", "--resume", "--overwrite")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--step=3"], "unknown flag --step: did you mean --steps?"),
+    (["--steps=3.5"], "expected a whole number"),
+    (["--lr=fast"], "expected a number"),
+    (["--resume=1"], "expected true or false"),
+    (["--resume"], "written --name=value"),
+    (["steps=3"], "written --name=value"),
+    (["--steps=1", "--steps=2"], "given twice"),
+])
+def test_bad_flags(argv, message):
+    # catches abbreviations, silent coercion and repeated flags
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        parse_flags(Config, argv)
+
+
+def test_help_shows_every_field_with_its_comment(capsys):
+    # catches undocumented flags
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(Config, ["--help"])
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0
+    for part in ("--out=out/x", "output folder", "--resume=false", "--lr=0.001", "how fast"):
+        assert part in shown
+
+
+def test_every_field_of_every_stage_is_documented():
+    # catches a flag without a comment where its name does not say everything
+    import label
+    import ppo
+    import pretrain
+    import reward
+    import sft
+    for stage in (pretrain, sft, label, reward, ppo):
+        lines = common.help_text(stage.Config).split("\n")[2:]
+        bare = [line.split("=")[0].strip(" -") for line in lines if line.rstrip().count("  ") < 2
+                and len(line.split()) < 2]
+        allowed = {"n_head", "n_embd", "dropout", "grad_clip", "weight_decay", "adam_eps", "epochs",
+                   "iterations", "gamma", "value_clip", "seed", "temperature", "critic_lr"}
+        assert set(bare) <= allowed, (stage.__name__, set(bare) - allowed)
+        fields = stage.Config.__dataclass_fields__
+        for required in ("init", "data", "out", "seed", "lr", "device"):
+            assert required in fields or (stage is label and required == "lr")
+
+
+def test_a_finished_run_is_not_touched(tmp_path):
+    # catches results written over, and old files that survive --overwrite
+    config = Config(out=str(tmp_path / "run"))
+    run = common.Run("x", config, torch.device("cpu"))
+    (run.folder / "model.pt").write_text("result")
+    (run.folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite=true.*--out=DIR.*--resume=true"):
+        common.Run("x", config, torch.device("cpu"))
+    assert (run.folder / "model.pt").read_text() == "result"
+    common.Run("x", Config(out=config.out, overwrite=True), torch.device("cpu"))
+    assert not (run.folder / "model.pt").exists() and (run.folder / "notes.txt").exists()
+    with pytest.raises(UserError, match="no interrupted run"):
+        common.Run("x", Config(out=config.out, resume=True), torch.device("cpu"))
+    run.save_state(step=1)
+    with pytest.raises(UserError, match="holds an interrupted run: --resume=true"):
+        common.Run("x", config, torch.device("cpu"))
+
+
+def test_log_keys_are_frozen(tmp_path):
+    # catches a typo in a metric's name
+    run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
+    run.log(loss=1.0, step=0)
+    with pytest.raises(KeyError, match="lss"):
+        run.log(lss=1.0, step=1)
+    run.finish(loss=0.5)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in rows] == ["config", "step", "final"]
+    assert rows[0]["config"]["steps"] == 10 and "torch" in rows[0]["versions"]
+    assert rows[2]["loss"] == 0.5 and rows[2]["seconds"] >= 0
+
+
+def checkpoint(path, stage="sft", **change):
+    tokenizer = load_tokenizer("synthetic")
+    size = dict(vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens, block_size=16,
+                n_layer=1, n_head=1, n_embd=8) | change
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**size)).eval()
+    common.save_checkpoint(path, model, stage, tokenizer, Config(), dict(loss=1.0))
+    return model
+
+
+def test_checkpoint_round_trip(tmp_path):
+    # catches weights or sizes lost in the file
+    model = checkpoint(tmp_path / "model.pt", dropout=0.1)
+    loaded, tokenizer, content = common.load_policy(tmp_path, ("sft",), torch.device("cpu"))
+    assert tokenizer.name == "synthetic" and content["metrics"]["loss"] == 1.0
+    assert loaded.config.dropout == 0.0 and not loaded.training  # no dropout after pretraining
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(tokens), model(tokens))
+    assert content["hash"] == common.weights_hash(loaded.state_dict())
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    # catches a wrong file that is half loaded
+    load = lambda *stages: common.load_policy(tmp_path, stages, torch.device("cpu"))
+    with pytest.raises(UserError, match="no checkpoint at .*python sft.py"):
+        load("sft")
+    (tmp_path / "model.pt").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load("sft")
+    torch.save(dict(weights={}), tmp_path / "model.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load("sft")
+    checkpoint(tmp_path / "model.pt", stage="pretrain")
+    with pytest.raises(UserError, match="is a pretrain checkpoint; needed here: sft"):
+        load("sft")
+    checkpoint(tmp_path / "model.pt", vocab_size=4096, n_tokens=4000)
+    with pytest.raises(UserError, match="vocabulary of 4000 tokens.*do not belong together"):
+        load("sft")
+
+
+def test_lineage_warning(capsys):
+    # catches a reward model of another SFT run that is used in silence
+    common.check_lineage("sft", "abc", dict(parents=dict(sft="abc")), "x")
+    assert capsys.readouterr().err == ""
+    common.check_lineage("sft", "abc", dict(parents=dict(sft="def")), "x")
+    assert "x descends from another sft run" in capsys.readouterr().err
+
+
+def test_cosine_schedule():
+    # catches a warm-up that starts at 0 for good, and a floor that is not reached
+    factors = [common.cosine(s, 100, 10) for s in range(100)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
+    assert factors[-1] < 0.101 and all(a >= b for a, b in zip(factors[10:], factors[11:]))

@@ -1,0 +1,158 @@
+"""Tokenizer and template, record formats, the split, batches."""
+
+import pytest
+import torch
+from data.records import (
+    DataError,
+    check_demonstration,
+    check_prompt,
+    check_ranking,
+    collate,
+    encode_messages,
+    fits,
+    prompt_key,
+    read_jsonl,
+    split,
+    write_jsonl,
+)
+from data.tokenizer import load_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+tok = load_tokenizer("synthetic")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_round_trip(text):
+    # catches bytes lost by the tokenizer, and markers read out of ordinary text
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text.encode("utf-8", "replace").decode("utf-8", "replace")
+    assert all(i < tok.eos for i in ids)
+
+
+def test_special_ids():
+    # catches PAD = EOS and a PAD that the head could produce
+    assert tok.pad == tok.n_tokens < tok.vocab_size and tok.vocab_size % 64 == 0
+    assert tok.eos not in (tok.pad, *tok.markers.values())
+    assert tok.encode("<|user|><|endoftext|>") != [tok.markers["user"], tok.eos]
+
+
+def test_template_exactly():
+    # catches a missing or doubled EOS, stray newlines, and a loss on the wrong turns
+    turns = [dict(role="system", content="Be brief."), dict(role="user", content="Hi"),
+             dict(role="assistant", content="Hello."), dict(role="user", content="Bye"),
+             dict(role="assistant", content="Good bye.")]
+    e, (system, user, assistant) = tok.encode, tok.markers.values()
+    expected = [system, *e("Be brief."), user, *e("Hi"), assistant, *e("Hello."), tok.eos,
+                user, *e("Bye"), assistant, *e("Good bye."), tok.eos]
+    ids, mask = encode_messages(tok, turns)
+    assert ids == expected
+    scored = [i for i, m in zip(ids, mask) if m]
+    assert scored == [*e("Hello."), tok.eos, *e("Good bye."), tok.eos]
+    assert tok.encode_prompt(turns[:4]) == expected[:-len(e("Good bye.")) - 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_prompt_ids_are_a_prefix(prompt, response):
+    # catches a merge across the boundary of prompt and response
+    messages = [dict(role="user", content=prompt), dict(role="assistant", content=response)]
+    ids, mask = encode_messages(tok, messages)
+    head = tok.encode_prompt(prompt)
+    assert ids[:len(head)] == head and mask == [0] * len(head) + [1] * (len(ids) - len(head))
+    assert ids[-1] == tok.eos and ids.count(tok.eos) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, tok.pad), min_size=1, max_size=9), min_size=1, max_size=5),
+       st.data())
+def test_masks_come_from_lengths(rows, data):
+    # catches a mask made by comparing ids: rows here hold PAD and EOS ids inside
+    masks = [data.draw(st.lists(st.integers(0, 1), min_size=len(r), max_size=len(r))) for r in rows]
+    tokens, mask = collate(rows, masks, tok.pad)
+    for row, m, tokens_row, mask_row in zip(rows, masks, tokens, mask):
+        assert tokens_row.tolist() == row + [tok.pad] * (tokens.size(1) - len(row))
+        assert mask_row.tolist() == m + [0] * (tokens.size(1) - len(row))
+    assert tokens.dtype == torch.int64 and mask.dtype == torch.float32
+
+
+@pytest.mark.parametrize("check, record, message", [
+    (check_demonstration, dict(prompt="a"), "'completion' is missing"),
+    (check_demonstration, dict(completion="a"), "'prompt' is missing"),
+    (check_demonstration, dict(prompt="a", completion=" "), "'completion' is empty"),
+    (check_demonstration, dict(prompt="a", completion=3), "'completion' is int"),
+    (check_demonstration, dict(messages=[dict(role="user", content="a")]), "does not end with"),
+    (check_demonstration, dict(messages=[dict(role="bot", content="a")]), "needs a role"),
+    (check_ranking, dict(prompt="a", chosen="b"), "'rejected' is missing"),
+    (check_ranking, dict(prompt="a", completions=["b"], ranks=[1]), "at least two"),
+    (check_ranking, dict(prompt="a", completions=["b", "c"], ranks=[1]), "2 whole numbers"),
+    (check_ranking, dict(prompt="a", completions=["b", "c"], ranks=[0, 1]), "2 whole numbers"),
+    (check_ranking, dict(prompt="a", completions=["b", ""], ranks=[2, 1]), "completions[1]"),
+    (check_prompt, dict(prompt=[]), "text or a list of turns"),
+    (check_prompt, dict(prompt=[dict(role="assistant", content="a")]), "ends with an assistant"),
+])
+def test_bad_records_are_named(check, record, message):
+    # catches a bad record that passes, or a message that does not say what is wrong
+    with pytest.raises(DataError) as error:
+        check(record, "x.jsonl:7")
+    assert str(error.value).startswith("x.jsonl:7") and message in str(error.value)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+                           lambda c: st.lists(c, max_size=3) | st.dictionaries(
+                               st.sampled_from(["prompt", "completion", "role", "content",
+                                                "messages", "ranks", "completions"]), c))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "chosen", "rejected",
+                                        "completions", "ranks"]), json_values))
+def test_any_json_is_a_record_or_an_error(record):
+    # catches a crash (KeyError, TypeError) on odd input
+    for check in (check_demonstration, check_ranking, check_prompt):
+        try:
+            check(record)
+        except DataError:
+            pass
+
+
+def test_files(tmp_path):
+    # catches errors that do not name file and line, and records lost on the way
+    path = tmp_path / "a" / "x.jsonl"
+    records = [dict(prompt="é", completion="b"), dict(prompt="c", completion="line\u2028break")]
+    write_jsonl(path, records)
+    assert read_jsonl(path, lambda r, w: r) == records
+    path.write_text('{"prompt": "a", "completion": "b"}\n\nnot json\n')
+    with pytest.raises(DataError, match=r"x.jsonl:3: not JSON"):
+        read_jsonl(path, check_demonstration)
+    path.write_text("[1]\n")
+    with pytest.raises(DataError, match=r"x.jsonl:1: a record must be a JSON object"):
+        read_jsonl(path, check_demonstration)
+    path.write_text("\n")
+    with pytest.raises(DataError, match="no records"):
+        read_jsonl(path, check_demonstration)
+    with pytest.raises(DataError, match="no data file"):
+        read_jsonl(tmp_path / "missing", check_demonstration)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="UTF-8"):
+        read_jsonl(path, check_demonstration)
+
+
+def test_split_goes_by_prompt_in_every_format():
+    # catches the same prompt on both sides, within a file or across stages
+    demos = [dict(messages=[dict(role="user", content=f"q{i % 50}"),
+                            dict(role="assistant", content=f"a{i}")]) for i in range(200)]
+    pairs = [dict(prompt=f"q{i % 50}", completions=["a", "b"], ranks=[1, 2]) for i in range(100)]
+    sides = [{prompt_key(r) for r in side} for file in (demos, pairs) for side in split(file, 0.2)]
+    assert not sides[0] & sides[1] and sides[0] == sides[2] and sides[1] == sides[3]
+    assert 0 < len(sides[1]) < 25
+    train, held_out = split([dict(prompt="a", held_out=True), dict(prompt="b", held_out=False)])
+    assert [r["prompt"] for r in train + held_out] == ["b", "a"]
+
+
+def test_too_long_is_dropped_and_counted(capsys):
+    # catches silent truncation, and a pair of which only one side is dropped
+    rows = [([1] * 5, [1] * 3), ([1] * 3, [1] * 9)]
+    assert fits("pairs", rows, 5) == rows[:1]
+    assert "dropped 1 of 2" in capsys.readouterr().out

@@ -1,0 +1,186 @@
+"""The transformer, its cache, sampling, and the one log-probability function."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model import GPT, GPTConfig, KVCache, generate, token_logprobs, token_stats
+
+EOS = 0
+
+
+def right_pad(rows, pad=13):
+    T = max(map(len, rows))
+    return torch.tensor([r + [pad] * (T - len(r)) for r in rows])
+
+
+def response_mask(starts, rows):
+    T = max(map(len, rows))
+    return torch.tensor([[float(s <= t < len(r)) for t in range(T)] for s, r in zip(starts, rows)])
+
+
+@torch.no_grad()
+def test_cache_equals_full_forward(tiny):
+    # catches a cache slot, position or mask that is off by one
+    rows = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
+    tails = [[3, 4, 5], [1, 2, 3], [7, 8, 9]]
+    full = [tiny(torch.tensor([r + t]))[0] for r, t in zip(rows, tails)]
+    cache = KVCache(tiny.config, 3, 10, "cpu", torch.float64)
+    hidden = tiny(right_pad(rows), cache, torch.arange(5).expand(3, -1))
+    for b, r in enumerate(rows):
+        torch.testing.assert_close(hidden[b, :len(r)], full[b][:len(r)])
+    for step in range(3):
+        token = torch.tensor([t[step] for t in tails])[:, None]
+        position = torch.tensor([len(r) + step for r in rows])[:, None]
+        hidden = tiny(token, cache, position)
+        for b, r in enumerate(rows):
+            torch.testing.assert_close(hidden[b, 0], full[b][len(r) + step])
+
+
+def test_greedy_with_mixed_lengths_equals_one_row_at_a_time(tiny):
+    # catches left-padding and batching errors in generate
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
+    tokens, mask, done = generate(tiny, prompts, 8, EOS, temperature=0)
+    for b, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(tiny.logits(tiny(torch.tensor([ids])))[0, -1].argmax().item())
+            if ids[-1] == EOS:
+                break
+        assert tokens[b][:len(ids)].tolist() == ids
+        assert mask[b].nonzero().flatten().tolist() == list(range(len(prompt), len(ids)))
+        assert done[b].item() == (ids[-1] == EOS)
+
+
+def test_generate_stops_at_eos_and_pads_behind_it(tiny):
+    # catches tokens after EOS, a mask without EOS, and PAD inside a response
+    prompts = [[1 + i % 12] * (1 + i % 4) for i in range(200)]
+    tokens, mask, done = generate(tiny, prompts, 12, EOS,
+                                  generator=torch.Generator().manual_seed(0))
+    assert done.any() and not done.all()
+    for row, m, finished, prompt in zip(tokens, mask.bool(), done, prompts):
+        response = row[m].tolist()
+        assert row[:len(prompt)].tolist() == prompt
+        assert (EOS in response) == finished and EOS not in response[:-1]
+        assert len(response) == 12 or finished
+        end = len(prompt) + len(response)
+        assert (row[end:] == tiny.config.n_tokens).all()
+        assert max(response) < tiny.config.n_tokens
+
+
+def test_samples_follow_the_tempered_softmax(tiny):
+    # catches a missing temperature and a wrong sampler: chi-square on 20,000 first tokens
+    T, n = 0.7, 20000
+    p = F.softmax(tiny.logits(tiny(torch.tensor([[1, 2]])))[0, -1] / T, -1).double()
+    tokens, _, _ = generate(tiny, [[1, 2]] * n, 1, EOS, T, torch.Generator().manual_seed(1))
+    counts = torch.bincount(tokens[:, 2], minlength=13).double()
+    chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
+    assert chi2 < 45  # 12 degrees of freedom: exceeded once in 100,000
+
+
+def test_generate_is_seeded(tiny):
+    # catches a sampler that draws from the global stream
+    draw = lambda seed: generate(tiny, [[1, 2]] * 4, 8, EOS,
+                                 generator=torch.Generator().manual_seed(seed))[0].tolist()
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_generate_refuses_what_does_not_fit(tiny):
+    # catches silent truncation
+    with pytest.raises(ValueError, match="do not fit the context of 24"):
+        generate(tiny, [[1] * 20], 5, EOS)
+    with pytest.raises(ValueError, match="empty"):
+        generate(tiny, [[1], []], 5, EOS)
+    with pytest.raises(ValueError, match="25 tokens do not fit"):
+        tiny(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_token_logprobs_by_hand(tiny):
+    # catches a shift by one, a missing temperature, and head work in the wrong place
+    tokens, mask = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[0., 0, 1, 1, 0]])
+    logp = token_logprobs(tiny, tokens, mask, temperature=0.5)
+    logits = tiny(tokens)[0] @ tiny.wte.weight[:13].T / 0.5
+    for t in (2, 3):
+        expected = logits[t - 1, tokens[0, t]] - logits[t - 1].logsumexp(0)
+        assert abs(logp[0, t].item() - expected.item()) < 1e-5  # the head returns fp32
+    assert logp[0, [0, 1, 4]].tolist() == [0, 0, 0]
+
+
+def test_padded_vocabulary_rows_get_no_probability(tiny):
+    # catches probability leaking to the padded rows, PAD among them
+    assert tiny.logits(tiny(torch.tensor([[1, 2]]))).size(-1) == 13
+    with torch.no_grad():
+        tiny.wte.weight[13:] = 100.0
+    logits = tiny.logits(tiny(torch.tensor([[1, 2]])))
+    assert torch.isfinite(logits).all() and logits.abs().max() < 100
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_change_neither_values_nor_gradients(tiny, chunk):
+    # catches a wrong scatter or a wrong recomputation in the chunked head
+    torch.manual_seed(1)
+    reference = GPT(tiny.config).double()
+    rows = [[1, 2, 3, 4, 0], [5, 6, 7], [8, 9, 10, 11, 12, 1, 0]]
+    tokens, mask = right_pad(rows), response_mask([2, 1, 3], rows)
+
+    def run(chunk):
+        tiny.zero_grad()
+        out = token_stats(tiny, tokens, mask, 0.8, True, reference, chunk=chunk)
+        sum((x * mask).sum() * w for x, w in zip(out, (1, 0.3, 0.7))).backward()
+        return [x.detach() for x in out], [p.grad.clone() for p in tiny.parameters()]
+
+    (values, gradients), (expected, expected_gradients) = run(chunk), run(8192)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_entropy_and_exact_kl_by_hand(tiny):
+    # catches KL(ref || pi) in place of KL(pi || ref)
+    torch.manual_seed(1)
+    reference = GPT(tiny.config).double()
+    tokens, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[0., 0, 1]])
+    _, entropy, kl = token_stats(tiny, tokens, mask, 1.0, True, reference)
+    p = F.softmax(tiny.logits(tiny(tokens))[0, 1].double(), -1)
+    q = F.softmax(reference.logits(reference(tokens))[0, 1].double(), -1)
+    assert abs(entropy[0, 2].item() + (p * p.log()).sum().item()) < 1e-5
+    assert abs(kl[0, 2].item() - (p * (p / q).log()).sum().item()) < 1e-5
+
+
+def test_padding_and_batch_order_change_nothing(tiny):
+    # catches attention to padding and masks by id
+    rows = [[1, 2, 3, 4, 0], [5, 6, 7], [8, 9, 10, 11, 12, 1, 0]]
+    tokens, mask = right_pad(rows), response_mask([2, 1, 3], rows)
+    logp = token_logprobs(tiny, tokens, mask)
+    wide = token_logprobs(tiny, F.pad(tokens, (0, 6), value=13), F.pad(mask, (0, 6)))
+    torch.testing.assert_close(wide[:, :7], logp)
+    order = [2, 0, 1]
+    torch.testing.assert_close(token_logprobs(tiny, tokens[order], mask[order]), logp[order])
+
+
+def test_bad_sizes_are_refused():
+    # catches a model whose heads or vocabulary do not fit
+    with pytest.raises(ValueError, match="n_head"):
+        GPTConfig(n_embd=10, n_head=3)
+    with pytest.raises(ValueError, match="n_tokens"):
+        GPTConfig(vocab_size=64, n_tokens=64)
+
+
+def test_logits_match_transformers():
+    # catches any difference from GPT-2: norm placement, GELU, scaling, positions, tying
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig(vocab_size=64, n_tokens=61, block_size=32, n_layer=3, n_head=4, n_embd=32)
+    torch.manual_seed(0)
+    ours = GPT(config).eval()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=3, n_head=4)).eval()
+    weights = {}
+    for name, value in ours.state_dict().items():
+        if name.endswith("weight") and any(k in name for k in ("c_attn", "c_proj", "c_fc")):
+            value = value.T  # GPT-2 stores its matrices the other way round
+        weights[f"transformer.{name}"] = value * 3 if "wpe" in name else value
+    with torch.no_grad():
+        ours.wpe.weight *= 3
+    theirs.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+    tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits[..., :61]
+        torch.testing.assert_close(ours.logits(ours(tokens)), expected, atol=1e-5, rtol=1e-5)

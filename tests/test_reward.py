@@ -1,0 +1,105 @@
+"""The reward model: its loss, where it reads, its report card."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from data.records import ranking_pairs
+from reward import RewardModel, evaluate, interval, reward_loss
+
+
+def test_bradley_terry_numbers():
+    # catches a reversed pair: 2.1 against 0.4 is an 84.5% win and a loss of 0.168
+    loss = reward_loss(torch.tensor([2.1]), torch.tensor([0.4])).item()
+    assert math.exp(-loss) == pytest.approx(0.845, abs=1e-3)
+    assert loss == pytest.approx(0.168, abs=5e-4)
+    assert reward_loss(torch.zeros(1), torch.zeros(1)).item() == pytest.approx(math.log(2))
+
+
+def test_loss_is_a_sum_and_blind_to_a_shift():
+    # catches a hidden mean and a loss that sees absolute scores
+    chosen, rejected = torch.tensor([1.0, -0.5]), torch.tensor([0.2, 0.1])
+    parts = [reward_loss(c[None], r[None]) for c, r in zip(chosen, rejected)]
+    assert reward_loss(chosen, rejected).item() == pytest.approx(sum(parts).item())
+    assert reward_loss(chosen + 5, rejected + 5).item() == pytest.approx(sum(parts).item())
+
+
+def test_pairs_of_a_ranking():
+    # catches reversed ranks (1 is best), pairs made from ties, and missing pairs
+    assert ranking_pairs([2, 1, 3]) == [(0, 2), (1, 0), (1, 2)]
+    assert ranking_pairs([1, 1, 2]) == [(0, 2), (1, 2)]
+    assert ranking_pairs([1, 1]) == []
+    assert len(ranking_pairs([4, 2, 1, 3])) == 6
+
+
+def test_score_is_read_at_the_last_response_token(tiny):
+    # catches reading the last column, a pad, or the first token that looks like PAD or EOS
+    model = RewardModel(tiny.config).double().eval()
+    tokens = torch.tensor([[1, 0, 3, 4, 0, 13, 13]])  # EOS (0) also stands in the prompt
+    mask = torch.tensor([[0., 0, 1, 1, 1, 0, 0]])
+    expected = model.head(model.gpt(tokens))[0, 4, 0].float()
+    torch.testing.assert_close(model.raw(tokens, mask)[0], expected, check_dtype=False)
+
+
+def test_padding_does_not_change_the_score(tiny):
+    # catches a score that depends on the longest answer of the batch
+    model = RewardModel(tiny.config).double().eval()
+    tokens, mask = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[0., 0, 1, 1]])
+    wide = model(F.pad(tokens, (0, 9), value=13), F.pad(mask, (0, 9)))
+    torch.testing.assert_close(wide, model(tokens, mask))
+
+
+def test_shift_and_scale(tiny):
+    # catches a forward that forgets one of them or applies them in the wrong order
+    model = RewardModel(tiny.config).double().eval()
+    tokens, mask = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[0., 0, 1, 1]])
+    raw = model.raw(tokens, mask)
+    model.shift.fill_(0.3)
+    model.scale.fill_(4.0)
+    torch.testing.assert_close(model(tokens, mask), (raw - 0.3) / 4, check_dtype=False,
+                               rtol=1e-6, atol=1e-7)
+
+
+def test_head_initialisation():
+    # catches a head that starts with large scores: std 1 / sqrt(d + 1), bias 0
+    from model import GPTConfig
+    torch.manual_seed(0)
+    model = RewardModel(GPTConfig(64, 60, 8, 1, 1, 4096))
+    assert model.head.weight.std().item() == pytest.approx(4097**-0.5, rel=0.05)
+    assert model.head.bias.item() == 0
+
+
+def test_report_card_on_a_known_model():
+    # catches reversed accuracy, wrong baselines, and a calibration that is not one
+
+    class Oracle:
+        """Its score is the id of the response's first token over ten."""
+        def raw(self, tokens, mask):
+            first = mask.argmax(1)
+            return tokens[torch.arange(len(tokens)), first].float() / 10
+
+    class Tokenizer:
+        pad = 99
+
+    records = [dict(prompt="a", completions=["xx", "y"], ranks=[1, 2], gold=[3.0, 0.0]),
+               dict(prompt="b", completions=["x", "yy"], ranks=[1, 2], gold=[0.1, 0.0]),
+               dict(prompt="c", completions=["xx", "y"], ranks=[2, 1], gold=[-1.0, 1.0])]
+    rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
+    masks = [[[0, 1], [0, 1]]] * 3
+    card = evaluate(Oracle(), records, rows, masks, Tokenizer, torch.device("cpu"), noise=1.0)
+    assert card["accuracy"] == pytest.approx(2 / 3)
+    assert card["longer_wins"] == pytest.approx(1 / 3)
+    assert card["gold_accuracy"] == 1.0
+    assert card["accuracy_on_wide_gold"] == 1.0  # the pair it gets wrong differs by 0.1 only
+    margins = np.array([2.0, -0.5, 0.4])
+    assert card["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
+    assert 0 <= card["accuracy_interval"][0] <= 2 / 3 <= card["accuracy_interval"][1] <= 1
+
+
+def test_interval_is_over_prompts():
+    # catches an interval that takes the pairs of a prompt for independent
+    values, groups = np.repeat([0.0, 1.0] * 50, 20), np.repeat(np.arange(100), 20)
+    low, high = interval(values, groups)
+    assert 0.15 < high - low < 0.25  # 2 * 1.96 * 0.5 / sqrt(100)

@@ -1,0 +1,227 @@
+"""The real scripts, tiny: the whole chain, resume, and what a user sees when something is wrong."""
+
+import json
+
+import common
+import pytest
+import torch
+from conftest import run_script
+from data.records import write_jsonl
+
+TINY = dict(
+    pretrain=["--steps=12", "--n_layer=1", "--n_embd=32", "--n_head=2", "--documents=500",
+              "--batch_size=8"],
+    sft=["--demos=64", "--epochs=1", "--samples=32"],
+    label=["--prompts=24", "--held_out=12", "--k=3", "--oversample=1", "--max_new_tokens=80"],
+    reward=["--batch_size=4", "--samples=16", "--max_new_tokens=80"],
+    ppo=["--iterations=2", "--batch_size=8", "--eval_prompts=8", "--best_of=2",
+         "--max_new_tokens=80"])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A folder in which every stage has run once, tiny; and the output of each."""
+    folder = tmp_path_factory.mktemp("chain")
+    outputs = {}
+    for stage, flags in TINY.items():
+        result = run_script(f"{stage}.py", *flags, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        outputs[stage] = result.stdout
+    return folder, outputs
+
+
+def rows(folder, stage, kind):
+    lines = (folder / "out" / stage / "log.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_every_stage_writes_what_it_promises(chain):
+    # catches a missing file, an incomplete log, a checkpoint that needs more than weights_only
+    folder, outputs = chain
+    for stage in TINY:
+        out = folder / "out" / stage
+        final = rows(folder, stage, "final")
+        assert len(final) == 1 and "seconds" in final[0] and "done." in outputs[stage]
+        assert rows(folder, stage, "config")[0]["config"]["seed"] == 1
+        assert not (out / "state.pt").exists()
+        if stage != "label":
+            content = torch.load(out / "model.pt", weights_only=True)
+            assert content["stage"] == stage and content["tokenizer"] == "synthetic"
+    card = json.loads((folder / "out" / "label" / "card.json").read_text())
+    sft = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
+    assert card["parents"]["sft"] == sft["hash"]
+    assert (folder / "out" / "sft" / "model-epoch1.pt").exists()
+
+
+def test_reward_model_is_centred_and_scaled(chain):
+    # catches a shift or scale that is measured but not applied
+    final = rows(chain[0], "reward", "final")[0]
+    assert abs(final["demo_score"]) < 1e-4
+    assert final["scale"] > 0 and 0 <= final["accuracy"] <= 1
+    assert {"longer_wins", "shorter_wins", "calibration_error", "gold_accuracy",
+            "accuracy_on_wide_gold", "accuracy_interval"} <= set(final)
+
+
+def test_ppo_logs_what_one_needs_to_see(chain):
+    # catches a metric that is not logged, KL at the start that is not 0, a ratio that is not 1
+    folder, outputs = chain
+    first = rows(folder, "ppo", "step")[0]
+    assert {"score", "kl", "kl_se", "kl_exact", "kl_per_token", "objective", "entropy", "length",
+            "length_min", "length_max", "eos_rate", "clip_fraction", "approx_kl", "ratio_max",
+            "grad_norm", "critic_grad_norm", "explained_variance", "returns_mean", "returns_std",
+            "beta", "generate_tok_per_s", "score_tok_per_s", "train_tok_per_s",
+            "policy_loss", "value_loss", "gold"} <= set(first)
+    assert abs(first["kl"]) < 1e-4 and abs(first["kl_exact"]) < 1e-4
+    assert "first minibatch: |log ratio|" in outputs["ppo"]
+    final = rows(folder, "ppo", "final")[0]
+    assert {"score", "gold", "gold_sft", "gold_win_rate", "tie_rate", "kl", "kl_se", "length",
+            "eos_rate", "gold_best_of_n"} <= set(final)
+    assert rows(folder, "ppo", "sample")[0]["prompt"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--kl_in=loss", "--entropy_coef=0.01", "--score_scaling=true"],
+    ["--kl_target=1", "--ptx_coef=1", "--ptx_batch=4", "--temperature=0.7"],
+    ["--whiten=false", "--epochs=1", "--minibatches=1", "--micro_batch=3"],
+])
+def test_ppo_options_run(chain, flags):
+    # catches an option that only works alone, or not at all
+    out = f"--out=out/ppo_{len(flags)}_{flags[0].strip('-')}"
+    result = run_script("ppo.py", *TINY["ppo"], *flags, out, cwd=chain[0])
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_missing_stage_is_run_first(tmp_path):
+    # catches a default input that is not made; pretraining is put there to keep the test short
+    assert run_script("pretrain.py", *TINY["pretrain"], cwd=tmp_path).returncode == 0
+    result = run_script("label.py", *TINY["label"], "--device=nonsense", cwd=tmp_path)
+    assert "running `python sft.py` first" in result.stdout
+    assert result.returncode == 2  # the stage before it failed, with its own clear line
+    assert "--device=nonsense is not available here" in result.stderr
+    assert not (tmp_path / "out" / "label").exists()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage, change", [
+    ("pretrain", dict(eval_every=4)), ("sft", dict(save_every=1)), ("reward", dict(save_every=2)),
+    ("ppo", dict(save_every=1, kl_target=1.0, score_scaling=True, iterations=3))])
+def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
+    # catches anything that resume forgets: optimiser, data order, beta, running statistics
+    module = __import__(stage)
+    monkeypatch.chdir(chain[0])
+    config = common.parse_flags(module.Config, TINY[stage])
+    for name, value in change.items():
+        setattr(config, name, value)
+    config.out = str(tmp_path / "whole")
+    module.main(config)
+
+    config.out, save, calls = str(tmp_path / "parts"), common.Run.save_state, []
+
+    def save_and_stop(run, **state):
+        save(run, **state)
+        calls.append(1)
+        if len(calls) == 2:
+            run.log("later", x=1)  # written after the state: resume must cut it off
+            raise Stop
+
+    monkeypatch.setattr(common.Run, "save_state", save_and_stop)
+    with pytest.raises(Stop):
+        module.main(config)
+    monkeypatch.setattr(common.Run, "save_state", save)
+    config.resume = True
+    module.main(config)
+    whole, parts = (torch.load(tmp_path / name / "model.pt", weights_only=True)
+                    for name in ("whole", "parts"))
+    assert whole["hash"] == parts["hash"]
+    kinds = lambda name: [json.loads(line)["kind"] for line in
+                          (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    assert kinds("parts") == kinds("whole")
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("sft.py", ["--epoch=3"], "unknown flag --epoch: did you mean --epochs?"),
+    ("sft.py", ["--epochs=three"], "expected a whole number"),
+    ("sft.py", ["--init=nowhere"], "--init=nowhere does not exist: `python pretrain.py"),
+    ("sft.py", ["--init=out/reward"], "is a reward checkpoint; needed here: pretrain or sft"),
+    ("sft.py", ["--init=text.txt"], "is not a checkpoint of this project"),
+    ("sft.py", ["--data=missing.jsonl"], "no data file at missing.jsonl"),
+    ("sft.py", ["--data=broken.jsonl"], "broken.jsonl:2: not JSON"),
+    ("sft.py", ["--data=fields.jsonl"], "fields.jsonl:1: the field 'completion' is missing"),
+    ("sft.py", ["--data=empty.jsonl"], "empty.jsonl:1: 'completion' is empty"),
+    ("sft.py", ["--data=long.jsonl"], "fits the context of 128 tokens"),
+    ("sft.py", ["--out=out/sft"], "already holds a finished run: --overwrite=true"),
+    ("label.py", ["--data=long.jsonl", "--out=out/l2"], "the embedded data only"),
+    ("label.py", ["--out=out/label"], "already holds a finished run"),
+    ("reward.py", ["--data=fields.jsonl"], "fields.jsonl:1: the field 'chosen' is missing"),
+    ("ppo.py", ["--data=long.jsonl"], "no train prompt of at most"),
+    ("ppo.py", ["--reward_model=out/sft"], "is a sft checkpoint; needed here: reward"),
+    ("ppo.py", ["--reward_model=nowhere"], "--reward_model=nowhere does not exist"),
+    ("ppo.py", ["--kl_in=both"], "--kl_in=both: expected reward or loss"),
+    ("pretrain.py", ["--tokenizer=bert"], "tokenizer 'bert' is unknown"),
+    ("pretrain.py", ["--n_head=3"], "n_embd=128 is not a multiple of n_head=3"),
+    ("pretrain.py", ["--data=missing.txt"], "--data=missing.txt does not exist"),
+])
+def test_bad_input_is_one_clear_line(chain, script, flags, message):
+    # catches tracebacks, wrong exit statuses, and files touched by a run that cannot start
+    folder = chain[0]
+    (folder / "text.txt").write_text("hello")
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    write_jsonl(folder / "fields.jsonl", [dict(prompt="a")] * 3)
+    write_jsonl(folder / "empty.jsonl", [dict(prompt="a", completion="")])
+    write_jsonl(folder / "long.jsonl", [dict(prompt=f"{i} " * 300, completion="b")
+                                        for i in range(60)])
+    before = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*")}
+    if not any(f.startswith("--out") for f in flags):
+        flags = [*flags, "--out=out/new"]
+    result = run_script(script, *flags, cwd=folder)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and message in result.stderr
+    assert {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*")} == before
+
+
+def test_vocabulary_that_does_not_fit(chain):
+    # catches token ids of one tokenizer fed to a model of another
+    folder = chain[0]
+    content = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
+    content["model"] |= dict(vocab_size=64, n_tokens=60)
+    (folder / "odd").mkdir()
+    torch.save(content, folder / "odd" / "model.pt")
+    result = run_script("sft.py", "--init=odd", "--out=out/new", cwd=folder)
+    assert result.returncode == 2 and "do not belong together" in result.stderr
+    assert not (folder / "out" / "new").exists()
+
+
+def test_lineage_is_checked_across_runs(chain, tmp_path):
+    # catches a reward model used with a policy of another SFT run, in silence
+    folder = chain[0]
+    run_script("sft.py", *TINY["sft"], "--seed=2", "--out=out/sft2", cwd=folder)
+    result = run_script("ppo.py", *TINY["ppo"], "--init=out/sft2", f"--out={tmp_path}/p",
+                        cwd=folder)
+    assert result.returncode == 0 and "descends from another sft run" in result.stderr
+
+
+def test_real_pairs_without_embedded_data(chain):
+    # catches stages that only work on the embedded data
+    folder = chain[0]
+    demos = [dict(prompt=f"Say {i}.", completion=f"It is {i}.") for i in range(40)]
+    pairs = [dict(prompt=[dict(role="user", content=f"Say {i}.")], chosen=f"It is {i}.",
+                  rejected="No.") for i in range(40)]
+    write_jsonl(folder / "demos.jsonl", demos)
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    (folder / "text.txt").write_text("\n\n".join(f"It is {i}." for i in range(300)))
+    for script, flags in (
+            ("pretrain.py", ["--data=text.txt", *TINY["pretrain"][:4], "--out=out/rp"]),
+            ("pretrain.py", ["--data=demos.jsonl", "--init=out/rp", "--steps=3", "--out=out/rp2"]),
+            ("sft.py", ["--data=demos.jsonl", "--init=out/rp2", "--epochs=1", "--out=out/rs"]),
+            ("reward.py", ["--data=pairs.jsonl", "--init=out/rs", "--out=out/rr",
+                           "--max_new_tokens=90"]),
+            ("ppo.py", ["--data=pairs.jsonl", "--init=out/rs", "--reward_model=out/rr",
+                        "--out=out/rq", "--iterations=2", "--batch_size=8"])):
+        result = run_script(script, *flags, cwd=folder)
+        assert result.returncode == 0, result.stderr
+    final = rows(folder, "rq", "final")[0]
+    assert {"score", "score_sft", "kl", "length", "length_sft", "score_win_rate"} <= set(final)
+    assert "gold" not in final
