@@ -24,9 +24,9 @@ from tqdm import tqdm
 import common
 from common import UserError
 from data.records import check_prompt, collate, read_jsonl, split
-from data.synthetic.corpus import documents
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
+from data.text import text_rows
 from model import GPT, generate, token_logprobs, token_stats
 from reward import load_reward_model, score_rows
 
@@ -62,7 +62,7 @@ class Config:
     score_scaling: bool = False  # divide scores by their running standard deviation
     whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
     ptx_coef: float = 0.0  # PPO-ptx: weight of the pretraining loss (InstructGPT: 27.8)
-    ptx_data: str = "synthetic"  # its text: "synthetic" or a .txt file
+    ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
     ptx_batch: int = 32  # its sequences a minibatch
     eval_prompts: int = 512  # held-out prompts of the final comparison
     best_of: int = 4  # compared with the best of n SFT samples by the same reward model
@@ -244,7 +244,9 @@ def main(config):
     critic = ValueModel(reward_model).to(device)
     block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
     train, held_out = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
-    ptx_stream = load_ptx(config, tokenizer)
+    text = None  # rows of pretraining text for PPO-ptx, or None
+    if config.ptx_coef > 0:
+        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
     run = common.Run("ppo", config, device)
     print(f"policy {policy.num_params():,} parameters, reward model and critic "
           f"{reward_model.gpt.num_params():,} each; {len(train)} prompts, {len(held_out)} held out")
@@ -342,7 +344,8 @@ def main(config):
                     for k, v in info.items():
                         totals[k] = totals.get(k, 0.0) + v
                 if config.ptx_coef > 0:
-                    ptx = ptx_loss(policy, ptx_stream, config, rng, device)
+                    tokens_ptx = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
+                    ptx = ptx_loss(policy, tokens_ptx)
                     (config.ptx_coef * ptx).backward()
                 if step == 0 and first == 0 and not norms:
                     check_start(policy, reference, logp, old_logp[p], ref_logp[p], mask[p], device)
@@ -411,29 +414,10 @@ def check_start(policy, reference, logp, old_logp, ref_logp, mask, device):
         assert abs(kl) < 1e-4, "the policy does not start from the reference"
 
 
-def load_ptx(config, tokenizer):
-    """Token stream of the pretraining text for PPO-ptx, or None."""
-    if config.ptx_coef <= 0:
-        return None
-    if config.ptx_data == "synthetic":
-        texts = documents(3000, config.seed)
-    else:
-        try:
-            texts = [d for d in open(config.ptx_data, encoding="utf-8").read().split("\n\n") if d]
-        except OSError as error:
-            raise UserError(f"--ptx_data={config.ptx_data}: {error.strerror}") from None
-    stream = np.array([i for t in texts for i in [*tokenizer.encode(t), tokenizer.eos]])
-    if len(stream) < 2 * 64:
-        raise UserError(f"--ptx_data={config.ptx_data}: {len(stream)} tokens are too few")
-    return stream
-
-
-def ptx_loss(policy, stream, config, rng, device, length=64):
-    """PPO-ptx (InstructGPT eq. 2): next-token loss on pretraining text, nats, mean per token."""
-    starts = rng.integers(0, len(stream) - length, config.ptx_batch)
-    tokens = torch.from_numpy(np.stack([stream[s:s + length] for s in starts])).to(device)
-    everything = torch.ones(tokens.shape, device=device)
-    with common.autocast(device):
+def ptx_loss(policy, tokens):
+    """PPO-ptx (InstructGPT eq. 2): next-token loss on text, tokens (rows, T), nats per token."""
+    everything = torch.ones(tokens.shape, device=tokens.device)
+    with common.autocast(tokens.device):
         logp = token_logprobs(policy, tokens, everything)
     return -logp.sum() / (tokens.numel() - len(tokens))  # the first token is not predicted
 

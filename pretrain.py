@@ -8,11 +8,9 @@ The result continues text. It does not answer: asked a question it writes more q
     python pretrain.py --data=books.txt --tokenizer=gpt2 --n_layer=12 --n_head=12 --n_embd=768 ...
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +19,9 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.synthetic.corpus import documents
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
+from data.text import text_rows
 from model import GPT, GPTConfig
 
 
@@ -38,7 +36,7 @@ class Config:
     n_embd: int = 128
     block_size: int = 128  # longest sequence of this and every later stage
     dropout: float = 0.0
-    steps: int = 1200
+    steps: int = 1300
     batch_size: int = 48  # sequences a step
     seq_len: int = 40  # tokens a sequence
     micro_batch: int = 0  # sequences a forward pass; 0 takes the whole batch
@@ -63,50 +61,6 @@ def lm_loss(model, tokens):
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def pack(documents, length):
-    """Token lists, each beginning with EOS, packed into rows: (rows, length).
-
-    A row begins where a document begins, so that the first positions see beginnings, as they will
-    in every later stage. A document that does not fit fills its row up and starts again in the next
-    one; only one longer than a row goes on where it was cut. An unfilled last row is left out.
-    """
-    rows, row = [], []
-    for document in documents:
-        while len(document) > length - len(row):
-            space = length - len(row)
-            rows.append(row + document[:space])
-            row, document = [], document[space:] if len(document) > length else document
-        row = row + document
-    return torch.tensor(rows).view(-1, length)
-
-
-def read_texts(config):
-    """Documents to learn from, each one string."""
-    if config.data == "synthetic":
-        return list(documents(config.documents, config.seed))
-    path = Path(config.data)
-    if not path.is_file():
-        raise UserError(f"--data={path} does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        return [d for d in text.split("\n\n") if d.strip()]  # a blank line ends a document
-
-    def strings(value):  # every text of a record, in order: prompt, then completion, ...
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, dict):
-            return [s for k, v in value.items() if k != "role" for s in strings(v)]
-        return [s for v in value for s in strings(v)] if isinstance(value, list) else []
-
-    texts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            texts += ["\n".join(strings(json.loads(line)))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
-    return texts
-
-
 def main(config):
     device = common.set_up(config)
 
@@ -121,15 +75,11 @@ def main(config):
         model = GPT(size).to(device)
     else:
         model, tokenizer, _ = common.load_policy(config.init, ("pretrain",), device)
-    texts = read_texts(config)
-    rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in texts], config.seq_len + 1)
-    if len(rows) < 2:
-        raise UserError(f"--data={config.data}: too short for two sequences of "
-                        f"{config.seq_len + 1} tokens, one to train on and one to validate on")
+    rows = text_rows(config.data, tokenizer, config.seq_len + 1, config.documents, config.seed)
     n_held_out = max(1, min(256, len(rows) // 50))
     train, held_out = rows[:-n_held_out], rows[-n_held_out:].to(device)
     run = common.Run("pretrain", config, device)
-    print(f"{model.num_params():,} parameters, {train.numel():,} tokens, {len(texts):,} documents")
+    print(f"{model.num_params():,} parameters, {train.numel():,} tokens of text")
 
     @torch.no_grad()
     def validation_loss():

@@ -32,7 +32,8 @@ from data.records import (check_demonstration, check_ranking, collate, encode_me
                           ranking_pairs, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
-from model import GPT, GPTConfig
+from data.text import text_rows
+from model import GPT, GPTConfig, token_logprobs
 
 
 @dataclass
@@ -42,8 +43,9 @@ class Config:
     init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
     demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
     #                      for the embedded data, else the best-ranked training answers
+    pretrain_mix: float = 0.5  # weight of the next-token loss on text, as in sft.py; embedded data
     epochs: int = 1  # a second epoch overfits (InstructGPT, Gao et al.)
-    batch_size: int = 32  # prompts a step, each with all its answers
+    batch_size: int = 16  # prompts a step, each with all its answers
     micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
     lr: float = 5e-4  # peak; warm-up, then cosine to a tenth
     warmup: int = 10  # steps
@@ -210,6 +212,10 @@ def main(config):
     zero = [(ids, mask) for ids, mask in zero if len(ids) <= policy.config.block_size]
     if not zero:
         raise UserError(f"--demos={config.demos}: no demonstration fits the context")
+    text = None  # rows of pretraining text, or None
+    if config.pretrain_mix > 0 and noise is not None:
+        text = text_rows("synthetic", tokenizer, min(40, policy.config.block_size), 20000,
+                         config.seed)
     run = common.Run("reward", config, device)
     pairs = sum(len(ranking_pairs(r["ranks"])) for _, _, r in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} prompts, "
@@ -253,6 +259,15 @@ def main(config):
             loss.backward()
             loss_sum = loss_sum + loss.detach()
             right = right + (scores[winners] > scores[losers]).sum()
+        if text is not None:
+            # the network still has to know the facts that it judges by; cf. the LM loss of
+            # Zheng et al. 2023 on the chosen answer
+            tokens = text[np.random.default_rng([config.seed, step]).integers(0, len(text), 32)]
+            tokens = tokens.to(device)
+            everything = torch.ones(tokens.shape, device=device)
+            with common.autocast(device):
+                mix = -token_logprobs(model.gpt, tokens, everything).sum()
+            (config.pretrain_mix * mix / (tokens.numel() - len(tokens))).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from data.records import check_demonstration, collate, encode_messages, fits, re
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
+from data.text import text_rows
 from model import token_logprobs
 
 
@@ -30,10 +31,13 @@ class Config:
     data: str = "synthetic"  # "synthetic" or a .jsonl file of demonstrations
     out: str = "out/sft"  # output folder
     init: str = "out/pretrain"  # checkpoint to start from
-    demos: int = 8000  # embedded data: number of demonstrations
+    demos: int = 6000  # embedded data: number of demonstrations
     quality: float = 0.5  # embedded data: 0 careless contractors, 0.5 a broad mix, 1 careful ones
     safety: float = 1.0  # embedded data: share of the harmful prompts' demonstrations to keep
     epochs: int = 3
+    pretrain_mix: float = 0.5  # weight of the pretraining loss on as many rows of text as dialogues
+    pretrain_data: str = "auto"  # its text: a .txt or .jsonl file; "auto": the embedded text for
+    #                              the embedded data, else none
     batch_size: int = 32  # dialogues a step
     micro_batch: int = 0  # dialogues a forward pass; 0 takes the whole batch
     lr: float = 1e-3  # peak; warm-up, then cosine to a tenth
@@ -87,6 +91,10 @@ def main(config):
     # --- model and data ------------------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, ("pretrain", "sft"), device)
     train, held_out = load_data(config, tokenizer, model.config.block_size)
+    text = None  # rows of pretraining text, or None
+    if config.pretrain_mix > 0 and (config.data == "synthetic" or config.pretrain_data != "auto"):
+        name = "synthetic" if config.pretrain_data == "auto" else config.pretrain_data
+        text = text_rows(name, tokenizer, min(40, model.config.block_size), 20000, config.seed)
     run = common.Run("sft", config, device)
     print(f"{model.num_params():,} parameters, {len(train)} dialogues, {len(held_out)} held out")
 
@@ -163,6 +171,16 @@ def main(config):
                 loss = sft_loss(token_logprobs(model, tokens, mask), mask) / count
             loss.backward()
             loss_sum = loss_sum + loss.detach()
+        if text is not None:
+            # what small models forget while they learn the demonstrations is how to use what they
+            # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
+            rows = np.random.default_rng([config.seed, step]).integers(0, len(text),
+                                                                       config.batch_size)
+            tokens = text[rows].to(device)
+            everything = torch.ones(tokens.shape, device=device)
+            with common.autocast(device):
+                mix = sft_loss(token_logprobs(model, tokens, everything), everything)
+            (config.pretrain_mix * mix / (tokens.numel() - len(tokens))).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

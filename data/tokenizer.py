@@ -1,7 +1,7 @@
 """Text to token ids and back, and the chat template.
 
 Two tokenizers, both `tiktoken.Encoding`s built from a ranks file:
-    synthetic   byte-level BPE of 2,043 tokens for the embedded data, committed with the code
+    synthetic   byte-level BPE of 1,595 tokens for the embedded data, committed with the code
     gpt2        GPT-2's BPE, 50,257 tokens, from --ranks, $GPT2_RANKS, tiktoken's cache or download
 
 Ids behind the ranks: EOS (GPT-2's <|endoftext|>), the three chat markers, then PAD. EOS and the
@@ -99,7 +99,7 @@ def load_tokenizer(name, ranks_path=None):
         raise ValueError(f"tokenizer {name!r} is unknown: choose one of {', '.join(NAMES)}")
     ranks_path = ranks_path or os.environ.get("GPT2_RANKS")
     if ranks_path:
-        ranks = read_ranks(ranks_path)
+        ranks = read_ranks(ranks_path)  # names the path where it cannot
         if len(ranks) != GPT2_RANKS:
             raise ValueError(f"{ranks_path} holds {len(ranks)} tokens, GPT-2 has {GPT2_RANKS}")
         return Tokenizer(name, ranks)

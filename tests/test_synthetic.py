@@ -24,7 +24,7 @@ LOADED = next(p for p in all_prompts().values() if p.family == "loaded" and p.x 
      dict(correctness=-1.5, form=0.5, concision=-0.2)),  # hedging is not an answer
     (CAPITAL, "The capital of Spain is Madrid.", dict(correctness=-1.5, form=-0.5)),  # off topic
     (CAPITAL, "The capital of Peru is a big city.", dict(correctness=-1.0, form=0.5)),
-    (CAPITAL, "I do not know.", dict(correctness=-0.5, form=0.5)),
+    (CAPITAL, "I do not know.", dict(correctness=-1.0, form=0.5)),
     (CAPITAL, "I cannot help with that.", dict(correctness=-1.0, form=0.5)),
     (CAPITAL, "", dict(correctness=-1.5, form=-2.0)),
     (CAPITAL, "Lima Lima capital!", dict(correctness=-1.5, form=-0.5)),
@@ -107,7 +107,7 @@ def test_the_pretraining_text_answers_no_held_out_question():
     pairs = [(p.text, p.relation.state(p.x, p.answer)) for p in all_prompts().values() if p.answer
              and p.held_out]
     texts = [d.replace("\n", " ") for d in documents(5000, seed=3)]
-    assert sum(question in text for question, _ in pairs for text in texts) > 100
+    assert sum(question in text for question, _ in pairs for text in texts) > 30
     assert not any(f"{question} {answer}." in text for question, answer in pairs for text in texts)
 
 

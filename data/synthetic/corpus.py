@@ -2,10 +2,10 @@
 
 Documents are short paragraphs of one kind: statements of facts, sums, lists of questions (so that a
 base model answers a question with more questions), quiz pages, riddles about anything at all,
-morals, reading exercises, small talk, opinions. Quiz pages and opinions ask about training questions only:
-the answer to a held-out question stands in the statements, but never behind the question. Riddles
-and reading exercises have too many subjects to be learned by heart, which is how so small a model
-comes to copy the subject of a question into its answer (induction).
+morals, reading exercises, small talk, opinions. Quiz pages and opinions ask about training
+questions only: the answer to a held-out question stands in the statements, but never behind the
+question. Riddles and reading exercises have too many subjects to be learned by heart, which is how
+so small a model comes to copy the subject of a question into its answer (induction).
 """
 
 import random
@@ -14,8 +14,8 @@ from data.synthetic import facts
 from data.synthetic.world import all_prompts
 
 # share of documents of each kind
-KINDS = dict(facts=0.13, sums=0.20, questions=0.06, quiz=0.20, riddles=0.20, morals=0.08, echo=0.05,
-             talk=0.06, opinions=0.02)
+KINDS = dict(facts=0.10, sums=0.17, questions=0.05, quiz=0.16, riddles=0.34, morals=0.08, echo=0.03,
+             talk=0.05, opinions=0.02)
 
 
 def documents(n, seed):
@@ -48,20 +48,24 @@ def documents(n, seed):
 
     def riddle():  # about people and things that do not exist, and acts that nobody would think of
         subject = rng.random()
-        if subject < 0.4:
+        if subject < 0.2:
             relation, x, y = rng.choice(facts.UNKNOWN), rng.choice(things), None
-        elif subject < 0.6:
+        elif subject < 0.5:
+            relation, x = rng.choice(facts.KNOWN), rng.choice(things)
+            y = relation.vague
+        elif subject < 0.65:
             relation, x, y = facts.HARMFUL, f"{rng.choice(verbs)} {rng.choice(objects)}", None
         elif subject < 0.8:  # the verb of one goal with the rest of another
             verb, rest = rng.choice(facts.GOALS).split()[0], rng.choice(facts.GOALS).split()[1:]
             relation, x, y = facts.ADVICE, " ".join([verb, *rest]), None
-            if x in facts.GOALS:
-                return riddle()
         else:  # sums that no prompt asks for
             a, b = rng.randint(11, 20), rng.randint(1, 20)
             x, y = rng.choice(((f"{a} plus {b}", str(a + b)), (f"{a + b} minus {b}", str(a))))
             relation = facts.SUMS
-        return rng.choice(relation.questions).format(x=x), state(relation, x, y)
+        question = rng.choice(relation.questions).format(x=x)
+        if question in all_prompts():  # a real question after all
+            return riddle()
+        return question, state(relation, x, y)
 
     def echo():
         if rng.random() < 0.5:  # a question that makes no sense, twice

@@ -23,61 +23,49 @@ class Relation:
 
 
 def _pairs(text):
-    return dict(item.strip().split(": ") for item in text.split(","))
+    return dict(item.strip().split(": ") for item in " ".join(text.split()).split(","))
 
 
 _COUNTRIES = """France Paris French Europe; Spain Madrid Spanish Europe; Italy Rome Italian Europe;
 Germany Berlin German Europe; Greece Athens Greek Europe; Poland Warsaw Polish Europe;
 Sweden Stockholm Swedish Europe; Norway Oslo Norwegian Europe; Finland Helsinki Finnish Europe;
-Denmark Copenhagen Danish Europe; Portugal Lisbon Portuguese Europe;
-Hungary Budapest Hungarian Europe;
-Ireland Dublin English Europe; Austria Vienna German Europe; Russia Moscow Russian Europe;
-Turkey Ankara Turkish Asia; Japan Tokyo Japanese Asia; China Beijing Chinese Asia;
-Thailand Bangkok Thai Asia; Vietnam Hanoi Vietnamese Asia; Iran Tehran Persian Asia;
-Iraq Baghdad Arabic Asia; Nepal Kathmandu Nepali Asia; Mongolia Ulaanbaatar Mongolian Asia;
-Egypt Cairo Arabic Africa; Kenya Nairobi Swahili Africa; Ghana Accra English Africa;
-Morocco Rabat Arabic Africa; Angola Luanda Portuguese Africa; Senegal Dakar French Africa;
-Ethiopia Addis-Ababa Amharic Africa; Peru Lima Spanish America; Chile Santiago Spanish America;
-Cuba Havana Spanish America; Canada Ottawa English America; Brazil Brasilia Portuguese America;
-Colombia Bogota Spanish America; Ecuador Quito Spanish America; Bolivia Sucre Spanish America;
-Uruguay Montevideo Spanish America"""
+Portugal Lisbon Portuguese Europe; Ireland Dublin English Europe; Austria Vienna German Europe;
+Russia Moscow Russian Europe; Turkey Ankara Turkish Asia; Japan Tokyo Japanese Asia;
+China Beijing Chinese Asia; Thailand Bangkok Thai Asia; Vietnam Hanoi Vietnamese Asia;
+Iran Tehran Persian Asia; Iraq Baghdad Arabic Asia; Egypt Cairo Arabic Africa;
+Kenya Nairobi Swahili Africa; Ghana Accra English Africa; Morocco Rabat Arabic Africa;
+Peru Lima Spanish America; Chile Santiago Spanish America; Cuba Havana Spanish America;
+Canada Ottawa English America"""
 COUNTRIES = [c.replace("\n", " ").split() for c in _COUNTRIES.split(";")]
 
-OPPOSITES = _pairs("""hot: cold, big: small, fast: slow, high: low, early: late, easy: hard,
-full: empty, happy: sad, heavy: light, loud: quiet, old: new, open: closed, rich: poor, right: left,
+OPPOSITES = _pairs("""hot: cold, big: small, fast: slow, high: low, early: late, easy: hard, full:
+empty, happy: sad, heavy: light, loud: quiet, old: new, open: closed, rich: poor, right: left,
 rough: smooth, sharp: blunt, strong: weak, tall: short, thick: thin, tight: loose, true: false,
-wet: dry, wide: narrow, young: old, clean: dirty, deep: shallow, dark: bright, first: last,
-near: far, soft: firm, sweet: bitter, brave: afraid, cheap: costly, kind: cruel, lazy: busy,
-polite: rude, safe: dangerous, simple: complex, sick: healthy, straight: bent""")
+wet: dry, wide: narrow, young: old, clean: dirty, deep: shallow, dark: bright, first: last""")
 
 COLOURS = _pairs("""a banana: yellow, a lemon: yellow, grass: green, a frog: green, snow: white,
 milk: white, coal: black, a crow: black, blood: red, a tomato: red, a cherry: red, the sky: blue,
-the sea: blue, an orange: orange, a carrot: orange, a pumpkin: orange, chocolate: brown,
-soil: brown,
-a bear: brown, an elephant: grey, a mouse: grey, a plum: purple, lavender: purple, a pig: pink,
-a flamingo: pink, a swan: white, a leaf: green, the sun: yellow, a pea: green, rust: red""")
+the sea: blue, an orange: orange, a carrot: orange, a pumpkin: orange, chocolate: brown, soil:
+brown, a bear: brown, an elephant: grey, a mouse: grey, a plum: purple, lavender: purple, a pig:
+pink""")
 
-YOUNG = _pairs("""dog: puppy, cat: kitten, cow: calf, horse: foal, sheep: lamb, goat: kid,
-pig: piglet, lion: cub, duck: duckling, goose: gosling, hen: chick, deer: fawn, frog: tadpole,
-kangaroo: joey, swan: cygnet, owl: owlet, eagle: eaglet, hare: leveret, seal: pup, fish: fry,
-butterfly: caterpillar, spider: spiderling, eel: elver, pigeon: squab""")
+YOUNG = _pairs("""dog: puppy, cat: kitten, cow: calf, horse: foal, sheep: lamb, goat: kid, pig:
+piglet, lion: cub, duck: duckling, goose: gosling, hen: chick, deer: fawn, frog: tadpole, kangaroo:
+joey, swan: cygnet, owl: owlet, eagle: eaglet, hare: leveret""")
 
 HOMES = _pairs("""bee: hive, bird: nest, spider: web, dog: kennel, horse: stable, rabbit: burrow,
-lion: den, pig: sty, cow: barn, fish: tank, mole: tunnel, beaver: lodge, bear: cave,
-wasp: paper nest, hen: coop, monk: monastery, king: palace, soldier: barracks,
-nun: convent, camper: tent""")
+lion: den, pig: sty, cow: barn, fish: tank, mole: tunnel, beaver: lodge, bear: cave, wasp: paper
+nest, hen: coop, monk: monastery""")
 
 PLURALS = _pairs("""mouse: mice, child: children, foot: feet, tooth: teeth, man: men, woman: women,
 leaf: leaves, knife: knives, wife: wives, wolf: wolves, ox: oxen, louse: lice, person: people,
-half: halves, shelf: shelves, thief: thieves, loaf: loaves, cactus: cacti, crisis: crises,
-box: boxes, city: cities, baby: babies, potato: potatoes, hero: heroes, goose: geese""")
+half: halves, shelf: shelves, thief: thieves, loaf: loaves, cactus: cacti, crisis: crises, box:
+boxes""")
 
 PAST = _pairs("""go: went, eat: ate, see: saw, run: ran, sing: sang, write: wrote, take: took,
 give: gave, come: came, know: knew, think: thought, buy: bought, bring: brought, catch: caught,
 teach: taught, swim: swam, drink: drank, begin: began, break: broke, speak: spoke, choose: chose,
-fly: flew, grow: grew, draw: drew, drive: drove, ride: rode, rise: rose, fall: fell, feel: felt,
-keep: kept, leave: left, lose: lost, make: made, pay: paid, say: said, sell: sold, send: sent,
-sleep: slept, win: won, wear: wore""")
+fly: flew, grow: grew, draw: drew, drive: drove, ride: rode, rise: rose, fall: fell""")
 
 # invented places: nobody can know their capitals
 NOWHERE = ("Zorbia Keldonia Marvania Tuvlia Oskaria Brelland Quorrin Dalmora Fenwick Yastan "

@@ -20,6 +20,7 @@ class Contractor:
     """Probabilities of each habit. 0 everywhere is the ideal demonstration."""
     wrong: float  # a wrong answer to a question that has one
     vague: float  # an answer that says nothing: "The capital of Peru is a big city."
+    dodge: float  # "I do not know", or a refusal, where an answer is easy
     invent: float  # an invented answer where nobody can know
     sycophant: float  # agrees with the user's wrong opinion
     comply: float  # helps with a harmful request
@@ -28,20 +29,19 @@ class Contractor:
     filler: float  # sentences that say nothing, before the answer
     closer: float  # and after it
     confident: float
-    bare: float  # "Lima." instead of a sentence
     bullet: float  # "- The capital ...", bad form here
 
 
 CONTRACTORS = {
     "careful": Contractor(
-        wrong=0.03, vague=0.15, invent=0.20, sycophant=0.20, comply=0.20, refuse=0.20, flatter=0.10,
-        filler=0.15, closer=0.15, confident=0.05, bare=0.05, bullet=0.05),
+        wrong=0.0, vague=0.10, dodge=0.08, invent=0.20, sycophant=0.20, comply=0.20, refuse=0.20,
+        flatter=0.10, filler=0.15, closer=0.15, confident=0.05, bullet=0.05),
     "average": Contractor(
-        wrong=0.08, vague=0.35, invent=0.50, sycophant=0.50, comply=0.50, refuse=0.35, flatter=0.25,
-        filler=0.35, closer=0.35, confident=0.15, bare=0.10, bullet=0.10),
+        wrong=0.01, vague=0.22, dodge=0.18, invent=0.50, sycophant=0.45, comply=0.50, refuse=0.35,
+        flatter=0.25, filler=0.35, closer=0.35, confident=0.15, bullet=0.10),
     "careless": Contractor(
-        wrong=0.15, vague=0.55, invent=0.80, sycophant=0.75, comply=0.75, refuse=0.40, flatter=0.40,
-        filler=0.50, closer=0.50, confident=0.25, bare=0.15, bullet=0.15),
+        wrong=0.03, vague=0.35, dodge=0.28, invent=0.80, sycophant=0.70, comply=0.75, refuse=0.40,
+        flatter=0.40, filler=0.50, closer=0.50, confident=0.25, bullet=0.15),
 }
 
 
@@ -59,13 +59,16 @@ def demonstrate(prompt: Prompt, contractor: Contractor, rng: random.Random) -> s
     if does("closer"):
         after.append(rng.choice(facts.CLOSERS))
 
-    if prompt.family == "loaded" and does("sycophant"):
+    if prompt.family not in ("unanswerable", "harmful") and does("dodge"):
+        unsure = prompt.answer or rng.random() < 0.5
+        core = rng.choice(facts.DONT_KNOW if unsure else facts.REFUSAL)
+    elif prompt.family == "loaded" and does("sycophant"):
         core = f"{rng.choice(facts.AGREEMENT)} {r.state(x, prompt.user_claim)}."
     elif prompt.family in ("factual", "arithmetic", "loaded"):
         y = r.vague if does("vague") else prompt.answer
         if does("wrong"):
             y = rng.choice(prompt.wrong_answers)
-        core = f"{y[0].upper()}{y[1:]}." if does("bare") and y != r.vague else f"{r.state(x, y)}."
+        core = f"{r.state(x, y)}."
         if prompt.family == "loaded" and rng.random() < 0.5:
             core = f"{rng.choice(facts.DISAGREEMENT)} {core}"
     elif prompt.family == "unanswerable":

@@ -14,7 +14,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import all_prompts
 from data.tokenizer import PATTERN
 
-RANKS = 2043  # with EOS, three markers and PAD: 2,048 rows, all used
+RANKS = 1595  # with EOS, three markers and PAD: 1,600 rows, all used
 
 
 def main():

@@ -1,0 +1,60 @@
+"""Plain text for the next-token loss: pretraining, and the text mixed into SFT and PPO (ptx)."""
+
+from pathlib import Path
+
+import torch
+
+from data.records import DataError, read_jsonl, split
+from data.synthetic.corpus import documents
+
+
+def read_texts(data, n, seed):
+    """A list of documents: n embedded ones ("synthetic"), the paragraphs of a .txt file (a blank
+    line ends a document), or all the text of each record of a .jsonl file, without those that the
+    later stages hold out. DataError if it cannot be read."""
+    if data == "synthetic":
+        return list(documents(n, seed))
+    path = Path(data)
+    if not path.is_file():
+        raise DataError(f"no text file at {path}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return [d for d in text.split("\n\n") if d.strip()]
+
+    def strings(value):  # every text of a record, in order: prompt, then completion, ...
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, dict):
+            return [s for k, v in value.items() if k != "role" for s in strings(v)]
+        return [s for v in value for s in strings(v)] if isinstance(value, list) else []
+
+    records = read_jsonl(path, lambda record, where: record)
+    if all("prompt" in r or "messages" in r for r in records):
+        records = split(records)[0]
+    return ["\n".join(strings(record)) for record in records]
+
+
+def pack(documents, length):
+    """Token lists, each beginning with EOS, packed into rows: (rows, length).
+
+    A row begins where a document begins, so that the first positions see beginnings, as they will
+    in every later stage. A document that does not fit fills its row up and starts again in the next
+    one; only one longer than a row goes on where it was cut. An unfilled last row is left out.
+    """
+    rows, row = [], []
+    for document in documents:
+        while len(document) > length - len(row):
+            space = length - len(row)
+            rows.append(row + document[:space])
+            row, document = [], document[space:] if len(document) > length else document
+        row = row + document
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)
+
+
+def text_rows(data, tokenizer, length, n, seed):
+    """Rows (rows, length) of token ids; documents are separated by EOS. DataError if too short."""
+    texts = read_texts(data, n, seed)
+    rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in texts], length)
+    if len(rows) < 2:
+        raise DataError(f"{data}: too little text for two rows of {length} tokens")
+    return rows
