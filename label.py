@@ -102,6 +102,10 @@ def main(config):
                                 gold=[round(g, 3) for g in gold], family=p.family,
                                 held_out=p.held_out))
 
+    if not records:
+        raise UserError(f"no prompt got two complete answers: does {config.init} end its answers "
+                        f"within {config.max_new_tokens} tokens?")
+
     # --- what the labels are like --------------------------------------------
     pairs = [(r, i, j) for r in records for i, j in ranking_pairs(r["ranks"])]
     unequal = [(r, i, j) for r, i, j in pairs if r["gold"][i] != r["gold"][j]]

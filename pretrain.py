@@ -101,8 +101,8 @@ def main(config):
     for step in bar:
         start = time.perf_counter()
         if step % config.eval_every == 0:
-            run.log("validation", step=step, loss=validation_loss())
             run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+            run.log("validation", step=step, loss=validation_loss())
         model.train()
         lr = config.lr * common.cosine(step, config.steps, config.warmup)
         common.set_lr(optimizer, lr)

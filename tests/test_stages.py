@@ -9,9 +9,9 @@ from conftest import run_script
 from data.records import write_jsonl
 
 TINY = dict(
-    pretrain=["--steps=12", "--n_layer=1", "--n_embd=32", "--n_head=2", "--documents=500",
+    pretrain=["--steps=12", "--n_layer=1", "--n_embd=64", "--n_head=2", "--documents=500",
               "--batch_size=8"],
-    sft=["--demos=64", "--epochs=1", "--samples=32"],
+    sft=["--demos=512", "--epochs=1", "--batch_size=8", "--samples=32", "--save_every=30"],
     label=["--prompts=24", "--held_out=12", "--k=3", "--oversample=1", "--max_new_tokens=80"],
     reward=["--batch_size=4", "--samples=16", "--max_new_tokens=80"],
     ppo=["--iterations=2", "--batch_size=8", "--eval_prompts=8", "--best_of=2",
@@ -106,7 +106,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stage, change", [
-    ("pretrain", dict(eval_every=4)), ("sft", dict(save_every=1)), ("reward", dict(save_every=2)),
+    ("pretrain", dict(eval_every=4)), ("sft", dict(save_every=30)), ("reward", dict(save_every=2)),
     ("ppo", dict(save_every=1, kl_target=1.0, score_scaling=True, iterations=3))])
 def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     # catches anything that resume forgets: optimiser, data order, beta, running statistics
@@ -162,7 +162,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("ppo.py", ["--kl_in=both"], "--kl_in=both: expected reward or loss"),
     ("pretrain.py", ["--tokenizer=bert"], "tokenizer 'bert' is unknown"),
     ("pretrain.py", ["--n_head=3"], "n_embd=128 is not a multiple of n_head=3"),
-    ("pretrain.py", ["--data=missing.txt"], "--data=missing.txt does not exist"),
+    ("pretrain.py", ["--data=missing.txt"], "no text file at missing.txt"),
 ])
 def test_bad_input_is_one_clear_line(chain, script, flags, message):
     # catches tracebacks, wrong exit statuses, and files touched by a run that cannot start
