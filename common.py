@@ -86,17 +86,33 @@ def help_text(config_class):
     lines = [inspect.getdoc(sys.modules[config_class.__module__]).split("\n")[0], ""]
     source = inspect.getsource(config_class)
     for field in dataclasses.fields(config_class):
-        comment = re.search(rf"^\s+{field.name}:.*?#\s*(.*)$", source, re.MULTILINE)
+        found = re.search(rf"^ +{field.name}:[^#\n]*#(.*(?:\n +#.*)*)", source, re.MULTILINE)
+        comment = " ".join(re.sub(r"\n *#", "", found[1]).split()) if found else ""
         default = str(field.default).lower() if field.type is bool else field.default
-        lines.append(f"  --{field.name}={default}".ljust(38) + (comment[1] if comment else ""))
+        lines.append(f"  --{field.name}={default}".ljust(38) + comment)
     return "\n".join(lines)
 
 
 # --- device, precision, seeds --------------------------------------------------------------------
 
 
+# flags that may be 0 or below; every other number must be positive
+MAY_BE_ZERO = ("micro_batch", "dropout", "weight_decay", "warmup", "pretrain_mix", "quality",
+               "safety", "oversample", "noise", "length", "flattery", "bullets", "confidence",
+               "caution", "seed", "gamma", "lam", "beta", "kl_target", "missing_eos",
+               "entropy_coef", "ptx_coef")
+
+
 def set_up(config):
-    """Seed everything and return the torch.device for config.device ("auto" takes a GPU if any)."""
+    """Check the numbers, seed everything and return the torch.device for config.device.
+
+    "auto" takes a GPU where there is one. Called before any earlier stage is run.
+    """
+    for name, value in dataclasses.asdict(config).items():
+        if type(value) in (int, float) and value <= 0 and name not in MAY_BE_ZERO:
+            raise UserError(f"--{name}={value}: must be above 0")
+    if config.seed < 0:
+        raise UserError(f"--seed={config.seed}: must not be negative")
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -163,8 +179,9 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=
     results = [None] * len(order)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        tokens, mask, done = generate(model, [prompt_ids[i] for i in rows], max_new_tokens,
-                                      tokenizer.eos, temperature, rng)
+        with autocast(model.wte.weight.device):
+            tokens, mask, done = generate(model, [prompt_ids[i] for i in rows], max_new_tokens,
+                                          tokenizer.eos, temperature, rng)
         for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
             ids = [t for t, keep in zip(row, m) if keep]
             results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)
@@ -185,6 +202,12 @@ class Run:
         self.stage, self.config, self.device = stage, config, device
         self.folder = Path(config.out)
         self.keys, self.start = {}, time.time()
+        self.settings = dataclasses.asdict(config)
+        if self.folder.is_file():
+            raise UserError(f"--out={self.folder} is a file; it must name a folder")
+        before = self._first_row()  # of the run that the folder holds, if any
+        if before and before["stage"] != stage:
+            raise UserError(f"{self.folder} holds a {before['stage']} run: choose another --out")
         finished = (self.folder / result).exists()  # the file that the end of the run writes
         if finished and not config.overwrite:
             raise UserError(f"{self.folder} already holds a finished run: --overwrite=true starts "
@@ -196,19 +219,34 @@ class Run:
         if not self.resuming and (self.folder / "state.pt").exists() and not config.overwrite:
             raise UserError(f"{self.folder} holds an interrupted run: --resume=true continues it, "
                             "--overwrite=true starts again, --out=DIR writes elsewhere")
-        # what went before is removed only now that every check of the inputs has passed
-        if not self.resuming and self.folder.exists():
-            for old in self.folder.glob("*"):
-                if old.name.startswith(("model", "state", "log.jsonl", result)):
-                    old.unlink()
+        if self.resuming:
+            # a state goes on exactly only under the settings that it was made with
+            same = lambda s: {k: v for k, v in s.items() if k not in ("resume", "overwrite", "out")}
+            old, new = same(before["config"]), same(self.settings)
+            changed = [k for k in new if old.get(k) != new[k]]
+            if changed:
+                raise UserError(f"--resume=true: {self.folder} was started with "
+                                + ", ".join(f"--{k}={old.get(k)}" for k in changed))
+        elif before:  # an earlier run of this stage: its files go, and nothing else
+            for name in (result, "model.pt", "state.pt", "log.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            for path in self.folder.glob("model-epoch*.pt"):
+                path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.settings = dataclasses.asdict(config)
         if not self.resuming:
             versions = dict(python=sys.version.split()[0], torch=torch.__version__)
             name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
             self._write(dict(kind="config", stage=stage, config=self.settings, versions=versions,
                              device=name, threads=torch.get_num_threads()))
         print(f"{stage}: " + " ".join(f"{k}={v}" for k, v in self.settings.items()), flush=True)
+
+    def _first_row(self):
+        """The first row of the folder's log, or None."""
+        try:
+            with open(self.folder / "log.jsonl") as f:
+                return json.loads(f.readline())
+        except (OSError, json.JSONDecodeError):
+            return None
 
     def _write(self, row):
         with open(self.folder / "log.jsonl", "a") as f:
@@ -232,6 +270,8 @@ class Run:
     def save_state(self, **state):
         """Everything an exact resume needs; written whole or not at all."""
         state["rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":  # only dropout draws from it
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         state["log_size"] = (self.folder / "log.jsonl").stat().st_size
         save_file(state, self.folder / "state.pt")
 
@@ -241,6 +281,8 @@ class Run:
             return None
         state = load_file(self.folder / "state.pt", self.device)
         torch.set_rng_state(state["rng"].cpu())
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         with open(self.folder / "log.jsonl", "r+") as f:
             f.truncate(state["log_size"])
         return state
@@ -332,9 +374,9 @@ def tokenizer_of(name):
 def check_lineage(role, expected, checkpoint, path):
     """Warn when `checkpoint` was not made from the artefact whose hash is `expected`."""
     found = checkpoint["parents"].get(role)
-    if found is not None and found != expected:
-        print(f"warning: {path} descends from another {role} run ({found}) than the one used here "
-              f"({expected})", file=sys.stderr)
+    if found != expected:
+        print(f"warning: {path} does not descend from the {role} run used here ({expected}) but "
+              f"from {found or checkpoint['parents']}", file=sys.stderr)
 
 
 # --- the stage before ----------------------------------------------------------------------------
@@ -344,8 +386,11 @@ def ensure_input(config, field, stage):
     """Run `stage` with its defaults if config.<field> is at its default and does not exist yet."""
     path = Path(getattr(config, field))
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
-    if path.exists() or (path / "model.pt").exists():
+    if path.is_file() or (path / "model.pt").exists():
         return
+    if (path / "state.pt").exists():
+        raise UserError(f"{path} holds an interrupted run: `python {stage}.py --resume=true "
+                        f"--out={path}` finishes it")
     if str(path) != default:
         raise UserError(f"--{field}={path} does not exist: `python {stage}.py --out="
                         f"{path if not path.suffix else path.parent}` makes one")

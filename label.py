@@ -34,7 +34,7 @@ class Config:
     k: int = 6  # answers per prompt
     oversample: int = 0  # draws per prompt beyond K, so that duplicates can be dropped
     temperature: float = 1.0
-    max_new_tokens: int = 48
+    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     noise: float = Labeler.noise  # scale of the logistic noise, in units of gold reward
     length: float = Labeler.length  # bias: for each word
     flattery: float = Labeler.flattery  # bias: for each flattering sentence
@@ -59,7 +59,6 @@ def agreement(first, second):
 
 
 def main(config):
-    common.ensure_input(config, "init", "sft")
     device = common.set_up(config)
     if config.data != "synthetic":
         raise UserError(f"--data={config.data}: the simulated labeler knows the gold reward of the "
@@ -67,11 +66,17 @@ def main(config):
     if config.k < 2:
         raise UserError(f"--k={config.k}: a ranking needs at least two answers")
 
+    common.ensure_input(config, "init", "sft")
+
     # --- model, prompts, labeler ---------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
     labeler = Labeler(**{f.name: getattr(config, f.name) for f in fields(Labeler)})
     prompts = (sample_prompts(config.prompts, held_out=False, seed=config.seed)
                + sample_prompts(config.held_out, held_out=True, seed=config.seed))
+    longest = max(len(tokenizer.encode_prompt(p.text)) for p in prompts)
+    if longest + config.max_new_tokens > model.config.block_size:
+        raise UserError(f"--max_new_tokens={config.max_new_tokens} and the longest prompt of "
+                        f"{longest} do not fit the context of {model.config.block_size}")
     run = common.Run("label", config, device, result="rankings.jsonl")
     print(labeler.card())
 
@@ -120,8 +125,8 @@ def main(config):
         gold_std=float(np.std([g for r in records for g in r["gold"]])))
     for r in records[:6]:
         run.log("sample", **{k: r[k] for k in ("prompt", "completions", "ranks", "gold")})
-    card = dict(card=labeler.card(), labeler=asdict(labeler), parents=dict(sft=parent["hash"]),
-                metrics=metrics)
+    card = dict(card=labeler.card(), labeler=asdict(labeler),
+                parents={parent["stage"]: parent["hash"]}, metrics=metrics)
     (run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     write_jsonl(run.folder / "rankings.jsonl", records)
     run.finish(**metrics)

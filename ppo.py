@@ -43,7 +43,7 @@ class Config:
     epochs: int = 2  # passes over the episodes of an iteration
     micro_batch: int = 0  # episodes a forward pass; 0 takes a whole minibatch
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
-    max_new_tokens: int = 48
+    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     lr: float = 3e-4  # policy; linear decay to a tenth
     critic_lr: float = 3e-4
     warmup: int = 5  # iterations
@@ -224,14 +224,15 @@ def load_prompts(config, tokenizer, room):
 
 
 def main(config):
-    common.ensure_input(config, "init", "sft")
-    common.ensure_input(config, "reward_model", "reward")
     device = common.set_up(config)
     if config.kl_in not in ("reward", "loss"):
         raise UserError(f"--kl_in={config.kl_in}: expected reward or loss")
     if config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} is not a multiple of "
                         f"--minibatches={config.minibatches}")
+
+    common.ensure_input(config, "init", "sft")
+    common.ensure_input(config, "reward_model", "reward")
 
     # --- four networks -------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
@@ -312,7 +313,7 @@ def main(config):
         clock.append(time.perf_counter())
 
         # --- train -----------------------------------------------------------
-        factor = min(1.0, (step + 1) / config.warmup) * (1 - 0.9 * step / config.iterations)
+        factor = min(1.0, (step + 1) / max(1, config.warmup)) * (1 - 0.9 * step / config.iterations)
         common.set_lr(optimizer, config.lr * factor)
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         totals, norms, ratio_max = {}, [], 0.0
@@ -387,7 +388,7 @@ def main(config):
                                          for i, t in zip(chosen, texts)]))
         run.log(**row)
         if step % config.log_every == 0 or step + 1 == config.iterations:
-            for i in range(4):
+            for i in range(min(4, config.batch_size)):
                 run.log("sample", step=step, prompt=train[chosen[i]][0], response=texts[i],
                         score=score[i].item(), kl=seq_kl[i].item())
         if kl < -3 * row["kl_se"] - 1e-3:

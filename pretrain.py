@@ -36,7 +36,7 @@ class Config:
     n_embd: int = 128
     block_size: int = 128  # longest sequence of this and every later stage
     dropout: float = 0.0
-    steps: int = 1300
+    steps: int = 1300  # optimiser steps
     batch_size: int = 48  # sequences a step
     seq_len: int = 40  # tokens a sequence
     micro_batch: int = 0  # sequences a forward pass; 0 takes the whole batch
@@ -75,6 +75,9 @@ def main(config):
         model = GPT(size).to(device)
     else:
         model, tokenizer, _ = common.load_policy(config.init, ("pretrain",), device)
+    if config.seq_len > model.config.block_size:
+        raise UserError(f"--seq_len={config.seq_len} is longer than the context of "
+                        f"{model.config.block_size}")
     rows = text_rows(config.data, tokenizer, config.seq_len + 1, config.documents, config.seed)
     n_held_out = max(1, min(256, len(rows) // 50))
     train, held_out = rows[:-n_held_out], rows[-n_held_out:].to(device)
@@ -99,10 +102,10 @@ def main(config):
     bar = tqdm(range(first, config.steps), "pretrain", initial=first, total=config.steps,
                mininterval=1)
     for step in bar:
-        start = time.perf_counter()
         if step % config.eval_every == 0:
             run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
             run.log("validation", step=step, loss=validation_loss())
+        start = time.perf_counter()
         model.train()
         lr = config.lr * common.cosine(step, config.steps, config.warmup)
         common.set_lr(optimizer, lr)
@@ -137,6 +140,10 @@ def main(config):
 def base_gold(model, tokenizer, config, run, device, n=512):
     """Gold reward of what the base model writes after held-out prompts given as plain text."""
     prompts = sample_prompts(n, held_out=True, seed=0)
+    prompts = [p for p in prompts
+               if len(tokenizer.encode(p.text)) + 49 <= model.config.block_size]
+    if not prompts:
+        return {}
     ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
     samples = common.sample_texts(model, tokenizer, ids, 48, common.generator(device, config.seed))
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]

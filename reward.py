@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import (check_demonstration, check_ranking, collate, encode_messages, fits,
-                          ranking_pairs, read_jsonl, split)
+from data.records import (check_demonstration, check_ranking, collate, encode_messages,
+                          merge_rankings, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -42,10 +42,10 @@ class Config:
     out: str = "out/reward"  # output folder
     init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
     demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
-    #                      for the embedded data, else the best-ranked training answers
+    #                      for the embedded data, else training answers that won a pair
     pretrain_mix: float = 0.5  # weight of the next-token loss on text, as in sft.py; embedded data
     epochs: int = 1  # a second epoch overfits (InstructGPT, Gao et al.)
-    batch_size: int = 16  # prompts a step, each with all its answers
+    batch_size: int = 8  # prompts a step, each with all its answers
     micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
     lr: float = 5e-4  # peak; warm-up, then cosine to a tenth
     warmup: int = 10  # steps
@@ -141,7 +141,7 @@ def interval(values, groups, draws=1000):
 
 
 def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
-    """The reward model's report card on held-out rankings.
+    """The reward model's report card on held-out rankings (records as merge_rankings makes them).
 
     accuracy: share of labelled pairs ordered as the label says, with its 95% interval; beside it
     the baselines "longer wins" and "shorter wins" (characters). calibration_error: mean gap between
@@ -155,7 +155,7 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     margins, longer, prompts, gold_order, wide = [], [], [], [], []
     for n, record in enumerate(records):
         score, text = scores[starts[n]:starts[n + 1]], record["completions"]
-        for i, j in ranking_pairs(record["ranks"]):
+        for i, j in record["pairs"]:
             margins.append(score[i] - score[j])
             longer.append(np.sign(len(text[i]) - len(text[j])) / 2 + 0.5)
             prompts.append(n)
@@ -186,9 +186,9 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
 
 
 def main(config):
+    device = common.set_up(config)
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "data", "label")
-    device = common.set_up(config)
 
     # --- model and data ------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, ("sft", "pretrain"), device)
@@ -201,14 +201,19 @@ def main(config):
         common.check_lineage(parent["stage"], parent["hash"], card, config.data)
     sides = []
     for name, records in zip(("train", "held out"), split(read_jsonl(config.data, check_ranking))):
-        encoded = [(*encode_ranking(tokenizer, r), r) for r in records]
-        kept = fits(f"reward: {name} rankings", [e[0] for e in encoded], policy.config.block_size)
-        kept = set(map(id, kept))
-        sides.append([e for e in encoded if id(e[0]) in kept and ranking_pairs(e[2]["ranks"])])
+        # a ranking of which one answer is too long is dropped whole
+        lengths = [max(map(len, encode_ranking(tokenizer, r)[0])) for r in records]
+        fitting = [r for r, n in zip(records, lengths) if n <= policy.config.block_size]
+        if len(fitting) < len(records):
+            print(f"reward: dropped {len(records) - len(fitting)} of {len(records)} {name} "
+                  f"rankings, over {policy.config.block_size} tokens long")
+        sides.append([(*encode_ranking(tokenizer, r), r) for r in merge_rankings(fitting)])
         if not sides[-1]:
             raise UserError(f"--data={config.data}: no {name} ranking is left to use")
     train, held_out = sides
-    zero = [encode_messages(tokenizer, r["messages"]) for r in read_demos(config, train, noise)]
+    quality = parent["config"].get("quality", 0.5)
+    demos = read_demos(config, train, noise, quality)
+    zero = [encode_messages(tokenizer, r["messages"]) for r in demos]
     zero = [(ids, mask) for ids, mask in zero if len(ids) <= policy.config.block_size]
     if not zero:
         raise UserError(f"--demos={config.demos}: no demonstration fits the context")
@@ -216,8 +221,17 @@ def main(config):
     if config.pretrain_mix > 0 and noise is not None:
         text = text_rows("synthetic", tokenizer, min(40, policy.config.block_size), 20000,
                          config.seed)
+    # samples of the SFT model, for the scale; now, so that it fails before the training if it must
+    prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in train[:config.samples]]
+    prompts = [p for p in prompts if len(p) + config.max_new_tokens <= policy.config.block_size]
+    samples = common.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
+                                  common.generator(device, config.seed))
+    complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
+    if len(complete) < 2:
+        raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
+                        f"within {config.max_new_tokens} tokens: too few to measure the scale on")
     run = common.Run("reward", config, device)
-    pairs = sum(len(ranking_pairs(r["ranks"])) for _, _, r in train)
+    pairs = sum(len(r["pairs"]) for _, _, r in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} prompts, "
           f"{pairs} pairs, {len(held_out)} prompts held out")
 
@@ -241,7 +255,7 @@ def main(config):
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        count = sum(len(ranking_pairs(r["ranks"])) for _, _, r in batch)  # pairs of the whole step
+        count = sum(len(r["pairs"]) for _, _, r in batch)  # pairs of the whole step
         loss_sum = right = 0.0
         for j in range(0, len(batch), micro_batch):
             part = batch[j:j + micro_batch]
@@ -249,7 +263,7 @@ def main(config):
                                    [m for _, masks, _ in part for m in masks], tokenizer.pad)
             winners, losers, offset = [], [], 0
             for rows, _, record in part:
-                for w, l in ranking_pairs(record["ranks"]):
+                for w, l in record["pairs"]:
                     winners.append(offset + w)
                     losers.append(offset + l)
                 offset += len(rows)
@@ -282,18 +296,10 @@ def main(config):
     model.eval()
     score = lambda rows, masks: score_rows(model, rows, masks, tokenizer.pad, device)
     demo_scores = score(*zip(*zero))
-    prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in train[:config.samples]]
-    prompts = [p for p in prompts if len(p) + config.max_new_tokens <= policy.config.block_size]
-    samples = common.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
-                                  common.generator(device, config.seed))
-    complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
-    if len(complete) < 2:
-        raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
-                        f"within {config.max_new_tokens} tokens: too few to measure the scale on")
     sample_scores = score([p + y for p, y in complete],
                           [[0] * len(p) + [1] * len(y) for p, y in complete])
     model.shift.fill_(float(demo_scores.mean()))
-    model.scale.fill_(float(sample_scores.std()))
+    model.scale.fill_(max(float(sample_scores.std()), 1e-6))
     metrics = evaluate(model, [r for _, _, r in held_out], [rows for rows, _, _ in held_out],
                        [masks for _, masks, _ in held_out], tokenizer, device, noise)
     metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
@@ -306,14 +312,15 @@ def main(config):
     run.finish(**metrics)
 
 
-def read_demos(config, train, noise):
-    """The demonstrations whose mean score becomes 0."""
+def read_demos(config, train, noise, quality):
+    """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
+    the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
         return read_jsonl(config.demos, check_demonstration)[:config.samples]
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
-        return [check_demonstration(r) for r in demonstrations(prompts, config.seed)]
-    best = [dict(prompt=r["prompt"], completion=r["completions"][np.argmin(r["ranks"])])
+        return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]
+    best = [dict(prompt=r["prompt"], completion=r["completions"][r["pairs"][0][0]])
             for _, _, r in train[:config.samples]]
     return [check_demonstration(r) for r in best]
 

@@ -85,8 +85,8 @@ def load_data(config, tokenizer, block_size):
 
 
 def main(config):
-    common.ensure_input(config, "init", "pretrain")
     device = common.set_up(config)
+    common.ensure_input(config, "init", "pretrain")
 
     # --- model and data ------------------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, ("pretrain", "sft"), device)
@@ -95,6 +95,19 @@ def main(config):
     if config.pretrain_mix > 0 and (config.data == "synthetic" or config.pretrain_data != "auto"):
         name = "synthetic" if config.pretrain_data == "auto" else config.pretrain_data
         text = text_rows(name, tokenizer, min(40, model.config.block_size), 20000, config.seed)
+    # prompts that samples are drawn for, to see what the loss does not show
+    if config.data == "synthetic":
+        prompts = sample_prompts(config.samples, held_out=True, seed=0)
+        ids = [tokenizer.encode_prompt(p.text) for p in prompts]
+    else:
+        prompts = [None] * len(held_out[:config.samples])
+        ids = [row[:mask.index(1)] for row, mask in held_out[:config.samples]]
+    room = model.config.block_size - config.max_new_tokens
+    fitting = [(p, i) for p, i in zip(prompts, ids) if len(i) <= room]
+    if not fitting:
+        raise UserError(f"--max_new_tokens={config.max_new_tokens}: no held-out prompt leaves "
+                        f"that much room in the context of {model.config.block_size}")
+    prompts, ids = zip(*fitting)
     run = common.Run("sft", config, device)
     print(f"{model.num_params():,} parameters, {len(train)} dialogues, {len(held_out)} held out")
 
@@ -113,20 +126,12 @@ def main(config):
                 total += sft_loss(token_logprobs(model, tokens, mask), mask).item()
             count += mask.sum().item()
         metrics = dict(epoch=epoch, loss=total / count)
-        if config.data == "synthetic":
-            prompts = sample_prompts(config.samples, held_out=True, seed=0)
-            texts, ids = [p.text for p in prompts], []
-        else:
-            prompts, texts = None, []
-            ids = [row[:mask.index(1)] for row, mask in held_out[:config.samples]]
-        ids = ids or [tokenizer.encode_prompt(t) for t in texts]
-        ids = [i for i in ids if len(i) + config.max_new_tokens <= model.config.block_size]
         samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
                                       common.generator(device, config.seed, epoch))
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
-        if prompts:
-            gold = [gold_reward(t, s["text"]) for t, s in zip(texts, samples)]
+        if config.data == "synthetic":
+            gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
             metrics["gold"] = float(np.mean(gold))
             for p, s, g in list(zip(prompts, samples, gold))[:8]:
                 run.log("sample", epoch=epoch, family=p.family, prompt=p.text,
@@ -137,7 +142,7 @@ def main(config):
 
     def save(name, metrics):
         common.save_checkpoint(run.folder / name, model, "sft", tokenizer, config, metrics,
-                               parents=dict(pretrain=parent["hash"]))
+                               parents={parent["stage"]: parent["hash"]})
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)

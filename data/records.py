@@ -56,24 +56,35 @@ def _prompt(record, where):
     return turns
 
 
+def _side(record, where):
+    """{"held_out": bool} where the record says itself on which side of the split it is."""
+    if "held_out" not in record:
+        return {}
+    if not isinstance(record["held_out"], bool):
+        _fail(where, "'held_out' must be true or false")
+    return dict(held_out=record["held_out"])
+
+
 def check_demonstration(record, where="record"):
     """{"messages": [...]}, last turn the assistant's. ValueError (DataError) if it is not one."""
     if "messages" in record:
         turns = _turns(record["messages"], "messages", where)
         if turns[-1]["role"] != "assistant":
             _fail(where, "'messages' does not end with an assistant turn")
-        return dict(messages=turns)
+        return dict(messages=turns, **_side(record, where))
     prompt, completion = _prompt(record, where), _text(record, "completion", where)
     turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    return dict(messages=[*turns, dict(role="assistant", content=completion)])
+    return dict(messages=[*turns, dict(role="assistant", content=completion)],
+                **_side(record, where))
 
 
 def check_ranking(record, where="record"):
     """{"prompt", "completions", "ranks"}; a pair becomes a ranking of two."""
     prompt = _prompt(record, where)
+    side = _side(record, where)
     if "completions" not in record:
-        return dict(prompt=prompt, ranks=[1, 2], completions=[_text(record, "chosen", where),
-                                                              _text(record, "rejected", where)])
+        return dict(prompt=prompt, ranks=[1, 2], completions=[
+            _text(record, "chosen", where), _text(record, "rejected", where)], **side)
     completions, ranks = record["completions"], record.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
         _fail(where, "'completions' must be a list of at least two texts")
@@ -87,12 +98,12 @@ def check_ranking(record, where="record"):
 
 def check_prompt(record, where="record"):
     """{"prompt"}; a demonstration with messages gives everything before its last turn."""
-    if "messages" in record and "prompt" not in record:
+    if "messages" in record:  # first, as in check_demonstration: the split goes by it
         turns = check_demonstration(record, where)["messages"][:-1]
         if not turns:
             _fail(where, "'messages' has no turn before the last")
-        return dict(prompt=turns)
-    return dict(prompt=_prompt(record, where))
+        return dict(prompt=turns, **_side(record, where))
+    return dict(prompt=_prompt(record, where), **_side(record, where))
 
 
 def read_jsonl(path, check):
@@ -132,7 +143,7 @@ def write_jsonl(path, records):
 
 def prompt_key(record):
     """What the split goes by: the text of everything before the (last) response."""
-    turns = record["prompt"] if "prompt" in record else record["messages"][:-1]
+    turns = record["messages"][:-1] if "messages" in record else record["prompt"]
     if isinstance(turns, str):
         turns = [dict(role="user", content=turns)]
     return json.dumps([[t["role"], t["content"]] for t in turns])
@@ -156,6 +167,31 @@ def split(records, fraction=0.1):
 def ranking_pairs(ranks):
     """(i, j) for every pair that the ranking orders, i preferred: 1 best, a tie makes no pair."""
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+
+
+def merge_rankings(records):
+    """One element per prompt: {"prompt", "completions", "pairs"}, "gold" where it is known.
+
+    pairs are (i, j), i preferred, over distinct completions: several rankings or pairs of the same
+    prompt come together here, so that they share one batch element and each answer is read once.
+    """
+    merged = {}
+    for record in records:
+        element = merged.setdefault(prompt_key(record), dict(
+            prompt=record["prompt"], completions=[], pairs=[], gold=[]))
+        index = []
+        for n, text in enumerate(record["completions"]):
+            if text not in element["completions"]:
+                element["completions"].append(text)
+                if "gold" in record:
+                    element["gold"].append(record["gold"][n])
+            index.append(element["completions"].index(text))
+        element["pairs"] += [(index[i], index[j]) for i, j in ranking_pairs(record["ranks"])
+                             if index[i] != index[j]]
+    for element in merged.values():
+        if len(element["gold"]) != len(element["completions"]):
+            del element["gold"]
+    return [e for e in merged.values() if e["pairs"]]
 
 
 # --- to token ids --------------------------------------------------------------------------------

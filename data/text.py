@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data.records import DataError, read_jsonl, split
+from data.records import DataError, check_prompt, read_jsonl, split
 from data.synthetic.corpus import documents
 
 
@@ -17,9 +17,11 @@ def read_texts(data, n, seed):
     path = Path(data)
     if not path.is_file():
         raise DataError(f"no text file at {path}")
-    text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
-        return [d for d in text.split("\n\n") if d.strip()]
+        try:
+            return [d for d in path.read_text(encoding="utf-8").split("\n\n") if d.strip()]
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not UTF-8 text") from None
 
     def strings(value):  # every text of a record, in order: prompt, then completion, ...
         if isinstance(value, str):
@@ -28,10 +30,13 @@ def read_texts(data, n, seed):
             return [s for k, v in value.items() if k != "role" for s in strings(v)]
         return [s for v in value for s in strings(v)] if isinstance(value, list) else []
 
-    records = read_jsonl(path, lambda record, where: record)
-    if all("prompt" in r or "messages" in r for r in records):
-        records = split(records)[0]
-    return ["\n".join(strings(record)) for record in records]
+    def check(record, where):  # a record with a prompt must be one that the split can read
+        if not {"prompt", "messages"} & set(record):
+            return record | dict(held_out=False)  # plain text: nothing is held out
+        check_prompt(record, where)
+        return record
+
+    return ["\n".join(strings(record)) for record in split(read_jsonl(path, check))[0]]
 
 
 def pack(documents, length):

@@ -106,6 +106,25 @@ def test_a_finished_run_is_not_touched(tmp_path):
         common.Run("x", config, torch.device("cpu"))
 
 
+def test_only_the_files_of_a_run_are_removed(tmp_path):
+    # catches an --out that names a folder with other people's files, or with another stage's run
+    for name in ("model.py", "state.md", "models.txt", "model.pt.bak"):
+        (tmp_path / name).write_text("mine")
+    common.Run("x", Config(out=str(tmp_path), overwrite=True), torch.device("cpu"))
+    common.Run("x", Config(out=str(tmp_path), overwrite=True), torch.device("cpu"))
+    assert len([p for p in tmp_path.iterdir() if p.read_text() == "mine"]) == 4
+    with pytest.raises(UserError, match="holds a x run: choose another --out"):
+        common.Run("y", Config(out=str(tmp_path), overwrite=True), torch.device("cpu"))
+
+
+def test_resume_needs_the_same_settings(tmp_path):
+    # catches a run that goes on under other settings than its log says
+    common.Run("x", Config(out=str(tmp_path), steps=5), torch.device("cpu")).save_state(step=1)
+    with pytest.raises(UserError, match="was started with --steps=5"):
+        common.Run("x", Config(out=str(tmp_path), steps=6, resume=True), torch.device("cpu"))
+    common.Run("x", Config(out=str(tmp_path), steps=5, resume=True), torch.device("cpu"))
+
+
 def test_log_keys_are_frozen(tmp_path):
     # catches a typo in a metric's name
     run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
@@ -164,7 +183,7 @@ def test_lineage_warning(capsys):
     common.check_lineage("sft", "abc", dict(parents=dict(sft="abc")), "x")
     assert capsys.readouterr().err == ""
     common.check_lineage("sft", "abc", dict(parents=dict(sft="def")), "x")
-    assert "x descends from another sft run" in capsys.readouterr().err
+    assert "x does not descend from the sft run" in capsys.readouterr().err
 
 
 def test_cosine_schedule():

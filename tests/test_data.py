@@ -156,3 +156,13 @@ def test_too_long_is_dropped_and_counted(capsys):
     rows = [([1] * 5, [1] * 3), ([1] * 3, [1] * 9)]
     assert fits("pairs", rows, 5) == rows[:1]
     assert "dropped 1 of 2" in capsys.readouterr().out
+
+
+def test_every_format_keeps_its_side_of_the_split():
+    # catches a record that says held_out and is trained on all the same
+    demo = dict(prompt="a", completion="b", held_out=True)
+    for check in (check_demonstration, check_prompt):
+        assert split([check(demo)])[1]
+    assert split([check_ranking(dict(prompt="a", chosen="b", rejected="c", held_out=True))])[1]
+    with pytest.raises(DataError, match="true or false"):
+        check_prompt(dict(prompt="a", held_out="false"))

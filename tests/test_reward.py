@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from data.records import ranking_pairs
+from data.records import merge_rankings, ranking_pairs
 from reward import RewardModel, evaluate, interval, reward_loss
 
 
@@ -83,9 +83,9 @@ def test_report_card_on_a_known_model():
     class Tokenizer:
         pad = 99
 
-    records = [dict(prompt="a", completions=["xx", "y"], ranks=[1, 2], gold=[3.0, 0.0]),
-               dict(prompt="b", completions=["x", "yy"], ranks=[1, 2], gold=[0.1, 0.0]),
-               dict(prompt="c", completions=["xx", "y"], ranks=[2, 1], gold=[-1.0, 1.0])]
+    records = [dict(prompt="a", completions=["xx", "y"], pairs=[(0, 1)], gold=[3.0, 0.0]),
+               dict(prompt="b", completions=["x", "yy"], pairs=[(0, 1)], gold=[0.1, 0.0]),
+               dict(prompt="c", completions=["xx", "y"], pairs=[(1, 0)], gold=[-1.0, 1.0])]
     rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
     masks = [[[0, 1], [0, 1]]] * 3
     card = evaluate(Oracle(), records, rows, masks, Tokenizer, torch.device("cpu"), noise=1.0)
@@ -103,3 +103,15 @@ def test_interval_is_over_prompts():
     values, groups = np.repeat([0.0, 1.0] * 50, 20), np.repeat(np.arange(100), 20)
     low, high = interval(values, groups)
     assert 0.15 < high - low < 0.25  # 2 * 1.96 * 0.5 / sqrt(100)
+
+
+def test_rankings_of_one_prompt_share_an_element():
+    # catches pairs of one prompt spread over batch elements, and answers read more than once
+    pair = lambda p, c, r: dict(prompt=p, completions=[c, r], ranks=[1, 2])
+    merged = merge_rankings([pair("a", "x", "y"), pair("b", "x", "y"), pair("a", "z", "x"),
+                             dict(prompt="a", completions=["x", "y"], ranks=[1, 1])])
+    assert [(e["prompt"], e["completions"], e["pairs"]) for e in merged] == [
+        ("a", ["x", "y", "z"], [(0, 1), (2, 0)]), ("b", ["x", "y"], [(0, 1)])]
+    assert "gold" not in merged[0]
+    ranked = merge_rankings([dict(prompt="a", completions=["x", "y"], ranks=[2, 1], gold=[1, 2])])
+    assert ranked[0]["gold"] == [1, 2] and ranked[0]["pairs"] == [(1, 0)]

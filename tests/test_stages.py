@@ -92,12 +92,14 @@ def test_ppo_options_run(chain, flags):
 
 
 def test_a_missing_stage_is_run_first(tmp_path):
-    # catches a default input that is not made; pretraining is put there to keep the test short
-    assert run_script("pretrain.py", *TINY["pretrain"], cwd=tmp_path).returncode == 0
-    result = run_script("label.py", *TINY["label"], "--device=nonsense", cwd=tmp_path)
+    # catches a default input that is not made, and a failure of the stage before that is lost
+    (tmp_path / "out" / "pretrain").mkdir(parents=True)
+    (tmp_path / "out" / "pretrain" / "model.pt").write_text("junk, so that sft.py fails at once")
+    result = run_script("label.py", *TINY["label"], cwd=tmp_path)
     assert "running `python sft.py` first" in result.stdout
-    assert result.returncode == 2  # the stage before it failed, with its own clear line
-    assert "--device=nonsense is not available here" in result.stderr
+    assert result.returncode == 2
+    assert "sft.py: error: out/pretrain/model.pt is not a checkpoint" in result.stderr
+    assert "label.py: error: `python sft.py` failed with exit status 2" in result.stderr
     assert not (tmp_path / "out" / "label").exists()
 
 
@@ -160,6 +162,14 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("ppo.py", ["--reward_model=out/sft"], "is a sft checkpoint; needed here: reward"),
     ("ppo.py", ["--reward_model=nowhere"], "--reward_model=nowhere does not exist"),
     ("ppo.py", ["--kl_in=both"], "--kl_in=both: expected reward or loss"),
+    ("ppo.py", ["--minibatches=0"], "--minibatches=0: must be above 0"),
+    ("ppo.py", ["--seed=-1"], "--seed=-1: must not be negative"),
+    ("sft.py", ["--max_new_tokens=127"], "no held-out prompt leaves that much room"),
+    ("label.py", ["--max_new_tokens=127"], "do not fit the context of 128"),
+    ("pretrain.py", ["--seq_len=200"], "--seq_len=200 is longer than the context"),
+    ("pretrain.py", ["--data=latin.txt"], "not UTF-8"),
+    ("sft.py", ["--out=text.txt"], "--out=text.txt is a file"),
+    ("sft.py", ["--out=out/reward"], "out/reward holds a reward run: choose another --out"),
     ("pretrain.py", ["--tokenizer=bert"], "tokenizer 'bert' is unknown"),
     ("pretrain.py", ["--n_head=3"], "n_embd=128 is not a multiple of n_head=3"),
     ("pretrain.py", ["--data=missing.txt"], "no text file at missing.txt"),
@@ -168,6 +178,7 @@ def test_bad_input_is_one_clear_line(chain, script, flags, message):
     # catches tracebacks, wrong exit statuses, and files touched by a run that cannot start
     folder = chain[0]
     (folder / "text.txt").write_text("hello")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     write_jsonl(folder / "fields.jsonl", [dict(prompt="a")] * 3)
     write_jsonl(folder / "empty.jsonl", [dict(prompt="a", completion="")])
@@ -200,7 +211,7 @@ def test_lineage_is_checked_across_runs(chain, tmp_path):
     run_script("sft.py", *TINY["sft"], "--seed=2", "--out=out/sft2", cwd=folder)
     result = run_script("ppo.py", *TINY["ppo"], "--init=out/sft2", f"--out={tmp_path}/p",
                         cwd=folder)
-    assert result.returncode == 0 and "descends from another sft run" in result.stderr
+    assert result.returncode == 0 and "does not descend from the sft run" in result.stderr
 
 
 def test_real_pairs_without_embedded_data(chain):

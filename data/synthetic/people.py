@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.synthetic import facts
+from data.synthetic.gold import sentences
 from data.synthetic.world import Prompt
 
 # --- contractors ---------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class Labeler:
 
     def value(self, prompt: str, response: str, gold: float) -> float:
         """Perceived value without the noise, in gold units."""
-        says = lambda kind: sum(response.count(s) for s in kind)
+        says = lambda kind: sum(s.removeprefix("- ") in kind for s in sentences(response))
         return (gold + self.length * len(response.split())
                 + self.flattery * says(facts.FLATTERY)
                 + self.bullets * response.startswith("- ")
