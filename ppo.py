@@ -25,7 +25,7 @@ import common
 from common import UserError
 from data.records import check_prompt, collate, read_jsonl, split
 from data.synthetic.gold import gold_reward
-from data.synthetic.world import sample_prompts
+from data.synthetic.world import lookup, sample_prompts
 from data.text import text_rows
 from model import GPT, generate, token_logprobs, token_stats
 from reward import load_reward_model, score_rows
@@ -464,7 +464,11 @@ def evaluate(policy, reference, reward_model, tokenizer, prompts, config, run, d
                              for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
         best = gold_sft[np.arange(len(texts)), sft_score.reshape(-1, n).argmax(1)]
         gap = gold - gold_sft[:, 0]
-        se = lambda x: float(x.std(ddof=1) / len(x) ** 0.5)
+        # several prompts ask the same question in other words: they are not independent, so the
+        # standard errors are those of the clusters that share a question
+        questions = np.unique([f"{lookup(t).relation.name} {lookup(t).x}" for t in texts],
+                              return_inverse=True)[1]
+        se = lambda x: float((np.bincount(questions, x - x.mean()) ** 2).sum() ** 0.5 / len(x))
         metrics |= dict(
             gold=float(gold.mean()), gold_se=se(gold), gold_sft=float(gold_sft[:, 0].mean()),
             gold_gap=float(gap.mean()), gold_gap_se=se(gap),
