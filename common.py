@@ -213,7 +213,7 @@ class Run:
             raise UserError(f"{self.folder} already holds a finished run: --overwrite=true starts "
                             "it again, --out=DIR writes elsewhere, and --resume=true only helps "
                             "where a run was interrupted")
-        self.resuming = config.resume and (self.folder / "state.pt").exists()
+        self.resuming = config.resume and before and (self.folder / "state.pt").exists()
         if config.resume and not self.resuming:
             raise UserError(f"--resume=true: {self.folder} holds no interrupted run (no state.pt)")
         if not self.resuming and (self.folder / "state.pt").exists() and not config.overwrite:

@@ -292,3 +292,13 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
         return F.pad(out, (1, 0))  # column 0 has no token before it
 
     return tuple(scatter(values) for values in zip(*parts))
+
+
+def text_loss(model, tokens):
+    """Next-token loss on plain text, tokens (rows, T): nats per token, a MEAN over predictions.
+
+    What SFT and the reward model mix in, and PPO-ptx (InstructGPT eq. 2). Position 0 predicts
+    nothing of itself, so the mean is over rows (T - 1) tokens.
+    """
+    everything = torch.ones(tokens.shape, device=tokens.device)
+    return -token_logprobs(model, tokens, everything).sum() / (tokens.numel() - len(tokens))

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_prompt, collate, read_jsonl, split
+from data.records import check_prompt, collate, fits, read_jsonl, split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import lookup, sample_prompts
 from data.text import text_rows
-from model import GPT, generate, token_logprobs, token_stats
+from model import GPT, generate, text_loss, token_logprobs, token_stats
 from reward import load_reward_model, score_rows
 
 
@@ -213,10 +213,7 @@ def load_prompts(config, tokenizer, room):
     result = []
     for name, prompts in zip(("train", "held out"), sides):
         encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
-        kept = [e for e in encoded if len(e[1]) <= room]
-        if len(kept) < len(encoded):
-            print(f"ppo: dropped {len(encoded) - len(kept)} of {len(encoded)} {name} prompts: "
-                  f"longer than {room} tokens")
+        kept = fits(f"ppo: {name} prompts", encoded, room, lambda e: len(e[1]))
         if not kept:
             raise UserError(f"--data={config.data}: no {name} prompt of at most {room} tokens")
         result.append(kept)
@@ -345,8 +342,9 @@ def main(config):
                     for k, v in info.items():
                         totals[k] = totals.get(k, 0.0) + v
                 if config.ptx_coef > 0:
-                    tokens_ptx = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                    ptx = ptx_loss(policy, tokens_ptx)
+                    picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
+                    with common.autocast(device):
+                        ptx = text_loss(policy, picked)
                     (config.ptx_coef * ptx).backward()
                 if step == 0 and first == 0 and not norms:
                     check_start(policy, reference, logp, old_logp[p], ref_logp[p], mask[p], device)
@@ -413,14 +411,6 @@ def check_start(policy, reference, logp, old_logp, ref_logp, mask, device):
     if device.type == "cpu":  # full precision; under autocast the two forwards may round apart
         assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
         assert abs(kl) < 1e-4, "the policy does not start from the reference"
-
-
-def ptx_loss(policy, tokens):
-    """PPO-ptx (InstructGPT eq. 2): next-token loss on text, tokens (rows, T), nats per token."""
-    everything = torch.ones(tokens.shape, device=tokens.device)
-    with common.autocast(tokens.device):
-        logp = token_logprobs(policy, tokens, everything)
-    return -logp.sum() / (tokens.numel() - len(tokens))  # the first token is not predicted
 
 
 def evaluate(policy, reference, reward_model, tokenizer, prompts, config, run, device):

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import (check_demonstration, check_ranking, collate, encode_messages,
+from data.records import (check_demonstration, check_ranking, collate, encode_messages, fits,
                           merge_rankings, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
-from model import GPT, GPTConfig, token_logprobs
+from model import GPT, GPTConfig, text_loss
 
 
 @dataclass
@@ -202,11 +202,8 @@ def main(config):
     sides = []
     for name, records in zip(("train", "held out"), split(read_jsonl(config.data, check_ranking))):
         # a ranking of which one answer is too long is dropped whole
-        lengths = [max(map(len, encode_ranking(tokenizer, r)[0])) for r in records]
-        fitting = [r for r, n in zip(records, lengths) if n <= policy.config.block_size]
-        if len(fitting) < len(records):
-            print(f"reward: dropped {len(records) - len(fitting)} of {len(records)} {name} "
-                  f"rankings, over {policy.config.block_size} tokens long")
+        fitting = fits(f"reward: {name} rankings", records, policy.config.block_size,
+                       lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
         sides.append([(*encode_ranking(tokenizer, r), r) for r in merge_rankings(fitting)])
         if not sides[-1]:
             raise UserError(f"--data={config.data}: no {name} ranking is left to use")
@@ -276,12 +273,10 @@ def main(config):
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
-            tokens = text[np.random.default_rng([config.seed, step]).integers(0, len(text), 32)]
-            tokens = tokens.to(device)
-            everything = torch.ones(tokens.shape, device=device)
+            rows = np.random.default_rng([config.seed, step]).integers(0, len(text), 32)
             with common.autocast(device):
-                mix = -token_logprobs(model.gpt, tokens, everything).sum()
-            (config.pretrain_mix * mix / (tokens.numel() - len(tokens))).backward()
+                mix = text_loss(model.gpt, text[rows].to(device))
+            (config.pretrain_mix * mix).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
-from model import token_logprobs
+from model import text_loss, token_logprobs
 
 
 @dataclass
@@ -181,11 +181,9 @@ def main(config):
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = np.random.default_rng([config.seed, step]).integers(0, len(text),
                                                                        config.batch_size)
-            tokens = text[rows].to(device)
-            everything = torch.ones(tokens.shape, device=device)
             with common.autocast(device):
-                mix = sft_loss(token_logprobs(model, tokens, everything), everything)
-            (config.pretrain_mix * mix / (tokens.numel() - len(tokens))).backward()
+                mix = text_loss(model, text[rows].to(device))
+            (config.pretrain_mix * mix).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -221,9 +221,12 @@ def collate(rows, masks, pad):
     return tokens, mask
 
 
-def fits(name, rows, length):
-    """Drop rows (lists of id lists) with any list longer than `length`; count them, never cut."""
-    kept = [row for row in rows if max(len(ids) for ids in row) <= length]
+def fits(name, rows, length, size=lambda row: max(map(len, row))):
+    """Drop the rows whose size is over `length` tokens; count them aloud, never cut.
+
+    size: tokens of a row; by default rows are tuples of lists and the longest list counts.
+    """
+    kept = [row for row in rows if size(row) <= length]
     if len(kept) < len(rows):
         print(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)}, over {length} tokens long")
     return kept
