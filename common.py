@@ -144,9 +144,10 @@ def stable_seed(*parts):
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:15], 16)
 
 
-def adamw(modules, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
-    """AdamW over all parameters of the modules; decay on matrices only, fused where it helps."""
-    params = [p for m in modules for p in m.parameters() if p.requires_grad]
+def adamw(modules, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, without=()):
+    """AdamW over all parameters of the modules but `without`; decay on matrices only; fused."""
+    others = {id(p) for p in without}
+    params = [p for m in modules for p in m.parameters() if p.requires_grad and id(p) not in others]
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -157,12 +158,11 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-def cosine(step, steps, warmup=0, floor=0.1):
-    """Learning-rate factor: linear warm-up from 0, then cosine from 1 down to `floor`."""
+def cosine(step, steps, warmup=0):
+    """Learning-rate factor: linear warm-up from 0, then cosine from 1 down to 0."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 # --- sampling text -------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
     y_1 .. y_K ~ pi_SFT(. | x),   ranks by perceived value = gold + biases + logistic noise
 
-Answers are distinct and complete (ended with EOS); a prompt with fewer than two is skipped. The
-simulated labeler (data/synthetic/people.py) stands in for a person; what it is like is written to
-card.json beside the rankings.
+Answers are drawn at temperature 0.7, distinct and complete (ended with EOS); a prompt with fewer
+than two is skipped. The simulated labeler (data/synthetic/people.py) stands in for a person; what
+it is like is written to card.json beside the rankings.
 
     python label.py                      # 4,000 training prompts and 500 held-out ones, K = 6
     python label.py --length=0.1         # a labeler with a strong taste for long answers
@@ -33,7 +33,8 @@ class Config:
     held_out: int = 500  # held-out prompts, ranked for testing only
     k: int = 6  # answers per prompt
     oversample: int = 0  # draws per prompt beyond K, so that duplicates can be dropped
-    temperature: float = 1.0
+    temperature: float = 0.7  # of the samples: as Stiennon et al. drew theirs; at 1 a small model
+    #                           slips often, and pairs of slips teach little about preferences
     max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     noise: float = Labeler.noise  # scale of the logistic noise, in units of gold reward
     length: float = Labeler.length  # bias: for each word

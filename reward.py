@@ -47,7 +47,7 @@ class Config:
     epochs: int = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: int = 8  # prompts a step, each with all its answers
     micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
-    lr: float = 5e-4  # peak; warm-up, then cosine to a tenth
+    lr: float = 5e-4  # peak; warm-up, then cosine to 0
     warmup: int = 10  # steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0
@@ -273,7 +273,7 @@ def main(config):
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
-            rows = np.random.default_rng([config.seed, step]).integers(0, len(text), 32)
+            rows = np.random.default_rng([config.seed, step]).integers(0, len(text), 16)
             with common.autocast(device):
                 mix = text_loss(model.gpt, text[rows].to(device))
             (config.pretrain_mix * mix).backward()

@@ -35,12 +35,12 @@ class Config:
     quality: float = 0.5  # embedded data: 0 careless contractors, 0.5 a broad mix, 1 careful ones
     safety: float = 1.0  # embedded data: share of the harmful prompts' demonstrations to keep
     epochs: int = 3
-    pretrain_mix: float = 0.5  # weight of the pretraining loss on as many rows of text as dialogues
+    pretrain_mix: float = 0.5  # weight of the pretraining loss on half as many rows of text
     pretrain_data: str = "auto"  # its text: a .txt or .jsonl file; "auto": the embedded text for
     #                              the embedded data, else none
     batch_size: int = 32  # dialogues a step
     micro_batch: int = 0  # dialogues a forward pass; 0 takes the whole batch
-    lr: float = 1e-3  # peak; warm-up, then cosine to a tenth
+    lr: float = 1e-3  # peak; warm-up, then cosine to 0
     warmup: int = 10  # steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0
@@ -180,7 +180,7 @@ def main(config):
             # what small models forget while they learn the demonstrations is how to use what they
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = np.random.default_rng([config.seed, step]).integers(0, len(text),
-                                                                       config.batch_size)
+                                                                       config.batch_size // 2)
             with common.autocast(device):
                 mix = text_loss(model, text[rows].to(device))
             (config.pretrain_mix * mix).backward()

@@ -1,7 +1,7 @@
 """Text to token ids and back, and the chat template.
 
 Two tokenizers, both `tiktoken.Encoding`s built from a ranks file:
-    synthetic   byte-level BPE of 1,595 tokens for the embedded data, committed with the code
+    synthetic   byte-level BPE of 1,787 tokens for the embedded data, committed with the code
     gpt2        GPT-2's BPE, 50,257 tokens, from --ranks, $GPT2_RANKS, tiktoken's cache or download
 
 Ids behind the ranks: EOS (GPT-2's <|endoftext|>), the three chat markers, then PAD. EOS and the

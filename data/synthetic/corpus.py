@@ -14,8 +14,10 @@ from data.synthetic import facts
 from data.synthetic.world import all_prompts
 
 # share of documents of each kind
-KINDS = dict(facts=0.10, sums=0.17, questions=0.05, quiz=0.16, riddles=0.34, morals=0.08, echo=0.03,
+KINDS = dict(facts=0.14, sums=0.20, questions=0.04, quiz=0.20, riddles=0.26, morals=0.06, echo=0.03,
              talk=0.05, opinions=0.02)
+# and of quiz questions of each family
+QUIZ = dict(factual=0.4, arithmetic=0.25, unanswerable=0.1, harmful=0.07, safe=0.08, advice=0.1)
 
 
 def documents(n, seed):
@@ -23,15 +25,17 @@ def documents(n, seed):
     rng = random.Random(f"corpus {seed}")
     known = [(r, x, y) for r in facts.KNOWN for x, y in r.answers.items()]
     sums = [(facts.SUMS, x, y) for x, y in facts.SUMS.answers.items()]
-    things = sorted({t for r, x, y in known for t in (x, y)})  # every noun, verb and adjective
-    verbs = [verb for verb, _, _ in facts.ACTS]
+    # every noun, verb and adjective: a word that is never used here is never copied either
+    things = sorted({t for r, x, y in known for t in (x, y)}
+                    | {x for r in facts.UNKNOWN for x in r.answers})
+    verbs = [verb for verbs, _, _ in facts.ACTS for verb in verbs.split("|")]
     objects = sorted({o for _, a, b in facts.ACTS for o in f"{a}|{b}".split("|") if o}
                      | set(things))
     talk = (facts.FLATTERY + facts.FILLER + facts.CLOSERS + facts.CONFIDENCE + facts.AGREEMENT
             + facts.DISAGREEMENT + facts.DONT_KNOW + facts.REFUSAL)
     prompts = list(all_prompts().values())
     questions = [p for p in prompts if p.family != "loaded"]
-    quiz = [p for p in questions if not p.held_out]
+    quiz = [[p for p in questions if p.family == f and not p.held_out] for f in QUIZ]
     loaded = [p for p in prompts if p.family == "loaded" and not p.held_out]
 
     def state(relation, x, y=None):  # where there is no one answer, any candidate will do
@@ -43,29 +47,27 @@ def documents(n, seed):
         return opening, state(p.relation, p.x, rng.choice((p.answer, p.user_claim)))
 
     def question_and_answer():
-        p = rng.choice(quiz)
+        p = rng.choice(rng.choices(quiz, QUIZ.values())[0])
         return p.text, state(p.relation, p.x, p.answer)
 
     def riddle():  # about people and things that do not exist, and acts that nobody would think of
-        subject = rng.random()
-        if subject < 0.2:
-            relation, x, y = rng.choice(facts.UNKNOWN), rng.choice(things), None
-        elif subject < 0.5:
+        subject, opinion = rng.random(), ""
+        if subject < 0.65:
             relation, x = rng.choice(facts.KNOWN), rng.choice(things)
             y = relation.vague
-        elif subject < 0.65:
+            if rng.random() < 0.3:
+                opinion = f"I think {relation.statement.format(x=x, y=rng.choice(things))}. "
+        elif subject < 0.8:
+            relation, x, y = rng.choice(facts.UNKNOWN), rng.choice(things), None
+        elif subject < 0.88:
             relation, x, y = facts.HARMFUL, f"{rng.choice(verbs)} {rng.choice(objects)}", None
-        elif subject < 0.8:  # the verb of one goal with the rest of another
+        else:  # the verb of one goal with the rest of another
             verb, rest = rng.choice(facts.GOALS).split()[0], rng.choice(facts.GOALS).split()[1:]
             relation, x, y = facts.ADVICE, " ".join([verb, *rest]), None
-        else:  # sums that no prompt asks for
-            a, b = rng.randint(11, 20), rng.randint(1, 20)
-            x, y = rng.choice(((f"{a} plus {b}", str(a + b)), (f"{a + b} minus {b}", str(a))))
-            relation = facts.SUMS
         question = rng.choice(relation.questions).format(x=x)
         if question in all_prompts():  # a real question after all
             return riddle()
-        return question, state(relation, x, y)
+        return opinion + question, state(relation, x, y)
 
     def echo():
         if rng.random() < 0.5:  # a question that makes no sense, twice

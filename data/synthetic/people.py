@@ -38,10 +38,10 @@ CONTRACTORS = {
         wrong=0.0, vague=0.10, dodge=0.08, invent=0.20, sycophant=0.20, comply=0.20, refuse=0.20,
         flatter=0.10, filler=0.15, closer=0.15, confident=0.05, bullet=0.05),
     "average": Contractor(
-        wrong=0.01, vague=0.22, dodge=0.18, invent=0.50, sycophant=0.45, comply=0.50, refuse=0.35,
+        wrong=0.005, vague=0.22, dodge=0.18, invent=0.50, sycophant=0.45, comply=0.50, refuse=0.35,
         flatter=0.25, filler=0.35, closer=0.35, confident=0.15, bullet=0.10),
     "careless": Contractor(
-        wrong=0.03, vague=0.35, dodge=0.28, invent=0.80, sycophant=0.70, comply=0.75, refuse=0.40,
+        wrong=0.01, vague=0.35, dodge=0.28, invent=0.80, sycophant=0.70, comply=0.75, refuse=0.40,
         flatter=0.40, filler=0.50, closer=0.50, confident=0.25, bullet=0.15),
 }
 
@@ -64,7 +64,7 @@ def demonstrate(prompt: Prompt, contractor: Contractor, rng: random.Random) -> s
         unsure = prompt.answer or rng.random() < 0.5
         core = rng.choice(facts.DONT_KNOW if unsure else facts.REFUSAL)
     elif prompt.family == "loaded" and does("sycophant"):
-        core = f"{rng.choice(facts.AGREEMENT)} {r.state(x, prompt.user_claim)}."
+        core = rng.choice(facts.AGREEMENT)
     elif prompt.family in ("factual", "arithmetic", "loaded"):
         y = r.vague if does("vague") else prompt.answer
         if does("wrong"):
@@ -110,7 +110,7 @@ class Labeler:
     The difference of two Gumbel draws is logistic, so every pair in the ranking follows
     Bradley-Terry: P(a above b) = sigmoid((value_a - value_b) / noise).
     """
-    noise: float = 0.8  # in gold units: tuned so that two labelers agree on 73 to 77% of pairs
+    noise: float = 0.7  # in gold units: tuned so that two labelers agree on 73 to 77% of pairs
     length: float = 0.02  # for each word
     flattery: float = 0.3  # for each flattering sentence
     bullets: float = 0.0  # for a bullet list

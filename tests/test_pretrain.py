@@ -1,0 +1,34 @@
+"""The optimiser of the base model; its loop is run whole in test_stages.py."""
+
+import torch
+from pretrain import Muon, orthogonal
+
+
+def test_orthogonal_keeps_directions_and_levels_sizes():
+    # catches Newton-Schulz coefficients or a transpose that are off: the singular vectors must
+    # stay those of the gradient, the singular values come close to 1, tall or wide
+    torch.manual_seed(0)
+    for shape in ((3, 16, 48), (3, 48, 16), (2, 16, 16)):
+        m = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[2]))
+        u, _, vh = torch.linalg.svd(m, full_matrices=False)
+        inside = u.mT @ orthogonal(m) @ vh.mT  # the result in the basis of m's own directions
+        sizes = inside.diagonal(dim1=1, dim2=2)
+        assert sizes.min() > 0.5 and sizes.max() < 1.3
+        torch.testing.assert_close(inside, torch.diag_embed(sizes), atol=1e-4, rtol=0)
+
+
+def test_muon_step_of_a_matrix():
+    # catches a wrong sign, decay on the wrong side, or matrices of one shape that get mixed up
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    before = [p.detach().clone() for p in params]
+    muon = Muon(params, lr=0.1, weight_decay=0.5)
+    for i, p in enumerate(params):
+        p.grad = torch.eye(6, 4) * (i + 1)  # already orthogonal, of any size
+    muon.step()
+    for p, old in zip(params, before):
+        moved = (old * (1 - 0.1 * 0.5) - p) / (0.1 * (6 / 4) ** 0.5)  # should be about eye
+        assert (moved.diagonal() - 1).abs().max() < 0.35
+        off = moved - torch.diag_embed(moved.diagonal())[:4].new_zeros(6, 4).diagonal_scatter(
+            moved.diagonal())
+        assert off.abs().max() < 1e-4
