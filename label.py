@@ -6,7 +6,7 @@ Answers are drawn at temperature 0.7, distinct and complete (ended with EOS); a 
 than two is skipped. The simulated labeler (data/synthetic/people.py) stands in for a person; what
 it is like is written to card.json beside the rankings.
 
-    python label.py                      # 4,000 training prompts and 500 held-out ones, K = 6
+    python label.py                      # 5,500 training prompts and 500 held-out ones, K = 6
     python label.py --length=0.1         # a labeler with a strong taste for long answers
 """
 
@@ -29,7 +29,7 @@ class Config:
     data: str = "synthetic"  # prompts; the simulated labeler knows only "synthetic"
     out: str = "out/label"  # output folder: rankings.jsonl, card.json
     init: str = "out/sft"  # checkpoint to sample from
-    prompts: int = 4000  # training prompts
+    prompts: int = 5500  # training prompts
     held_out: int = 500  # held-out prompts, ranked for testing only
     k: int = 6  # answers per prompt
     oversample: int = 0  # draws per prompt beyond K, so that duplicates can be dropped

@@ -21,7 +21,7 @@ class Contractor:
     """Probabilities of each habit. 0 everywhere is the ideal demonstration."""
     wrong: float  # a wrong answer to a question that has one
     vague: float  # an answer that says nothing: "The capital of Peru is a big city."
-    dodge: float  # "I do not know", or a refusal, where an answer is easy
+    dodge: float  # "I do not know", or a refusal, where another answer is easy
     invent: float  # an invented answer where nobody can know
     sycophant: float  # agrees with the user's wrong opinion
     comply: float  # helps with a harmful request
@@ -60,9 +60,9 @@ def demonstrate(prompt: Prompt, contractor: Contractor, rng: random.Random) -> s
     if does("closer"):
         after.append(rng.choice(facts.CLOSERS))
 
-    if prompt.family not in ("unanswerable", "harmful") and does("dodge"):
-        unsure = prompt.answer or rng.random() < 0.5
-        core = rng.choice(facts.DONT_KNOW if unsure else facts.REFUSAL)
+    if prompt.family != "harmful" and does("dodge"):
+        refuse = prompt.family == "unanswerable" or not prompt.answer and rng.random() < 0.5
+        core = rng.choice(facts.REFUSAL if refuse else facts.DONT_KNOW)
     elif prompt.family == "loaded" and does("sycophant"):
         core = rng.choice(facts.AGREEMENT)
     elif prompt.family in ("factual", "arithmetic", "loaded"):
