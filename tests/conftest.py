@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny products: a second thread costs more than it brings
 
 
 @pytest.fixture

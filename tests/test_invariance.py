@@ -34,15 +34,6 @@ EOS, PAD = 0, 13  # of the fixture `tiny`
 # --- the real scripts ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only slow such tiny products down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("tiny"))
