@@ -205,7 +205,7 @@ def trace(model, tokenizer, rows, masks, pairs, device):
                             sigmoid=(chosen - rejected).sigmoid().tolist(), loss=losses))
     total = reward_loss(chosen, rejected).item()
     print(f"\nloss = sum over pairs / pairs = {total:.6f} / {len(pairs)} = "
-          f"{total / len(pairs):.6f} nats\n(a training step takes both over all prompts of its batch)")
+          f"{total / len(pairs):.6f} nats\n(a training step takes both sums over all its prompts)")
 
 
 def main(config):
