@@ -1,7 +1,5 @@
 """Inputs on which a real stage script runs in a second: random checkpoints and small data files."""
 
-import json
-
 import common
 import torch
 from data.records import write_jsonl
@@ -56,8 +54,3 @@ def make_inputs(folder, n_embd=16):
              ranks=[[1, 2, 3], [2, 1, 2], [3, 2, 1]][i % 3], held_out=i >= 8) for i in range(14)])
     (folder / "text.txt").write_text("\n\n".join(f"{say(i)} {answer(i)}" for i in range(60)))
     return folder
-
-
-def log_rows(run, kind):
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [r for r in rows if r["kind"] == kind]
