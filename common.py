@@ -15,6 +15,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -188,6 +189,22 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=
     return results
 
 
+def print_table(columns):
+    """Print {name: cells} as a table, for --trace: floats with six digits, None as "-", the last
+    column left-aligned."""
+    show = lambda x: "-" if x is None else f"{x:.6f}" if isinstance(x, float) else str(x)
+    cells = [[name, *map(show, values)] for name, values in columns.items()]
+    widths = [max(map(len, column)) for column in cells]
+    print()
+    for *row, last in zip(*cells):
+        print(*(x.rjust(width) for x, width in zip(row, widths)), "", last)
+
+
+def token_texts(tokenizer, ids):
+    """What each id stands for, in quotes; EOS by its name."""
+    return ["EOS" if i == tokenizer.eos else repr(tokenizer.decode([i])) for i in ids]
+
+
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
@@ -203,6 +220,11 @@ class Run:
         self.folder = Path(config.out)
         self.keys, self.start = {}, time.time()
         self.settings = dataclasses.asdict(config)
+        if self.settings.get("trace"):  # shows one example and stops: writes to a folder that goes
+            if config.resume:
+                raise UserError("--trace=true starts a run to look into: leave out --resume=true")
+            self.scratch = tempfile.TemporaryDirectory()
+            self.folder = Path(self.scratch.name)
         if self.folder.is_file():
             raise UserError(f"--out={self.folder} is a file; it must name a folder")
         before = self._first_row()  # of the run that the folder holds, if any

@@ -72,6 +72,7 @@ class Config:
     device: str = "auto"  # "auto", "cpu", "cuda"
     resume: bool = False  # go on with an interrupted run
     overwrite: bool = False  # start again in a folder that holds a run
+    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 class ValueModel(nn.Module):
@@ -357,6 +358,11 @@ def main(config):
                 critic_optimizer.zero_grad(set_to_none=True)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
+        # the second iteration: in the first one the policy still is the reference, and KL is 0
+        if config.trace and step == min(1, config.iterations - 1):
+            with common.autocast(device):
+                return trace(policy, reference, critic, tokenizer, tokens, mask, finished, score,
+                             old_logp, ref_logp, old_value, beta, config)
         n_tokens = mask.sum().item()
         seq_kl = ((old_logp - ref_logp) * mask).sum(1)  # k1, (B,), nats per sequence
         lengths = mask.sum(1)
@@ -401,6 +407,64 @@ def main(config):
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
                            parents={parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
     run.finish(**metrics)
+
+
+@torch.no_grad()
+def trace(policy, reference, critic, tokenizer, tokens, mask, finished, score, old_logp, ref_logp,
+          old_value, beta, config):
+    """Print the first response of a batch token by token, with every number from score to loss.
+
+    logp, ratio and new_value are those after the updates on this batch: what one more minibatch
+    would see. All arguments as in `main`, for the whole batch, because whitening needs it.
+    """
+    beta_in_reward = beta if config.kl_in == "reward" else 0.0
+    reward = token_rewards(score, old_logp, ref_logp, mask, beta_in_reward)
+    advantage, returns = gae(reward, old_value, mask, config.gamma, config.lam)
+    white = whiten(advantage, mask) if config.whiten else advantage
+    logp, entropy, kl = token_stats(policy, tokens[:1], mask[:1], config.temperature, entropy=True,
+                                    ref_model=reference)
+    value = critic(tokens[:1])
+    ids, kept = tokens[0].tolist(), mask[0].bool().tolist()
+    last = max(t for t, m in enumerate(kept) if m)  # the EOS action; padding follows
+    column = lambda x: [v if m else None for v, m in zip(x[0].tolist(), kept)][:last + 1]
+    table = dict(
+        position=range(last + 1), mask=list(map(int, kept))[:last + 1], old_logp=column(old_logp),
+        ref_logp=column(ref_logp), kl_term=column(-beta_in_reward * (old_logp - ref_logp)),
+        score=[None] * last + [score[0].item()], reward=column(reward), value=column(old_value),
+        advantage=column(advantage), returns=column(returns), white=column(white),
+        logp=column(logp), ratio=column((logp - old_logp[:1]).exp()), new_value=column(value))
+    terms, formula = [], "policy"
+    if config.kl_in == "loss":
+        table["kl"], formula = column(kl), formula + " + beta sum(kl)"
+        terms.append(beta * (kl * mask[:1]).sum().item())
+    if config.entropy_coef > 0:
+        table["entropy"], formula = column(entropy), formula + " - entropy_coef sum(entropy)"
+        terms.append(-config.entropy_coef * (entropy * mask[:1]).sum().item())
+    common.print_table(table | dict(text=common.token_texts(tokenizer, ids[:last + 1])))
+    policy_sum = policy_loss(logp, old_logp[:1], white[:1], mask[:1], config.clip)[0].item()
+    value_sum = value_loss(value, old_value[:1], returns[:1], mask[:1], config.value_clip).item()
+    mean = masked_mean(advantage, mask)
+    std = masked_mean((advantage - mean) ** 2, mask).sqrt()
+    count = sum(kept)
+    total = policy_sum + value_sum + sum(terms)
+    print(f"""
+score      {"of the reward model" if finished[0] else "missing_eos: the response has no EOS"}
+kl_term  = -beta (old_logp - ref_logp), beta = {beta_in_reward:.6f}
+reward   = kl_term + score on the last action
+advantage: delta + gamma lam advantage(next), delta = reward + gamma value(next) - value,
+           gamma = {config.gamma}, lam = {config.lam}; behind the last action both are 0
+returns  = advantage + value
+white    = {"(advantage - mean) / std" if config.whiten else "advantage"},
+           over the whole batch: mean {mean:.6f}, std {std:.6f}
+ratio    = exp(logp - old_logp)
+policy   = - sum min(ratio white, clip(ratio, 1 - {config.clip}, 1 + {config.clip}) white) \
+= {policy_sum:.6f}
+critic   = 0.5 sum max((new_value - returns)^2, (clipped - returns)^2) = {value_sum:.6f},
+           clipped = value + clip(new_value - value, -{config.value_clip}, {config.value_clip})
+loss     = ({formula} + critic) / sum(mask)
+         = ({" + ".join(f"{x:.6f}" for x in (policy_sum, *terms, value_sum))}) / {count} \
+= {total / count:.6f}
+(a training step takes all sums over its minibatch; beta = {beta:.6f})""")
 
 
 def check_start(policy, reference, logp, old_logp, ref_logp, mask, device):

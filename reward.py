@@ -58,6 +58,7 @@ class Config:
     device: str = "auto"  # "auto", "cpu", "cuda"
     resume: bool = False  # go on with an interrupted run
     overwrite: bool = False  # start again in a folder that holds a run
+    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 class RewardModel(nn.Module):
@@ -185,6 +186,28 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     return metrics
 
 
+@torch.no_grad()
+def trace(model, tokenizer, rows, masks, pairs, device):
+    """Print one prompt's answers token by token with their raw scores, then the loss of its pairs.
+
+    rows, masks: ids and mask of each answer; pairs (i, j), i preferred.
+    """
+    scores = score_rows(model.raw, rows, masks, tokenizer.pad, device).tolist()
+    table = [(n, t, m, scores[n] if t == len(row) - 1 else None, text)
+             for n, (row, mask) in enumerate(zip(rows, masks))
+             for t, (m, text) in enumerate(zip(mask, common.token_texts(tokenizer, row)))]
+    common.print_table(dict(zip(("answer", "position", "mask", "score", "text"), zip(*table))))
+    print("\nloss of a pair = -log sigmoid(margin), margin = score(chosen) - score(rejected)")
+    chosen, rejected = (torch.tensor([scores[p[side]] for p in pairs]) for side in (0, 1))
+    losses = [reward_loss(c[None], r[None]).item() for c, r in zip(chosen, rejected)]
+    common.print_table(dict(chosen=[w for w, _ in pairs], rejected=[l for _, l in pairs],
+                            margin=(chosen - rejected).tolist(),
+                            sigmoid=(chosen - rejected).sigmoid().tolist(), loss=losses))
+    total = reward_loss(chosen, rejected).item()
+    print(f"\nloss = sum over pairs / pairs = {total:.6f} / {len(pairs)} = "
+          f"{total / len(pairs):.6f} nats\n(a training step takes both sums over all its prompts)")
+
+
 def main(config):
     device = common.set_up(config)
     common.ensure_input(config, "init", "sft")
@@ -250,6 +273,9 @@ def main(config):
         epoch, i = divmod(step, steps_per_epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
+        if config.trace:
+            rows, masks, record = batch[0]
+            return trace(model, tokenizer, rows, masks, record["pairs"], device)
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
         count = sum(len(r["pairs"]) for _, _, r in batch)  # pairs of the whole step

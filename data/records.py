@@ -79,7 +79,7 @@ def check_demonstration(record, where="record"):
 
 
 def check_ranking(record, where="record"):
-    """{"prompt", "completions", "ranks"}; a pair becomes a ranking of two."""
+    """{"prompt", "completions", "ranks"}, "gold" if given; a pair becomes a ranking of two."""
     prompt = _prompt(record, where)
     side = _side(record, where)
     if "completions" not in record:
@@ -93,7 +93,13 @@ def check_ranking(record, where="record"):
     if not isinstance(ranks, list) or len(ranks) != len(completions) or \
             not all(type(r) is int and r >= 1 for r in ranks):
         _fail(where, f"'ranks' must be {len(completions)} whole numbers from 1 (best)")
-    return dict(record, prompt=prompt)
+    gold = {}
+    if "gold" in record:
+        gold = dict(gold=record["gold"])
+        if not isinstance(gold["gold"], list) or len(gold["gold"]) != len(completions) or \
+                not all(type(g) in (int, float) for g in gold["gold"]):
+            _fail(where, f"'gold' must be {len(completions)} numbers")
+    return dict(prompt=prompt, completions=completions, ranks=ranks, **gold, **side)
 
 
 def check_prompt(record, where="record"):
@@ -119,8 +125,9 @@ def read_jsonl(path, check):
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
+                why = getattr(error, "msg", error)
+                raise DataError(f"{where}: not JSON ({why})") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: a record must be a JSON object")
             records.append(check(record, where))
@@ -135,7 +142,8 @@ def write_jsonl(path, records):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
+    # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its JSON escape
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
     temporary.replace(path)

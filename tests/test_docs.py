@@ -1,0 +1,37 @@
+"""The documents say what the code says."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+CHOICES = (ROOT / "docs" / "choices.md").read_text()
+ROWS = [line for line in CHOICES.splitlines()
+        if line.startswith("|") and not line.startswith(("| detail", "|---"))]
+
+
+def test_every_choice_names_a_line():
+    # catches a row without its line, and a table that lost its columns
+    assert len(ROWS) >= 30
+    for row in ROWS:
+        assert row.count(" | ") == 5, row
+        assert re.search(r"\| `[\w/]+\.py` · `[^`]+` \|$", row), row
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip().replace(" ", "_"))
+def test_the_named_line_exists(row):
+    # catches a quoted line that was changed or moved to another file
+    for name, fragment in re.findall(r"`([\w/]+\.py)` · `([^`]+)`", row):
+        assert fragment in (ROOT / name).read_text(), f"{name} has no {fragment!r}"
+
+
+def test_the_numbers_quoted_as_ours_are_the_defaults():
+    # catches a default that was changed in the code only
+    from ppo import Config
+    config = Config()
+    assert (config.gamma, config.lam, config.clip, config.value_clip) == (1.0, 0.95, 0.2, 0.2)
+    assert (config.beta, config.missing_eos, config.temperature) == (0.05, -3.0, 1.0)
+    assert (config.minibatches, config.epochs, config.warmup) == (2, 2, 5)
+    assert config.whiten and config.kl_in == "reward" and config.kl_target == 0
+    assert (config.adam_eps, config.entropy_coef, config.ptx_coef) == (1e-5, 0.0, 0.0)
+    assert not config.score_scaling

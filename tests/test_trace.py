@@ -1,0 +1,122 @@
+"""--trace=true: every printed number redone from the others, as with a calculator."""
+
+import math
+import re
+
+import pytest
+from conftest import run_script
+from tiny_runs import FLAGS, make_inputs
+
+PPO = [f for f in FLAGS["ppo"] if not f.startswith(("--iterations", "--lr", "--out"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_inputs(tmp_path_factory.mktemp("trace"))
+    (folder / "done").mkdir()
+    (folder / "done" / "model.pt").write_text("a finished run")
+    return folder
+
+
+def trace(folder, stage, *flags):
+    """The script's output, after the checks that hold for every stage."""
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    result = run_script(f"{stage}.py", *flags, "--trace=true", "--out=done", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    # nothing is written, and the finished run in --out is as it was
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    return result.stdout
+
+
+def table(output, first):
+    """The table whose first column has this name: {name: [number, None or text]}."""
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == [first])
+    names, columns = lines[start].split(), []
+    for line in lines[start + 1:]:
+        cells = line.split(maxsplit=len(names) - 1)
+        if not cells or not cells[0].isdigit():
+            break
+        columns.append([None if c == "-" else c if n == "text" else float(c)
+                        for n, c in zip(names, cells)])
+    return dict(zip(names, zip(*columns)))
+
+
+def number(output, pattern):
+    return float(re.search(pattern + r" ?(-?[\d.]+)", output)[1])
+
+
+near = lambda x: pytest.approx(x, rel=2e-5, abs=2e-5)  # six printed digits
+
+
+def test_sft(folder):
+    # catches a table whose numbers are not those of the loss
+    output = trace(folder, "sft", *FLAGS["sft"])
+    t = table(output, "position")
+    assert t["position"] == tuple(range(len(t["text"]))) and t["text"][-1] == "EOS"
+    assert t["mask"].count(1.0) >= 4 and 0.0 in t["mask"] and t["text"][0] == "'<|user|>'"
+    scored = [x for x, m in zip(t["logp"], t["mask"]) if m]
+    assert None not in scored and all(x is None for x, m in zip(t["logp"], t["mask"]) if not m)
+    assert number(output, r"sum\(mask\) = .* =") == near(-sum(scored) / len(scored))
+
+
+def test_reward(folder):
+    # catches a score that is not at EOS, pairs that are reversed, a mean that is none
+    output = trace(folder, "reward", *FLAGS["reward"])
+    t, pairs = table(output, "answer"), table(output, "chosen")
+    scores = [x for x in t["score"] if x is not None]
+    ends = [text for x, text in zip(t["score"], t["text"]) if x is not None]
+    assert len(scores) == 3 and set(ends) == {"EOS"}
+    losses = []
+    for w, l, margin, sigmoid, loss in zip(*pairs.values()):
+        assert margin == near(scores[int(w)] - scores[int(l)])
+        assert sigmoid == near(1 / (1 + math.exp(-margin)))
+        assert loss == near(-math.log(sigmoid))
+        losses.append(loss)
+    assert len(losses) in (2, 3)
+    assert number(output, r"pairs = .* =") == near(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--kl_in=loss", "--entropy_coef=0.1", "--whiten=false", "--gamma=0.9", "--lam=0.5"],
+    ["--seed=3", "--temperature=0.7", "--score_scaling=true"]])
+def test_ppo(folder, flags):
+    # catches a column that is not what the next one is made from: KL term, reward, GAE, whitening
+    output = trace(folder, "ppo", *PPO, "--iterations=3", "--lr=0.05", *flags)
+    t = table(output, "position")
+    rows = [dict(zip(t, row)) for row in zip(*t.values()) if row[1] == 1.0]
+    options = dict(f.strip("-").split("=") for f in flags)
+    gamma, lam = float(options.get("gamma", 1)), float(options.get("lam", 0.95))
+    mean, std = number(output, "mean"), number(output, ", std")
+    beta = 0.0 if "kl_in" in options else 0.05
+    assert number(output, "old_logp - ref_logp\\), beta =") == beta
+    assert rows[-1]["score"] is not None
+    assert (rows[-1]["text"] == "EOS") == ("of the reward model" in output)
+    next_value = next_advantage = policy = critic = 0.0
+    for r in reversed(rows):
+        score = r["score"] or 0.0  # "-" everywhere but on the last action
+        assert r["kl_term"] == near(-beta * (r["old_logp"] - r["ref_logp"]))
+        assert r["reward"] == near(r["kl_term"] + score)
+        delta = r["reward"] + gamma * next_value - r["value"]
+        assert r["advantage"] == near(delta + gamma * lam * next_advantage)
+        assert r["returns"] == near(r["advantage"] + r["value"])
+        white = r["advantage"] if "whiten" in options else (r["advantage"] - mean) / std
+        assert r["white"] == near(white)
+        assert r["ratio"] == near(math.exp(r["logp"] - r["old_logp"]))
+        clip = min(max(r["ratio"], 0.8), 1.2)
+        policy -= min(r["ratio"] * white, clip * white)
+        moved = r["value"] + min(max(r["new_value"] - r["value"], -0.2), 0.2)
+        critic += 0.5 * max((r["new_value"] - r["returns"]) ** 2, (moved - r["returns"]) ** 2)
+        next_value, next_advantage = r["value"], r["advantage"]
+    loss = policy + critic
+    if "kl_in" in options:
+        loss += 0.05 * sum(r["kl"] for r in rows) - 0.1 * sum(r["entropy"] for r in rows)
+    assert number(output, r"loss     = [^=]*= .* =") == near(loss / len(rows))
+    assert max(abs(r["ratio"] - 1) for r in rows) > 0.01  # after updates, away from the reference
+    assert max(abs(r["old_logp"] - r["ref_logp"]) for r in rows) > 0.01
+
+
+def test_trace_does_not_resume(folder):
+    # catches a trace that goes on in another run's folder
+    result = run_script("sft.py", *FLAGS["sft"], "--trace=true", "--resume=true", cwd=folder)
+    assert result.returncode == 2 and "leave out --resume=true" in result.stderr
