@@ -198,6 +198,116 @@ class RunningStd:
         return max((self.m2 / self.count) ** 0.5, 1e-4)
 
 
+# --- the two halves of an iteration --------------------------------------------------------------
+
+
+def micro_batches(rows, config):
+    """Indices `rows` cut into pieces of at most one forward pass."""
+    minibatch = config.batch_size // config.minibatches
+    return rows.split(min(config.micro_batch or minibatch, minibatch))
+
+
+def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):
+    """Everything that stays fixed while we train on a batch of episodes.
+
+    tokens (B, T), mask (B, T) and finished (B,) as `generate` returns them; score (B,), used where
+    finished. Returns a dict: tokens, mask, score (B,) with the missing-EOS score in place, and
+    (B, T) each, 0 outside the mask: old_logp, ref_logp, entropy, exact_kl (nats per token),
+    old_value, advantage, returns.
+    """
+    device = tokens.device
+    with torch.no_grad(), common.autocast(device):
+        parts = micro_batches(torch.arange(len(tokens), device=device), config)
+        # old log-probabilities from the training forward, not from the sampler: in low
+        # precision the two differ, and ratios would not start at 1
+        stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
+                             ref_model=reference) for p in parts]
+        old_logp, entropy, exact_kl = (torch.cat(s) for s in zip(*stats))
+        ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p], config.temperature)
+                              for p in parts])
+        old_value = torch.cat([critic(tokens[p]) for p in parts]) * mask
+    # a response cut by the length limit is not judged: it gets a fixed low score
+    score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
+    beta_in_reward = beta if config.kl_in == "reward" else 0.0
+    reward = token_rewards(score, old_logp, ref_logp, mask, beta_in_reward)
+    advantage, returns = gae(reward, old_value, mask, config.gamma, config.lam)
+    if config.whiten:
+        advantage = whiten(advantage, mask)
+    return dict(tokens=tokens, mask=mask, score=score, old_logp=old_logp, ref_logp=ref_logp,
+                entropy=entropy, exact_kl=exact_kl, old_value=old_value, advantage=advantage,
+                returns=returns)
+
+
+def update(policy, critic, reference, optimizers, batch, beta, config, rng, text=None,
+           check=False):
+    """Train policy and critic on the batch that `prepare` returned: epochs of minibatches.
+
+    optimizers: (policy's, critic's), their learning rates set. rng: numpy Generator, for the order
+    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. check: assert on the first
+    minibatch that ratios are 1 and the KL is 0.
+    The loss of an optimiser step is its sum over response tokens divided by their number.
+    Returns means per response token over all epochs (clip_fraction, approx_kl, policy_loss,
+    value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
+    """
+    tokens, mask, old_logp = batch["tokens"], batch["mask"], batch["old_logp"]
+    device, totals, norms, ratio_max, ptx = tokens.device, {}, [], 0.0, None
+    for _ in range(config.epochs):
+        order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
+        for rows in order.split(config.batch_size // config.minibatches):
+            count = mask[rows].sum()  # response tokens of the whole optimiser step
+            for p in micro_batches(rows, config):
+                with common.autocast(device):
+                    logp, ent, kl = token_stats(
+                        policy, tokens[p], mask[p], config.temperature,
+                        entropy=config.entropy_coef > 0,
+                        ref_model=reference if config.kl_in == "loss" else None)
+                    value = critic(tokens[p])
+                loss, info = policy_loss(logp, old_logp[p], batch["advantage"][p], mask[p],
+                                         config.clip)
+                info["policy_loss"] = loss.detach()
+                if config.kl_in == "loss":
+                    # sum over states of the exact KL(pi || ref) over the vocabulary. Beside
+                    # k1 in the reward it has no variance, but it is greedy: it prices each
+                    # token's own drift and not the drift of the states that the token leads to
+                    loss = loss + beta * (kl * mask[p]).sum()
+                if config.entropy_coef > 0:
+                    loss = loss - config.entropy_coef * (ent * mask[p]).sum()
+                v_loss = value_loss(value, batch["old_value"][p], batch["returns"][p], mask[p],
+                                    config.value_clip)
+                info["value_loss"] = v_loss.detach()
+                ((loss + v_loss) / count).backward()  # separate networks: no weight between
+                ratio_max = max(ratio_max, info.pop("ratio_max").item())
+                for k, v in info.items():
+                    totals[k] = totals.get(k, 0.0) + v
+            if config.ptx_coef > 0:
+                picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
+                with common.autocast(device):
+                    ptx = text_loss(policy, picked)
+                (config.ptx_coef * ptx).backward()
+            if check and not norms:
+                check_start(logp, old_logp[p], batch["ref_logp"][p], mask[p])
+            norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), config.grad_clip)
+                          for m in (policy, critic)])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    n_tokens = mask.sum().item()
+    return dict(ratio_max=ratio_max, grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
+                critic_grad_norm=torch.stack([n[1] for n in norms]).mean().item(),
+                ptx_loss=ptx.item() if ptx is not None else None,
+                **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()})
+
+
+def check_start(logp, old_logp, ref_logp, mask):
+    """On the first minibatch, before any update: ratio 1 and KL 0, or something is wrong."""
+    ratio_error = ((logp - old_logp) * mask).abs().max().item()
+    kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
+    print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
+    if mask.device.type == "cpu":  # full precision; under autocast the two forwards may round apart
+        assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
+        assert abs(kl) < 1e-4, "the policy does not start from the reference"
+
+
 # --- the stage -----------------------------------------------------------------------------------
 
 
@@ -259,11 +369,6 @@ def main(config):
         optimizer.load_state_dict(state["optimizer"])
         critic_optimizer.load_state_dict(state["critic_optimizer"])
         beta, running, first = state["beta"], RunningStd(*state["running"]), state["step"]
-    minibatch = config.batch_size // config.minibatches
-    micro_batch = min(config.micro_batch or minibatch, minibatch)
-
-    def micro_batches(rows):
-        return rows.split(micro_batch)
 
     bar = tqdm(range(first, config.iterations), "ppo", initial=first, total=config.iterations,
                mininterval=1)
@@ -287,78 +392,25 @@ def main(config):
 
         # --- score: everything that stays fixed while we train on this batch --
         with torch.no_grad(), common.autocast(device):
-            parts = list(micro_batches(torch.arange(config.batch_size, device=device)))
-            score = torch.cat([reward_model(tokens[p], mask[p]) for p in parts])
-            # old log-probabilities from the training forward, not from the sampler: in low
-            # precision the two differ, and ratios would not start at 1
-            stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
-                                 ref_model=reference) for p in parts]
-            old_logp, entropy, exact_kl = (torch.cat(s) for s in zip(*stats))
-            ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p], config.temperature)
-                                  for p in parts])
-            old_value = torch.cat([critic(tokens[p]) for p in parts]) * mask
+            score = torch.cat([reward_model(tokens[p], mask[p]) for p in
+                               micro_batches(torch.arange(len(tokens), device=device), config)])
         raw_score = score
         if config.score_scaling:
             score = score / running.update(score[finished]) if finished.any() else score
-        # a response cut by the length limit is not judged: it gets a fixed low score
-        score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
-        beta_in_reward = beta if config.kl_in == "reward" else 0.0
-        reward = token_rewards(score, old_logp, ref_logp, mask, beta_in_reward)
-        advantage, returns = gae(reward, old_value, mask, config.gamma, config.lam)
-        if config.whiten:
-            advantage = whiten(advantage, mask)
+        batch = prepare(policy, critic, reference, tokens, mask, finished, score, beta, config)
         clock.append(time.perf_counter())
 
         # --- train -----------------------------------------------------------
         factor = min(1.0, (step + 1) / max(1, config.warmup)) * (1 - 0.9 * step / config.iterations)
         common.set_lr(optimizer, config.lr * factor)
         common.set_lr(critic_optimizer, config.critic_lr * factor)
-        totals, norms, ratio_max = {}, [], 0.0
-        ptx = None
-        for _ in range(config.epochs):
-            order = torch.from_numpy(rng.permutation(config.batch_size)).to(device)
-            for rows in order.split(minibatch):
-                count = mask[rows].sum()  # response tokens of the whole optimiser step
-                for p in micro_batches(rows):
-                    with common.autocast(device):
-                        logp, ent, kl = token_stats(
-                            policy, tokens[p], mask[p], config.temperature,
-                            entropy=config.entropy_coef > 0,
-                            ref_model=reference if config.kl_in == "loss" else None)
-                        value = critic(tokens[p])
-                    loss, info = policy_loss(logp, old_logp[p], advantage[p], mask[p], config.clip)
-                    info["policy_loss"] = loss.detach()
-                    if config.kl_in == "loss":
-                        # sum over states of the exact KL(pi || ref) over the vocabulary. Beside
-                        # k1 in the reward it has no variance, but it is greedy: it prices each
-                        # token's own drift and not the drift of the states that the token leads to
-                        loss = loss + beta * (kl * mask[p]).sum()
-                    if config.entropy_coef > 0:
-                        loss = loss - config.entropy_coef * (ent * mask[p]).sum()
-                    v_loss = value_loss(value, old_value[p], returns[p], mask[p], config.value_clip)
-                    info["value_loss"] = v_loss.detach()
-                    ((loss + v_loss) / count).backward()  # separate networks: no weight between
-                    ratio_max = max(ratio_max, info.pop("ratio_max").item())
-                    for k, v in info.items():
-                        totals[k] = totals.get(k, 0.0) + v
-                if config.ptx_coef > 0:
-                    picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                    with common.autocast(device):
-                        ptx = text_loss(policy, picked)
-                    (config.ptx_coef * ptx).backward()
-                if step == 0 and first == 0 and not norms:
-                    check_start(policy, reference, logp, old_logp[p], ref_logp[p], mask[p], device)
-                norms.append((torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip),
-                              torch.nn.utils.clip_grad_norm_(critic.parameters(),
-                                                             config.grad_clip)))
-                optimizer.step()
-                critic_optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                critic_optimizer.zero_grad(set_to_none=True)
+        trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
+                         config, rng, text, check=step == 0 and first == 0)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
         n_tokens = mask.sum().item()
-        seq_kl = ((old_logp - ref_logp) * mask).sum(1)  # k1, (B,), nats per sequence
+        score, old_value, returns = batch["score"], batch["old_value"], batch["returns"]
+        seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
         lengths = mask.sum(1)
         kl = seq_kl.mean().item()
         scores = raw_score[finished].mean().item() if finished.any() else float("nan")
@@ -367,17 +419,14 @@ def main(config):
         row = dict(
             step=step, score=scores, objective=score.mean().item() - beta * kl, kl=kl,
             kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
-            kl_exact=(exact_kl * mask).sum(1).mean().item(), kl_per_token=seq_kl.sum().item()
-            / n_tokens, beta=beta, entropy=masked_mean(entropy, mask).item(),
+            kl_exact=(batch["exact_kl"] * mask).sum(1).mean().item(),
+            kl_per_token=seq_kl.sum().item() / n_tokens, beta=beta,
+            entropy=masked_mean(batch["entropy"], mask).item(),
             length=lengths.mean().item(), length_min=lengths.min().item(),
             length_max=lengths.max().item(), eos_rate=finished.float().mean().item(),
             returns_mean=masked_mean(returns, mask).item(),
             returns_std=spread.sqrt().item(),
-            explained_variance=explained.item(), ratio_max=ratio_max,
-            grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
-            critic_grad_norm=torch.stack([n[1] for n in norms]).mean().item(),
-            ptx_loss=ptx.item() if ptx is not None else None,
-            **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()},
+            explained_variance=explained.item(), **trained,
             **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
                zip(("generate", "score", "train"), clock, clock[1:])})
         texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
@@ -401,16 +450,6 @@ def main(config):
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
                            parents={parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
     run.finish(**metrics)
-
-
-def check_start(policy, reference, logp, old_logp, ref_logp, mask, device):
-    """On the first minibatch, before any update: ratio 1 and KL 0, or something is wrong."""
-    ratio_error = ((logp - old_logp) * mask).abs().max().item()
-    kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
-    print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
-    if device.type == "cpu":  # full precision; under autocast the two forwards may round apart
-        assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
-        assert abs(kl) < 1e-4, "the policy does not start from the reference"
 
 
 def evaluate(policy, reference, reward_model, tokenizer, prompts, config, run, device):
