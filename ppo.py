@@ -54,7 +54,7 @@ class Config:
     clip: float = 0.2  # policy ratio
     value_clip: float = 0.2
     beta: float = 0.05  # KL coefficient, in units of score per nat
-    kl_in: str = "reward"  # "reward": k1 on every token; "loss": exact, in closed form
+    kl_in: str = "reward"  # "reward": k1 on every token; "loss": closed form per state
     kl_target: float = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler et al.)
     kl_horizon: float = 1000.0  # episodes; how fast beta adapts
     missing_eos: float = -3.0  # score of a response without EOS
@@ -105,11 +105,14 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
+def masked_variance(x, mask):
+    """Mean squared distance from the mean, over the masked positions."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
 def whiten(x, mask):
     """(x - mean) / std over the masked positions; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    return (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + 1e-8) * mask
 
 
 def token_rewards(score, logp, ref_logp, response_mask, beta):
@@ -117,13 +120,28 @@ def token_rewards(score, logp, ref_logp, response_mask, beta):
 
     score (B,); logp, ref_logp (B, T) in nats per token. The last action is the EOS itself, not the
     slot behind it: one later, the critic would have to learn a step that no action takes and GAE
-    would decay the score once more. beta 0 leaves the score alone (KL in the loss).
+    would decay the score once more. beta 0 leaves the score alone.
     """
     T = response_mask.size(1)
     last = (response_mask * torch.arange(1, T + 1, device=score.device)).argmax(1)
     reward = -beta * (logp - ref_logp) * response_mask
     reward[torch.arange(len(score), device=score.device), last] += score
     return reward
+
+
+def next_state_kl(exact_kl, response_mask):
+    """KL(pi || ref) at the state that each action leads to, (B, T), nats; 0 for the last action.
+
+    With the KL in the loss, beta times this is taken off the reward. Written out,
+
+        d/dtheta E[sum_t KL_t] = E[ sum_t ( dKL_t + dlog pi(y_t) (KL_{t+1} + KL_{t+2} + ...) ) ]
+
+    The loss holds the first term, KL_t in closed form at the visited states. Alone it is greedy: an
+    action would not pay for the drift of the states that it leads to, and training would end at
+    pi(a|s) ~ pi_ref(a|s) exp(Q(s, a) / beta) with Q the expected SCORE, which is not pi*: there Q
+    is score less beta KL to come. The second term is a policy gradient, so it goes into the reward.
+    """
+    return nn.functional.pad(exact_kl[:, 1:], (0, 1)) * response_mask
 
 
 def gae(reward, value, response_mask, gamma, lam):
@@ -213,7 +231,7 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
     tokens (B, T), mask (B, T) and finished (B,) as `generate` returns them; score (B,), used where
     finished. Returns a dict: tokens, mask, score (B,) with the missing-EOS score in place, and
     (B, T) each, 0 outside the mask: old_logp, ref_logp, entropy, exact_kl (nats per token),
-    old_value, advantage, returns.
+    old_value, advantage, returns; and scale, what whitening divided the advantages by (or 1).
     """
     device = tokens.device
     with torch.no_grad(), common.autocast(device):
@@ -228,14 +246,19 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
         old_value = torch.cat([critic(tokens[p]) for p in parts]) * mask
     # a response cut by the length limit is not judged: it gets a fixed low score
     score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
-    beta_in_reward = beta if config.kl_in == "reward" else 0.0
-    reward = token_rewards(score, old_logp, ref_logp, mask, beta_in_reward)
+    if config.kl_in == "reward":
+        reward = token_rewards(score, old_logp, ref_logp, mask, beta)
+    else:
+        reward = token_rewards(score, old_logp, ref_logp, mask, 0.0)
+        reward = reward - beta * next_state_kl(exact_kl, mask)
     advantage, returns = gae(reward, old_value, mask, config.gamma, config.lam)
+    scale = 1.0
     if config.whiten:
+        scale = (masked_variance(advantage, mask) + 1e-8).sqrt()
         advantage = whiten(advantage, mask)
     return dict(tokens=tokens, mask=mask, score=score, old_logp=old_logp, ref_logp=ref_logp,
                 entropy=entropy, exact_kl=exact_kl, old_value=old_value, advantage=advantage,
-                returns=returns)
+                returns=returns, scale=scale)
 
 
 def update(policy, critic, reference, optimizers, batch, beta, config, rng, text=None,
@@ -266,10 +289,10 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                                          config.clip)
                 info["policy_loss"] = loss.detach()
                 if config.kl_in == "loss":
-                    # sum over states of the exact KL(pi || ref) over the vocabulary. Beside
-                    # k1 in the reward it has no variance, but it is greedy: it prices each
-                    # token's own drift and not the drift of the states that the token leads to
-                    loss = loss + beta * (kl * mask[p]).sum()
+                    # sum over states of the exact KL(pi || ref) over the vocabulary: without the
+                    # noise of k1 in the reward. What it lacks is in the reward, `next_state_kl`.
+                    # Whitened advantages are in units of their scale, so beta must be as well
+                    loss = loss + beta / batch["scale"] * (kl * mask[p]).sum()
                 if config.entropy_coef > 0:
                     loss = loss - config.entropy_coef * (ent * mask[p]).sum()
                 v_loss = value_loss(value, batch["old_value"][p], batch["returns"][p], mask[p],
@@ -414,7 +437,7 @@ def main(config):
         lengths = mask.sum(1)
         kl = seq_kl.mean().item()
         scores = raw_score[finished].mean().item() if finished.any() else float("nan")
-        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        spread = masked_variance(returns, mask)
         explained = 1 - masked_mean((returns - old_value) ** 2, mask) / spread.clamp(min=1e-8)
         row = dict(
             step=step, score=scores, objective=score.mean().item() - beta * kl, kl=kl,
