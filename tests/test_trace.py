@@ -88,14 +88,14 @@ def test_ppo(folder, flags):
     options = dict(f.strip("-").split("=") for f in flags)
     gamma, lam = float(options.get("gamma", 1)), float(options.get("lam", 0.95))
     mean, std = number(output, "mean"), number(output, ", std")
-    beta = 0.0 if "kl_in" in options else 0.05
-    assert number(output, "old_logp - ref_logp\\), beta =") == beta
+    assert number(output, "beta =") == 0.05
     assert rows[-1]["score"] is not None
     assert (rows[-1]["text"] == "EOS") == ("of the reward model" in output)
-    next_value = next_advantage = policy = critic = 0.0
+    next_value = next_advantage = next_kl = policy = critic = 0.0
     for r in reversed(rows):
         score = r["score"] or 0.0  # "-" everywhere but on the last action
-        assert r["kl_term"] == near(-beta * (r["old_logp"] - r["ref_logp"]))
+        kl = next_kl if "kl_in" in options else r["old_logp"] - r["ref_logp"]
+        assert r["kl_term"] == near(-0.05 * kl)
         assert r["reward"] == near(r["kl_term"] + score)
         delta = r["reward"] + gamma * next_value - r["value"]
         assert r["advantage"] == near(delta + gamma * lam * next_advantage)
@@ -108,6 +108,7 @@ def test_ppo(folder, flags):
         moved = r["value"] + min(max(r["new_value"] - r["value"], -0.2), 0.2)
         critic += 0.5 * max((r["new_value"] - r["returns"]) ** 2, (moved - r["returns"]) ** 2)
         next_value, next_advantage = r["value"], r["advantage"]
+        next_kl = r.get("exact_kl", 0.0)
     loss = policy + critic
     if "kl_in" in options:
         loss += 0.05 * sum(r["kl"] for r in rows) - 0.1 * sum(r["entropy"] for r in rows)
