@@ -47,7 +47,7 @@ class Config:
     epochs: int = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: int = 8  # prompts a step, each with all its answers
     micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
-    lr: float = 5e-4  # peak; warm-up, then cosine to 0
+    lr: float = 8e-4  # peak; warm-up, then cosine to 0
     warmup: int = 10  # steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0
