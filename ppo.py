@@ -289,9 +289,11 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                                          config.clip)
                 info["policy_loss"] = loss.detach()
                 if config.kl_in == "loss":
-                    # sum over states of the exact KL(pi || ref) over the vocabulary: without the
-                    # noise of k1 in the reward. What it lacks is in the reward, `next_state_kl`.
-                    # Whitened advantages are in units of their scale, so beta must be as well
+                    # sum over states of the exact KL(pi || ref) over the vocabulary. What it lacks
+                    # is in the reward, see `next_state_kl`. Same gradient on average as k1 in the
+                    # reward, other noise: less at first, more near the optimum, where k1 cancels
+                    # the noise of the score. Whitened advantages are in units of their scale, so
+                    # beta must be as well
                     loss = loss + beta / batch["scale"] * (kl * mask[p]).sum()
                 if config.entropy_coef > 0:
                     loss = loss - config.entropy_coef * (ent * mask[p]).sum()
