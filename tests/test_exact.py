@@ -13,6 +13,7 @@ import numpy as np
 import ppo
 import pytest
 import torch
+from conftest import ROOT
 from model import GPT, token_logprobs
 from reward import RewardModel, reward_loss
 from sft import sft_loss
@@ -309,6 +310,14 @@ def test_kl_estimators():
         assert table[f"k3 per {unit}"][1] > 0.05
     assert table["k2 per sequence"][1] <= 1e-4  # in the loss k2 of the whole sequence is right
     assert table["k2 per token"][1] > 0.05  # of single tokens it is greedy, see ppo.next_state_kl
+
+
+def test_table_in_the_docs():
+    # catches a table that no longer shows what the code does
+    text = (ROOT / "docs" / "kl.md").read_text()
+    for name, figures in kl_table(Problem(0, dtype=torch.float64)).items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert [float(x) for x in row.split("|")[2:5]] == pytest.approx(figures, abs=2e-3)
 
 
 def test_k1_and_k3_of_ppo_are_these():
