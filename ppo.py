@@ -291,9 +291,8 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 if config.kl_in == "loss":
                     # sum over states of the exact KL(pi || ref) over the vocabulary. What it lacks
                     # is in the reward, see `next_state_kl`. Same gradient on average as k1 in the
-                    # reward, other noise: less at first, more near the optimum, where k1 cancels
-                    # the noise of the score. Whitened advantages are in units of their scale, so
-                    # beta must be as well
+                    # reward, but near the optimum more noise: there k1 cancels that of the score.
+                    # Whitened advantages are in units of their scale, so beta must be as well
                     loss = loss + beta / batch["scale"] * (kl * mask[p]).sum()
                 if config.entropy_coef > 0:
                     loss = loss - config.entropy_coef * (ent * mask[p]).sum()
