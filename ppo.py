@@ -290,8 +290,9 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                                          config.clip)
                 info["policy_loss"] = loss.detach()
                 if config.kl_in == "loss":
-                    # sum over states of the exact KL(pi || ref) over the vocabulary: without the
-                    # noise of k1 in the reward. What it lacks is in the reward, `next_state_kl`.
+                    # sum over states of the exact KL(pi || ref) over the vocabulary. What it lacks
+                    # is in the reward, see `next_state_kl`. Same gradient on average as k1 in the
+                    # reward, but near the optimum more noise: there k1 cancels that of the score.
                     # Whitened advantages are in units of their scale, so beta must be as well
                     loss = loss + beta / batch["scale"] * (kl * mask[p]).sum()
                 if config.entropy_coef > 0:

@@ -28,6 +28,15 @@ def tiny():
     return model
 
 
+@pytest.fixture
+def one_thread():
+    """For products so small that more threads only slow them down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_script(script, *flags, cwd):
     """Run a stage as a user does; returns the finished process with its output as text."""
     return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, text=True,
