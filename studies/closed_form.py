@@ -205,7 +205,7 @@ def run_ppo(problem, kl_in, priced=True, steps=200, batch_size=256):
     prompts = list(PROMPTS) * (batch_size // len(PROMPTS))
     for step in range(steps):
         for optimizer, lr in zip(optimizers, (config.lr, config.critic_lr)):
-            common.set_lr(optimizer, lr * common.cosine(step, steps, 5, floor=0.01))
+            common.set_lr(optimizer, lr * common.cosine(step, steps, 5))
         tokens, mask, finished = generate(policy, prompts, LENGTH, EOS, problem.temperature, draws)
         batch = ppo.prepare(policy, critic, problem.reference, tokens, mask, finished,
                             problem.score[problem.rows(tokens)],
