@@ -191,3 +191,17 @@ def test_cosine_schedule():
     factors = [common.cosine(s, 100, 10) for s in range(100)]
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
     assert factors[-1] < 0.001 and all(a >= b for a, b in zip(factors[10:], factors[11:]))
+
+
+def test_adamw_gets_what_it_is_given():
+    # catches equal betas, a lost eps, decay on biases and gains, a parameter left out or in twice
+    model = GPT(GPTConfig(64, 60, 8, 1, 1, 8))
+    optimizer = common.adamw([model], 0.1, 0.2, betas=(0.7, 0.8), eps=1e-3,
+                             without=[model.wpe.weight])
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.7, 0.8), 1e-3)
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.2 if p.dim() == 2 else 0.0)
+    found = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted({id(p) for p in model.parameters()} - {id(model.wpe.weight)})
+    assert common.adamw([model], 0.1).param_groups[0]["betas"] == (0.9, 0.95)

@@ -114,6 +114,28 @@ def test_padded_vocabulary_rows_get_no_probability(tiny):
     assert torch.isfinite(logits).all() and logits.abs().max() < 100
 
 
+def test_log_probabilities_of_a_bf16_model_are_fp32(tiny):
+    # catches a log-softmax in low precision: three digits of a log-probability, noise in every KL
+    model, tokens = tiny.bfloat16(), torch.tensor([[1, 2, 3, 4, 0]])
+    mask = torch.tensor([[0., 0, 1, 1, 1]])
+    logp = token_logprobs(model, tokens, mask)
+    expected = F.log_softmax(model.logits(model(tokens)).double(), -1)[0, [1, 2, 3], [3, 4, 0]]
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp[0, 2:].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_exact_kl_at_a_temperature(tiny):
+    # catches a temperature that only one of the two distributions gets
+    torch.manual_seed(1)
+    reference = GPT(tiny.config).double()
+    tokens, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[0., 0, 1]])
+    _, entropy, kl = token_stats(tiny, tokens, mask, 0.5, True, reference)
+    p = F.softmax(tiny.logits(tiny(tokens))[0, 1].double() / 0.5, -1)
+    q = F.softmax(reference.logits(reference(tokens))[0, 1].double() / 0.5, -1)
+    assert abs(entropy[0, 2].item() + (p * p.log()).sum().item()) < 1e-5
+    assert abs(kl[0, 2].item() - (p * (p / q).log()).sum().item()) < 1e-5
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunks_change_neither_values_nor_gradients(tiny, chunk):
     # catches a wrong scatter or a wrong recomputation in the chunked head

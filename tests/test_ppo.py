@@ -1,21 +1,35 @@
 """PPO's mathematics, each function against numbers worked out by hand or by a plain loop."""
 
+import copy
+import json
 import math
 
+import common
+import numpy as np
+import ppo
 import pytest
 import torch
+import torch.nn.functional as F
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import all_prompts
+from data.tokenizer import load_tokenizer
+from model import GPT
 from ppo import (
+    Config,
     RunningStd,
     ValueModel,
     adapt_beta,
     gae,
     masked_mean,
     policy_loss,
+    prepare,
     token_rewards,
+    update,
     value_loss,
     whiten,
 )
 from reward import RewardModel
+from tiny_runs import FLAGS, make_inputs
 
 MASK = torch.tensor([[0., 1, 1, 1, 0], [0., 0, 1, 1, 1]]).double()
 
@@ -143,3 +157,294 @@ def test_critic_starts_as_the_reward_model(tiny):
     changed[0, 3] = 9
     torch.testing.assert_close(critic(changed)[0, :4], value[0, :4])
     assert not torch.allclose(critic(changed)[0, 4], value[0, 4])
+
+
+def test_kl_term_keeps_its_sign():
+    # catches a penalty clamped at 0 or made absolute: its mean would no longer be the KL
+    logp = torch.tensor([[0.0, -2.0, -1.0, -0.5, 0.0]]).double()
+    ref_logp = torch.tensor([[0.0, -1.0, -1.0, -2.5, 0.0]]).double()
+    reward = token_rewards(torch.zeros(1).double(), logp, ref_logp, MASK[:1], beta=0.1)
+    torch.testing.assert_close(reward, torch.tensor([[0, 0.1, 0, -0.2, 0]]).double())
+
+
+def test_approx_kl_by_hand():
+    # catches k3 the wrong way round: samples come from the OLD policy, so KL(old || new) is the
+    # mean of ratio - 1 - log ratio; for ratios 2 and 1/2, together 0.5, the reverse gives 0.5 too,
+    # for 2 alone 0.307 against 0.193
+    log_ratio = torch.tensor([[math.log(2.0)]], dtype=torch.float64)
+    one = torch.ones(1, 1).double()
+    _, info = policy_loss(log_ratio, one * 0, one, one, clip=0.2)
+    assert info["approx_kl"].item() == pytest.approx(2 - 1 - math.log(2))
+
+
+# --- a whole iteration ---------------------------------------------------------------------------
+
+TOKENS = torch.tensor([[1, 2, 3, 4, 0, 13], [5, 6, 7, 8, 9, 10], [8, 9, 0, 13, 13, 13]])
+ROW_MASK = torch.tensor([[0., 0, 1, 1, 1, 0], [0., 1, 1, 1, 1, 1], [0., 1, 1, 0, 0, 0]]).double()
+FINISHED, SCORES = torch.tensor([True, False, True]), torch.tensor([2.0, 50.0, -1.0]).double()
+
+
+@pytest.fixture
+def networks(tiny):
+    """(policy, critic, reference), three different networks."""
+    torch.manual_seed(1)
+    reference = GPT(tiny.config).double().eval().requires_grad_(False)
+    reward_model = RewardModel(tiny.config).double()
+    reward_model.shift.fill_(0.3)
+    return tiny, ValueModel(reward_model).double().eval(), reference
+
+
+def settings(**change):
+    return Config(**dict(batch_size=3, minibatches=1, epochs=1, temperature=0.7, gamma=0.9, lam=0.8,
+                         beta=0.3, missing_eos=-4.0, grad_clip=1e9) | change)
+
+
+def distributions(model, temperature):
+    """log p(. | tokens[:, :t]) of every position t of TOKENS but the first, (B, T - 1, V)."""
+    return F.log_softmax(model.logits(model(TOKENS))[:, :-1].double() / temperature, -1)
+
+
+def of_tokens(logp_all):
+    """Those of the tokens that stand there, (B, T); what PAD would get is never looked at."""
+    targets = TOKENS[:, 1:, None].clamp(max=12)
+    return F.pad(logp_all.gather(2, targets)[..., 0], (1, 0)) * ROW_MASK
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whitened", [True, False])
+def test_prepare(networks, whitened):
+    # catches old log-probabilities of another model or temperature, a reference without either, a
+    # cut response that keeps its score, values that are not the critic's, whitening that is
+    # skipped or that reaches the critic's target
+    policy, critic, reference = networks
+    batch = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, 0.3, settings(whiten=whitened))
+    p, q = distributions(policy, 0.7), distributions(reference, 0.7)
+    close(batch["old_logp"], of_tokens(p))
+    close(batch["ref_logp"], of_tokens(q))
+    close(batch["entropy"], F.pad(-(p.exp() * p).sum(-1), (1, 0)) * ROW_MASK)
+    close(batch["exact_kl"], F.pad((p.exp() * (p - q)).sum(-1), (1, 0)) * ROW_MASK)
+    close(batch["old_value"], critic(TOKENS) * ROW_MASK)
+    assert batch["score"].tolist() == [2.0, -4.0, -1.0]
+    reward = -0.3 * (of_tokens(p) - of_tokens(q))
+    reward[[0, 1, 2], [4, 5, 2]] += torch.tensor([2.0, -4.0, -1.0]).double()
+    close(batch["reward"], reward)
+    raw, returns = gae(reward, critic(TOKENS), ROW_MASK, 0.9, 0.8)
+    close(batch["returns"], returns)
+    kept = raw[ROW_MASK.bool()]
+    expected = (raw - kept.mean()) / kept.std(correction=0) * ROW_MASK if whitened else raw
+    close(batch["advantage"], expected)
+    assert float(batch["scale"]) == pytest.approx(kept.std(correction=0).item() if whitened else 1,
+                                                  rel=1e-4)
+
+
+@torch.no_grad()
+def test_prepare_with_kl_in_the_loss(networks):
+    # catches a KL that is greedy (an action does not pay for the states it leads to), that counts
+    # an action's own state twice, or that is in the reward a second time as k1
+    batch = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, 0.3, settings(kl_in="loss"))
+    kl = batch["exact_kl"]
+    expected = torch.zeros(3, 6).double()
+    for b, (first, last, score) in enumerate([(2, 4, 2.0), (1, 5, -4.0), (1, 2, -1.0)]):
+        for t in range(first, last):
+            expected[b, t] = -0.3 * kl[b, t + 1]
+        expected[b, last] = score
+    close(batch["reward"], expected)
+
+
+def made_up_batch(policy, reference):
+    """A batch as prepare returns it, of random numbers: ratios, values and scale are not 1 or 0."""
+    torch.manual_seed(2)
+    draw = lambda: torch.randn(3, 6).double() * ROW_MASK
+    with torch.no_grad():
+        logp = of_tokens(distributions(policy, 0.7))
+        ref_logp = of_tokens(distributions(reference, 0.7))
+    return dict(tokens=TOKENS, mask=ROW_MASK, old_logp=logp + 0.1 * draw(), ref_logp=ref_logp,
+                advantage=draw(), old_value=draw(), returns=draw(), scale=torch.tensor(2.5))
+
+
+def step(networks, config, batch, text=None):
+    """One call of update with plain gradient descent, lr 1: (gradients, critic's gradients)."""
+    policy, critic, reference = networks
+    policy, critic = copy.deepcopy(policy), copy.deepcopy(critic)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (policy, critic)]
+    update(policy, critic, reference, optimizers, batch, 0.3, config, np.random.default_rng(0),
+           text)
+    return [torch.cat([(a - b).flatten() for a, b in zip(old.parameters(), new.parameters())])
+            .detach() for old, new in zip(networks, (policy, critic))]
+
+
+@pytest.mark.parametrize("option", [
+    {}, dict(kl_in="loss"), dict(entropy_coef=0.2), dict(ptx_coef=0.5, ptx_batch=2)])
+def test_update_is_the_gradient_of_the_written_loss(networks, option):
+    # catches a term that is dropped or has the wrong sign, unit, temperature or denominator, k1 as
+    # a loss, and a ratio to anything but the rollout: the loss is written out from whole
+    # distributions, without the clips (they are wide here, and have their own tests)
+    policy, critic, reference = networks
+    batch, text = made_up_batch(policy, reference), torch.tensor([[1, 2, 3, 4, 5, 6]] * 4)
+    found, found_critic = step(networks, settings(clip=1e6, value_clip=1e6, **option), batch, text)
+    p, q = distributions(policy, 0.7), distributions(reference, 0.7)
+    state_mask = ROW_MASK[:, 1:]
+    ratio = (of_tokens(p) - batch["old_logp"]).exp()
+    loss = -(ratio * batch["advantage"] * ROW_MASK).sum()
+    if option.get("kl_in") == "loss":
+        loss = loss + 0.3 / 2.5 * ((p.exp() * (p - q)).sum(-1) * state_mask).sum()
+    if "entropy_coef" in option:
+        loss = loss + 0.2 * ((p.exp() * p).sum(-1) * state_mask).sum()
+    loss = loss / 10  # response tokens
+    if "ptx_coef" in option:
+        everywhere = F.log_softmax(policy.logits(policy(text[:1]))[0, :-1], -1)
+        loss = loss - 0.5 * everywhere[range(5), [2, 3, 4, 5, 6]].mean()
+    value = (0.5 * (critic(TOKENS) - batch["returns"]) ** 2 * ROW_MASK).sum() / 10
+    for model, objective, moved in ((policy, loss, found), (critic, value, found_critic)):
+        gradients = torch.autograd.grad(objective, list(model.parameters()), allow_unused=True)
+        expected = torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
+                              for p, g in zip(model.parameters(), gradients)])
+        assert (moved - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_gradients_are_clipped_before_the_step(networks):
+    # catches a clip before backward or after the step, and one norm for both networks
+    batch = made_up_batch(networks[0], networks[2])
+    free = step(networks, settings(), batch)
+    for moved, whole in zip(step(networks, settings(grad_clip=0.01), batch), free):
+        assert whole.norm() > 0.05
+        torch.testing.assert_close(moved, whole * 0.01 / whole.norm(), rtol=1e-3, atol=1e-9)
+
+
+# --- whole runs on tiny inputs -------------------------------------------------------------------
+
+
+def run(folder, monkeypatch, out, *flags):
+    """ppo.main in this process; returns the rows of its log, by kind."""
+    monkeypatch.chdir(folder)
+    given = {f.split("=")[0]: f for f in (*FLAGS["ppo"], *flags, f"--out={out}")}
+    ppo.main(common.parse_flags(Config, given.values()))
+    rows = [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
+    return [r for r in rows if r["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("ppo"))
+
+
+def test_settings_reach_every_function(folder, monkeypatch):
+    # catches a temperature that one caller forgets, a model with dropout left on, an eps that
+    # stays in the config, a critic or reference that shares weights with what is trained
+    temperatures, optimizers, roles = {}, [], []
+
+    def spy(name, place):
+        real = getattr(ppo, name)
+
+        def call(*args, **options):
+            assert not args[0].training
+            temperatures.setdefault(name, set()).add(args[place] if len(args) > place else 1.0)
+            return real(*args, **options)
+
+        monkeypatch.setattr(ppo, name, call)
+
+    for name, place in (("generate", 4), ("token_stats", 3), ("token_logprobs", 3)):
+        spy(name, place)
+    sample = common.sample_texts
+
+    def spy_sample(model, tokenizer, ids, length, rng, temperature=1.0, *rest):
+        temperatures.setdefault("sample", set()).add(temperature)
+        return sample(model, tokenizer, ids, length, rng, temperature, *rest)
+
+    def spy_adamw(modules, lr, *args, real=common.adamw, **options):
+        optimizers.append((lr, options.get("eps")))
+        return real(modules, lr, *args, **options)
+
+    def spy_prepare(policy, critic, reference, *rest, real=prepare):
+        roles.append((policy, critic, reference))
+        return real(policy, critic, reference, *rest)
+
+    monkeypatch.setattr(common, "sample_texts", spy_sample)
+    monkeypatch.setattr(common, "adamw", spy_adamw)
+    monkeypatch.setattr(ppo, "prepare", spy_prepare)
+    run(folder, monkeypatch, "settings", "--temperature=0.6", "--adam_eps=1e-4", "--lr=0.01",
+        "--iterations=2")
+    assert temperatures == dict.fromkeys(("generate", "token_stats", "token_logprobs", "sample"),
+                                         {0.6})
+    assert optimizers == [(0.01, 1e-4), (0.05, 1e-4)]
+    policy, critic, reference = roles[-1]
+    owned = [{p.data_ptr() for p in m.parameters()} for m in (policy, critic, reference)]
+    assert not owned[0] & owned[1] and not owned[0] & owned[2] and not owned[1] & owned[2]
+    start = torch.load(folder / "sft" / "model.pt", weights_only=True)["weights"]
+    for name, p in reference.named_parameters():
+        assert torch.equal(p, start[name]) and not p.requires_grad
+    assert any(not torch.equal(p, start[name]) for name, p in policy.named_parameters())
+
+
+def test_beta_follows_the_kl_of_a_sequence(folder, monkeypatch):
+    # catches a controller that is fed the mean per token: the target lies between the two
+    flags = ("--iterations=3", "--lr=0.02", "--beta=0.1")
+    second = run(folder, monkeypatch, "probe", *flags)[1]
+    target = (second["kl"] * second["kl_per_token"]) ** 0.5
+    assert second["kl"] > 1.5 * target
+    rows = run(folder, monkeypatch, "adapts", *flags, f"--kl_target={target}", "--kl_horizon=40")
+    # the first KL is 0 and lowers beta by 0.2 of 8 / 40, the second is too high and raises it
+    assert [r["beta"] for r in rows[:2]] == pytest.approx([0.1, 0.1 * (1 - 0.2 * 8 / 40)])
+    assert rows[1]["kl"] > 1.2 * target
+    assert rows[2]["beta"] == pytest.approx(rows[1]["beta"] * (1 + 0.2 * 8 / 40))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resume_is_exact(folder, monkeypatch):
+    # catches anything that resume forgets: either optimiser, beta, the running deviation, the step
+    flags = ("--iterations=4", "--lr=0.01", "--save_every=1", "--kl_target=1", "--kl_horizon=20",
+             "--score_scaling=true")
+    whole = run(folder, monkeypatch, "whole", *flags)
+    save, calls = common.Run.save_state, []
+
+    def save_and_stop(self, **state):
+        save(self, **state)
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+
+    monkeypatch.setattr(common.Run, "save_state", save_and_stop)
+    with pytest.raises(Stop):
+        run(folder, monkeypatch, "parts", *flags)
+    monkeypatch.setattr(common.Run, "save_state", save)
+    parts = run(folder, monkeypatch, "parts", *flags, "--resume=true")
+    same = lambda rows: [{k: v for k, v in r.items() if not k.endswith("per_s")} for r in rows]
+    assert str(same(parts)) == str(same(whole))  # as text: a nan equals itself
+    hashes = {torch.load(folder / o / "model.pt", weights_only=True)["hash"]
+              for o in ("whole", "parts")}
+    assert len(hashes) == 1
+
+
+def test_comparison_with_the_reference(monkeypatch, tiny):
+    # catches ties that count as wins, a best of n taken over other prompts' samples, a cut answer
+    # that keeps its score
+    prompts = [p for p in all_prompts().values() if p.family == "factual"][::200][:2]
+    tokenizer, bad = load_tokenizer("synthetic"), "I cannot help with that."
+    good = [p.relation.state(p.x, p.answer) + "." for p in prompts]
+    sft = [bad, good[0], good[1], bad]  # two samples a prompt; the policy answers badly
+    drawn = iter(([bad, bad], sft))
+    scores = iter(([3.0, 9.0], [3.0, 2.0, 9.0, 50.0]))  # equal to the first SFT sample's
+    monkeypatch.setattr(common, "sample_texts", lambda *_: [
+        dict(text=t, ids=[1, tokenizer.eos], finished=i < 3) for i, t in enumerate(next(drawn))])
+    monkeypatch.setattr(ppo, "score_rows", lambda *_: np.array(next(scores)))
+    monkeypatch.setattr(ppo, "token_logprobs", lambda model, tokens, mask, _: mask * 0)
+
+    class Log:
+        log = staticmethod(lambda *_, **__: None)
+
+    metrics = ppo.evaluate(tiny, tiny, None, tokenizer, [(p.text, [1]) for p in prompts],
+                           settings(best_of=2), Log, torch.device("cpu"))
+    gold = [[gold_reward(p.text, t) for t in texts]
+            for p, texts in zip(prompts, (sft[:2], sft[2:]))]
+    assert gold[0][0] == gold[1][1] < gold[0][1] == gold[1][0]
+    assert metrics["score_win_rate"] == 0.5 and metrics["tie_rate"] == 0.5
+    assert metrics["gold_win_rate"] == 0.25  # a tie and a loss
+    assert metrics["score_sft"] == (3 + 2 + 9 - 4) / 4  # the last one was cut: -4, not 50
+    assert metrics["gold_best_of_n"] == np.mean([gold[0][0], gold[1][0]])

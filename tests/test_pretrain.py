@@ -1,5 +1,10 @@
 """The optimiser of the base model; its loop is run whole in test_stages.py."""
 
+import json
+
+import common
+import pretrain
+import pytest
 import torch
 from pretrain import Muon, orthogonal
 
@@ -32,3 +37,19 @@ def test_muon_step_of_a_matrix():
         off = moved - torch.diag_embed(moved.diagonal())[:4].new_zeros(6, 4).diagonal_scatter(
             moved.diagonal())
         assert off.abs().max() < 1e-4
+
+
+def test_micro_batches_change_nothing(tmp_path, monkeypatch):
+    # catches a loss divided by the count of its micro-batch: k of them, k times the gradient
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} plus {i} is {2 * i}." for i in range(90)))
+    logged = {}
+    for size in (0, 1, 3):
+        pretrain.main(common.parse_flags(pretrain.Config, [
+            "--data=text.txt", "--steps=2", "--batch_size=8", "--seq_len=16", "--n_layer=1",
+            "--n_head=1", "--n_embd=16", f"--micro_batch={size}", f"--out={size}"]))
+        rows = map(json.loads, (tmp_path / str(size) / "log.jsonl").read_text().splitlines())
+        logged[size] = [r[k] for r in rows for k in ("loss", "grad_norm") if k in r]
+    assert len(logged[0]) >= 5
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4)
+    assert logged[3] == pytest.approx(logged[0], rel=1e-4)

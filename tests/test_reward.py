@@ -1,13 +1,24 @@
 """The reward model: its loss, where it reads, its report card."""
 
+import json
 import math
 
+import common
 import numpy as np
 import pytest
+import reward
 import torch
 import torch.nn.functional as F
 from data.records import merge_rankings, ranking_pairs
-from reward import RewardModel, evaluate, interval, reward_loss
+from reward import (
+    RewardModel,
+    evaluate,
+    interval,
+    load_reward_model,
+    reward_loss,
+    score_rows,
+)
+from tiny_runs import FLAGS, make_inputs
 
 
 def test_bradley_terry_numbers():
@@ -96,6 +107,55 @@ def test_report_card_on_a_known_model():
     margins = np.array([2.0, -0.5, 0.4])
     assert card["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
     assert 0 <= card["accuracy_interval"][0] <= 2 / 3 <= card["accuracy_interval"][1] <= 1
+
+
+def test_equal_scores_are_half_right():
+    # catches a tie of the model that counts as a win: a constant score would be 100% accurate
+
+    class Constant:
+        def raw(self, tokens, mask):
+            return torch.zeros(len(tokens))
+
+    class Tokenizer:
+        pad = 99
+
+    records = [dict(prompt="a", completions=["xx", "y"], pairs=[(0, 1)], gold=[1.0, 0.0])]
+    card = evaluate(Constant(), records, [[[1, 2], [1, 3]]], [[[0, 1], [0, 1]]], Tokenizer,
+                    torch.device("cpu"))
+    assert card["accuracy"] == 0.5 and card["loss"] == pytest.approx(math.log(2))
+
+
+def test_shift_and_scale_are_stored_with_the_weights(tmp_path):
+    # catches a score that is centred in the run that measured it and in no later one
+    make_inputs(tmp_path)
+    model, _, checkpoint = load_reward_model(tmp_path / "reward", torch.device("cpu"))
+    assert model.shift.item() == pytest.approx(0.4) and model.scale.item() == pytest.approx(1.7)
+    assert {"shift", "scale"} <= set(checkpoint["weights"])
+
+
+def test_a_run_ends_centred_and_scaled(tmp_path, monkeypatch):
+    # catches a shift or scale that is measured but not applied, or with the wrong sign
+    make_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    scored, score = [], score_rows
+
+    def keep(model, rows, *rest):
+        if isinstance(model, RewardModel):  # the scores after shift and scale
+            scored.append((rows, score(model, rows, *rest)))
+            return scored[-1][1]
+        return score(model, rows, *rest)
+
+    monkeypatch.setattr(reward, "score_rows", keep)
+    reward.main(common.parse_flags(reward.Config, [*FLAGS["reward"], "--out=centred"]))
+    model, tokenizer, _ = load_reward_model(tmp_path / "centred", torch.device("cpu"))
+    (demos, _), (samples, _), (_, again) = scored
+    masks = lambda rows: [[0] * (len(r) - 1) + [1] for r in rows]  # the score is read at the end
+    read = lambda rows: score(model, rows, masks(rows), tokenizer.pad, torch.device("cpu"))
+    assert abs(again.mean()) < 1e-5 and abs(read(demos).mean()) < 1e-5
+    assert read(samples).std() == pytest.approx(1, abs=1e-4)
+    final = json.loads((tmp_path / "centred" / "log.jsonl").read_text().splitlines()[-1])
+    assert abs(final["shift"]) > 0.01  # something had to be shifted
+    assert final["sft_score"] == pytest.approx(read(samples).mean(), abs=1e-4)
 
 
 def test_interval_is_over_prompts():

@@ -3,10 +3,12 @@
 import json
 
 import common
+import label
 import pytest
 import torch
 from conftest import run_script
 from data.records import write_jsonl
+from tiny_runs import make_inputs
 
 TINY = dict(
     pretrain=["--steps=12", "--n_layer=1", "--n_embd=64", "--n_head=2", "--documents=500",
@@ -101,6 +103,28 @@ def test_a_missing_stage_is_run_first(tmp_path):
     assert "sft.py: error: out/pretrain/model.pt is not a checkpoint" in result.stderr
     assert "label.py: error: `python sft.py` failed with exit status 2" in result.stderr
     assert not (tmp_path / "out" / "label").exists()
+
+
+def test_cut_answers_are_not_ranked(tmp_path, monkeypatch):
+    # catches an answer cut by the length limit that is ranked and so gets an EOS it never had
+    make_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sample, cut, ended = common.sample_texts, set(), set()
+
+    def keep(*args, **options):
+        drawn = sample(*args, **options)
+        for s in drawn:
+            (ended if s["finished"] else cut).add(s["text"])
+        return drawn
+
+    monkeypatch.setattr(common, "sample_texts", keep)
+    label.main(common.parse_flags(label.Config, [
+        "--init=sft", "--prompts=12", "--held_out=6", "--k=4", "--max_new_tokens=6",
+        "--temperature=0.9", "--out=ranked"]))
+    lines = (tmp_path / "ranked" / "rankings.jsonl").read_text().splitlines()
+    ranked = {text for line in lines for text in json.loads(line)["completions"]}
+    assert len(ranked) > 4 and len(cut - ended) > 4
+    assert ranked <= ended
 
 
 class Stop(Exception):

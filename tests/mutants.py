@@ -1,0 +1,650 @@
+"""Known bugs, put back one at a time: the tests named for each must fail.
+
+    python tests/mutants.py                    # all of them, two at a time
+    python tests/mutants.py NAME ...           # only these
+
+Each mutant is a small edit of the source: (file, old text, new text). It is applied to a copy, its
+tests run there, and they have to fail by what they assert; a crash of the edit itself (a name that
+does not exist, a file that cannot be imported) is no kill. A mutant that survives is a missing
+test; one whose old text is not in its file exactly once no longer applies, and is an error too.
+Prints a line for each and last `killed N/N`; exit status 1 unless every one was killed.
+"""
+
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PROCESSES, TIMEOUT = 2, 120  # the timeout in seconds, for the tests of one mutant
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # relative to the repository
+    old: str  # stands there exactly once
+    new: str
+    tests: str  # pytest ids below tests/, separated by spaces: all run, one has to fail
+    seen: str  # where this bug was found; "-" for a slip that is as easy, but has no public case
+
+
+# --- the model, sampling, log-probabilities ------------------------------------------------------
+
+MODEL = [
+    Mutant("padded_vocabulary_rows", "model.py",
+           "self.wte.weight[:self.config.n_tokens]).float()",
+           "self.wte.weight).float()",
+           "test_model.py::test_padded_vocabulary_rows_get_no_probability", "-"),
+    Mutant("log_softmax_in_bf16", "model.py",
+           "self.wte.weight[:self.config.n_tokens]).float()",
+           "self.wte.weight[:self.config.n_tokens])",
+           "test_model.py::test_log_probabilities_of_a_bf16_model_are_fp32",
+           "autocast logits in bf16 make the KL noisy: transformers 31267"),
+    Mutant("cache_mask_off_by_one", "model.py",
+           "mask = slots <= positions[:, None, :, None]",
+           "mask = slots < positions[:, None, :, None]",
+           "test_model.py::test_cache_equals_full_forward", "-"),
+    Mutant("cache_position_off_by_one", "model.py",
+           "cache, current[:, None])[:, 0]",
+           "cache, current[:, None] + 1)[:, 0]",
+           "test_model.py::test_greedy_with_mixed_lengths_equals_one_row_at_a_time",
+           "TRL 469, 6800: positions that do not count a row's own tokens"),
+    Mutant("positions_ignored", "model.py",
+           "x = self.wte(tokens) + self.wpe(positions)",
+           "x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))",
+           "test_model.py::test_cache_equals_full_forward",
+           "TRL 6800 (online DPO, XPO, Nash), OpenRLHF 217: position ids not passed"),
+    Mutant("first_token_from_the_last_column", "model.py",
+           "last = hidden[rows, position - 1]",
+           "last = hidden[:, -1]",
+           "test_model.py::test_greedy_with_mixed_lengths_equals_one_row_at_a_time",
+           "alpaca-lora 315, TRL 2778: the last column of a padded batch"),
+    Mutant("cache_rows_mixed_up", "model.py",
+           "cache.kv[:, :, active]",
+           "cache.kv[:, :, :len(active)]",
+           "test_invariance.py::test_generation_of_many_rows_equals_one_row_at_a_time", "-"),
+    Mutant("top_k_in_rollouts", "model.py",
+           "p = F.softmax(logits / temperature, dim=-1)",
+           "top = logits.topk(8).values[:, -1:]\n"
+           "            p = F.softmax(logits.where(logits >= top, -torch.inf) / temperature, -1)",
+           "test_model.py::test_samples_follow_the_tempered_softmax",
+           "nanochat, minChatGPT, TRL 351, 925, 1161, 1857: KL below zero"),
+    Mutant("minimum_length_in_rollouts", "model.py",
+           "logits = model.logits(last)\n",
+           "logits = model.logits(last)\n"
+           "        logits[:, eos] = -torch.inf if step < 4 else logits[:, eos]\n",
+           "test_model.py::test_samples_follow_the_tempered_softmax",
+           "TRL 925: min_length in generate, unknown to the log-probabilities"),
+    Mutant("no_temperature_in_sampling", "model.py",
+           "p = F.softmax(logits / temperature, dim=-1)",
+           "p = F.softmax(logits, dim=-1)",
+           "test_model.py::test_samples_follow_the_tempered_softmax", "TRL 3169, OpenRLHF PR 853"),
+    Mutant("no_temperature_in_log_probabilities", "model.py",
+           "logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)",
+           "logp_all = F.log_softmax(model.logits(hidden), dim=-1)",
+           "test_model.py::test_token_logprobs_by_hand",
+           "rlhf-book samples at 0.6, minimind at 0.8, both score at 1; TRL PR 3029"),
+    Mutant("no_temperature_in_exact_kl_reference", "model.py",
+           "ref_all = F.log_softmax(ref_model.logits(ref_hidden) / temperature, dim=-1)",
+           "ref_all = F.log_softmax(ref_model.logits(ref_hidden), dim=-1)",
+           "test_model.py::test_exact_kl_at_a_temperature", "TRL 3169, compose-rl PR 105"),
+    Mutant("softmax_of_a_softmax", "model.py",
+           "logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)",
+           "logp_all = F.log_softmax(F.softmax(model.logits(hidden) / temperature, -1), dim=-1)",
+           "test_model.py::test_token_logprobs_by_hand",
+           "nanoChatGPT: cross-entropy of probabilities"),
+    Mutant("log_probability_of_the_token_before", "model.py",
+           "hidden = model(tokens)[:, :-1][predicts]",
+           "hidden = model(tokens)[:, 1:][predicts]",
+           "test_model.py::test_token_logprobs_by_hand", "a shift by one; cf. TRL 6819"),
+    Mutant("exact_kl_reversed", "model.py",
+           "kl = (logp_all.exp() * (logp_all - ref_all)).sum(-1)",
+           "kl = (ref_all.exp() * (ref_all - logp_all)).sum(-1)",
+           "test_model.py::test_entropy_and_exact_kl_by_hand",
+           "minChatGPT, rlhf-book, trlx: KL(ref || pi) for KL(pi || ref)"),
+    Mutant("entropy_of_the_sampled_token", "model.py",
+           "entropies = -(logp_all.exp() * logp_all).sum(-1) if entropy else None",
+           "entropies = -logp if entropy else None",
+           "test_model.py::test_entropy_and_exact_kl_by_hand",
+           "TRL 2022, 2281, 2496: entropy = mean of -logp"),
+    Mutant("tokens_after_eos_count", "model.py",
+           "position[rows] += ~done[rows]",
+           "position[rows] += 1",
+           "test_model.py::test_generate_stops_at_eos_and_pads_behind_it",
+           "minChatGPT, nanoChatGPT: responses of a fixed length; TRL 6803"),
+    Mutant("eos_not_in_the_response_mask", "model.py",
+           "position[rows] += ~done[rows]\n        done[rows] |= token == eos",
+           "done[rows] |= token == eos\n        position[rows] += ~done[rows]",
+           "test_model.py::test_generate_stops_at_eos_and_pads_behind_it",
+           "rlhf-book: EOS lost from the action mask; TRL 976"),
+    Mutant("fake_eos_on_cut_samples", "model.py",
+           "    start = torch.tensor(lengths, device=device)\n",
+           "    tokens[torch.arange(B), position - 1] = eos\n"
+           "    start = torch.tensor(lengths, device=device)\n",
+           "test_model.py::test_generate_stops_at_eos_and_pads_behind_it",
+           "OpenRLHF: the last token of a cut response becomes EOS"),
+    Mutant("dropout_in_every_stage", "common.py",
+           'size = dict(checkpoint["model"], dropout=0.0)',
+           'size = dict(checkpoint["model"])',
+           "test_common.py::test_checkpoint_round_trip", "TRL 744, 1508, 2042, PR 3234"),
+    Mutant("models_left_in_training_mode", "common.py",
+           "model = GPT(GPTConfig(**size)).to(device).eval()",
+           "model = GPT(GPTConfig(**size)).to(device)",
+           "test_common.py::test_checkpoint_round_trip", "TRL 744, PR 639"),
+    Mutant("adam_betas_equal", "common.py",
+           "betas=betas, eps=eps, fused=True",
+           "betas=(betas[0], betas[0]), eps=eps, fused=True",
+           "test_common.py::test_adamw_gets_what_it_is_given", "minChatGPT: betas (b1, b1)"),
+    Mutant("adam_eps_lost", "common.py",
+           "betas=betas, eps=eps, fused=True",
+           "betas=betas, fused=True",
+           "test_common.py::test_adamw_gets_what_it_is_given",
+           "lm-human-preferences against its PyTorch ports: 1e-5 against 1e-8"),
+]
+
+# --- tokens, masks, records ----------------------------------------------------------------------
+
+DATA = [
+    Mutant("mask_by_id", "data/records.py",
+           "mask[i, :len(m)] = torch.tensor(m, dtype=torch.float)",
+           "mask[i, :len(m)] = torch.tensor(m, dtype=torch.float) * (tokens[i, :len(m)] != pad)",
+           "test_data.py::test_masks_come_from_lengths",
+           "TRL 976, 1623, transformers 22794: PAD = EOS and the model never stops"),
+    Mutant("pad_is_eos", "data/tokenizer.py",
+           "self.name, self.eos, self.pad = name, n, n + 1 + len(ROLES)\n"
+           '        self.markers = {role: markers[f"<|{role}|>"] for role in ROLES}\n'
+           "        self.n_tokens = self.pad ",
+           "self.name, self.eos, self.pad = name, n, n\n"
+           '        self.markers = {role: markers[f"<|{role}|>"] for role in ROLES}\n'
+           "        self.n_tokens = n + 1 + len(ROLES) ",
+           "test_data.py::test_special_ids", "TRL PR 3091, alignment-handbook 127"),
+    Mutant("eos_missing", "data/tokenizer.py",
+           "return [*self.encode(response), self.eos]",
+           "return self.encode(response)",
+           "test_data.py::test_template_exactly", "TRL 734, open-r1 PR 494: targets without EOS"),
+    Mutant("eos_doubled", "data/tokenizer.py",
+           "return [*self.encode(response), self.eos]",
+           "return [*self.encode(response), self.eos, self.eos]",
+           "test_data.py::test_template_exactly",
+           "direct-preference-optimization asserts against it: EOS in the text and as an id"),
+    Mutant("space_before_eos", "data/tokenizer.py",
+           "return [*self.encode(response), self.eos]",
+           'return [*self.encode(response + " "), self.eos]',
+           "test_data.py::test_template_exactly", 'OpenRLHF: text + " " + eos_token'),
+    Mutant("eos_missing_in_the_history", "data/tokenizer.py",
+           '            if turn["role"] == "assistant":\n                ids.append(self.eos)\n',
+           "",
+           "test_data.py::test_template_exactly", "-"),
+    Mutant("markers_read_from_text", "data/tokenizer.py",
+           "return self.encoding.encode_ordinary(text)",
+           'return self.encoding.encode(text, allowed_special="all")',
+           "test_data.py::test_special_ids",
+           "direct-preference-optimization asserts against it: EOS inside a prompt"),
+    Mutant("prompt_and_answer_tokenised_together", "data/records.py",
+           "            ids = head + response\n",
+           "            text = tokenizer.decode(head + response)\n"
+           "            ids = [*tokenizer.encode(text), tokenizer.eos]\n",
+           "test_data.py::test_template_exactly", "TRL 2054, minimind PR 621, lattice 1545"),
+    Mutant("prompt_is_scored", "data/records.py",
+           "mask += [0] * (len(head) - len(ids)) + [1] * len(response)",
+           "mask += [1] * (len(head) - len(ids)) + [1] * len(response)",
+           "test_data.py::test_template_exactly", "-"),
+    Mutant("eos_is_not_scored", "data/records.py",
+           "mask += [0] * (len(head) - len(ids)) + [1] * len(response)",
+           "mask += [0] * (len(head) - len(ids)) + [1] * (len(response) - 1) + [0]",
+           "test_data.py::test_template_exactly", "TRL 976, 1623: no loss on EOS"),
+    Mutant("left_padding_without_positions", "data/records.py",
+           "tokens[i, :len(row)] = torch.tensor(row)\n"
+           "        mask[i, :len(m)] = torch.tensor(m, dtype=torch.float)",
+           "tokens[i, T - len(row):] = torch.tensor(row)\n"
+           "        mask[i, T - len(m):] = torch.tensor(m, dtype=torch.float)",
+           "test_data.py::test_masks_come_from_lengths",
+           "summarize_from_feedback_details, TRL 6800: a 34-nat error on GPT-2"),
+    Mutant("long_rows_cut", "data/records.py",
+           "kept = [row for row in rows if size(row) <= length]",
+           "kept = [tuple(part[:length] for part in row) for row in rows]",
+           "test_data.py::test_too_long_is_dropped_and_counted",
+           "OpenRLHF reward_dataset.py, sft_dataset.py: cut, then taught as endings"),
+    Mutant("pair_kept_if_one_side_fits", "data/records.py",
+           "size=lambda row: max(map(len, row))",
+           "size=lambda row: min(map(len, row))",
+           "test_data.py::test_too_long_is_dropped_and_counted", "-"),
+    Mutant("ranks_reversed", "data/records.py",
+           "for j in range(len(ranks)) if ranks[i] < ranks[j]]",
+           "for j in range(len(ranks)) if ranks[i] > ranks[j]]",
+           "test_reward.py::test_pairs_of_a_ranking", "-"),
+    Mutant("ties_make_pairs", "data/records.py",
+           "for j in range(len(ranks)) if ranks[i] < ranks[j]]",
+           "for j in range(len(ranks)) if i != j and ranks[i] <= ranks[j]]",
+           "test_reward.py::test_pairs_of_a_ranking", "-"),
+    Mutant("pairs_of_a_prompt_apart", "data/records.py",
+           "merged.setdefault(prompt_key(record), dict(",
+           "merged.setdefault(len(merged), dict(",
+           "test_reward.py::test_rankings_of_one_prompt_share_an_element",
+           "InstructGPT, section 3.5: pairs shuffled into one data set overfit"),
+    Mutant("answers_read_once_a_pair", "data/records.py",
+           'if text not in element["completions"]:',
+           "if True:",
+           "test_reward.py::test_rankings_of_one_prompt_share_an_element",
+           "InstructGPT, section 3.5: K - 1 forward passes of each answer"),
+    Mutant("split_by_row", "data/records.py",
+           "hashlib.sha256(prompt_key(record).encode())",
+           "hashlib.sha256(json.dumps(record).encode())",
+           "test_data.py::test_split_goes_by_prompt_in_every_format", "-"),
+    Mutant("cut_answers_ranked", "label.py",
+           'if s["finished"] and s["text"]))',
+           'if s["text"]))',
+           "test_stages.py::test_cut_answers_are_not_ranked",
+           "OpenRLHF reward_dataset.py: a cut answer gets an EOS and is taught as an ending"),
+]
+
+# --- SFT, the reward model, pretraining ----------------------------------------------------------
+
+LAST = "last = (response_mask * torch.arange(1, T + 1, device=tokens.device)).argmax(1)"
+HIDDEN = "hidden = self.gpt(tokens)[torch.arange(len(tokens), device=tokens.device), last]"
+SCORE_PLACE = "test_reward.py::test_score_is_read_at_the_last_response_token"
+MICRO = "test_invariance.py::test_micro_batches_change_nothing"
+
+REWARD = [
+    Mutant("score_read_behind_eos", "reward.py", LAST, LAST + " + 1", SCORE_PLACE,
+           "TRL 1893, 3750, minimind 541"),
+    Mutant("score_read_before_eos", "reward.py", LAST, LAST + " - 1", SCORE_PLACE, "-"),
+    Mutant("score_read_at_the_last_column", "reward.py", HIDDEN,
+           "hidden = self.gpt(tokens)[:, -1]", SCORE_PLACE, "TRL 2778, llm_related 37"),
+    Mutant("score_is_a_mean_over_positions", "reward.py", HIDDEN,
+           "hidden = self.gpt(tokens).mean(1)", SCORE_PLACE, "minChatGPT: mean over padding too"),
+    Mutant("score_place_found_by_id", "reward.py", LAST,
+           "last = (tokens == self.gpt.config.n_tokens).int().argmax(1) - 1",
+           "test_invariance.py::test_gradient_of_the_reward_loss[padding]",
+           "DeepSpeedExamples PR 672, trlx PR 433: the first PAD id, wherever it stands"),
+    Mutant("pairs_reversed", "reward.py",
+           "-F.logsigmoid(chosen - rejected).sum()",
+           "-F.logsigmoid(rejected - chosen).sum()",
+           "test_reward.py::test_bradley_terry_numbers", "-"),
+    Mutant("pair_mean_divided_twice", "reward.py",
+           "-F.logsigmoid(chosen - rejected).sum()",
+           "-F.logsigmoid(chosen - rejected).mean()",
+           "test_reward.py::test_loss_is_a_sum_and_blind_to_a_shift",
+           "minChatGPT: a mean over pairs, divided by their number once more"),
+    Mutant("reward_mean_of_means", "reward.py",
+           "reward_loss(scores[winners], scores[losers]) / count",
+           "reward_loss(scores[winners], scores[losers]) / len(winners)",
+           f"{MICRO}[1-reward]", "transformers PR 35438, TRL 5619"),
+    Mutant("pairs_across_prompts", "reward.py",
+           "                offset += len(rows)\n",
+           "                offset += 1\n",
+           f"{MICRO}[1-reward]", "-"),
+    Mutant("reward_head_init", "reward.py",
+           "        nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5)\n",
+           "",
+           "test_reward.py::test_head_initialisation",
+           "the library's default in place of N(0, 1 / (d + 1)) of summarize-from-feedback"),
+    Mutant("shift_with_the_wrong_sign", "reward.py",
+           "(self.raw(tokens, response_mask) - self.shift) / self.scale",
+           "(self.raw(tokens, response_mask) + self.shift) / self.scale",
+           "test_reward.py::test_shift_and_scale", "-"),
+    Mutant("shift_not_stored", "reward.py",
+           'self.register_buffer("shift", torch.zeros(()))',
+           'self.register_buffer("shift", torch.zeros(()), persistent=False)',
+           "test_reward.py::test_shift_and_scale_are_stored_with_the_weights",
+           "summarize_from_feedback_details keeps the bias with the weights for this"),
+    Mutant("shift_not_measured", "reward.py",
+           "    model.shift.fill_(float(demo_scores.mean()))\n",
+           "",
+           "test_reward.py::test_a_run_ends_centred_and_scaled",
+           "a missing-EOS score of -1 is a penalty only where scores are centred"),
+    Mutant("model_ties_count_as_right", "reward.py",
+           "right = (np.sign(margins) / 2 + 0.5)",
+           "right = (margins >= 0).astype(float)",
+           "test_reward.py::test_equal_scores_are_half_right", "-"),
+    Mutant("sft_mean_of_means", "sft.py",
+           "loss = sft_loss(token_logprobs(model, tokens, mask), mask) / count",
+           "loss = sft_loss(token_logprobs(model, tokens, mask), mask) / mask.sum()",
+           f"{MICRO}[1-sft]", "transformers PR 35438, nanoGPT 206"),
+    Mutant("pretrain_mean_of_means", "pretrain.py",
+           "loss = lm_loss(model, part) / count",
+           "loss = lm_loss(model, part) / part[:, 1:].numel()",
+           "test_pretrain.py::test_micro_batches_change_nothing", "nanoGPT 206, TRL PR 6024"),
+    Mutant("newton_schulz_keeps_the_last_step_only", "pretrain.py",
+           "p if total is None else p @ total", "p",
+           "test_pretrain.py::test_orthogonal_keeps_directions_and_levels_sizes", "-"),
+    Mutant("muon_scale_of_the_transpose", "pretrain.py",
+           "max(1, grad.size(1) / grad.size(2)) ** 0.5",
+           "max(1, grad.size(2) / grad.size(1)) ** 0.5",
+           "test_pretrain.py::test_muon_step_of_a_matrix", "-"),
+]
+
+# --- PPO -----------------------------------------------------------------------------------------
+
+PLACE = "test_ppo.py::test_score_lands_on_the_last_action_and_kl_on_every_one"
+SCORE = "reward[torch.arange(len(score), device=score.device), last] += score"
+KL = "reward = -beta * (logp - ref_logp) * response_mask"
+WHITEN = ("return (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + 1e-8) "
+          "* mask")
+MISSING = "score = torch.where(finished, score, torch.full_like(score, config.missing_eos))"
+GAE = "test_ppo.py::test_gae_by_hand"
+WIDE = "test_invariance.py::test_padding_changes_nothing[ppo]"
+PREPARE, LOSS_KL = "test_ppo.py::test_prepare", "test_ppo.py::test_prepare_with_kl_in_the_loss"
+UPDATE = "test_ppo.py::test_update_is_the_gradient_of_the_written_loss"
+PTX = ("                (config.ptx_coef * ptx).backward()\n")
+
+PPO = [
+    Mutant("score_one_slot_behind_eos", "ppo.py", SCORE,
+           "reward[torch.arange(len(score), device=score.device), (last + 1).clamp(max=T - 1)] "
+           "+= score", PLACE,
+           "summarize_from_feedback_details, TRL 1893, 3750, PR 5338"),
+    Mutant("score_one_slot_before_eos", "ppo.py", SCORE,
+           "reward[torch.arange(len(score), device=score.device), last - 1] += score", PLACE, "-"),
+    Mutant("score_at_the_last_column", "ppo.py", SCORE, "reward[:, -1] += score", PLACE,
+           "llm_related 37"),
+    Mutant("kl_sign_reversed", "ppo.py", KL, KL.replace("-beta", "beta"), PLACE,
+           "rlhf-book: kl1 negated, the reward pays for drift"),
+    Mutant("kl_dropped", "ppo.py", KL, "reward = 0 * (logp - ref_logp) * response_mask", PLACE,
+           "nanoChatGPT: commented out; minChatGPT: the mean is discarded"),
+    Mutant("kl_over_prompt_and_padding", "ppo.py", KL, "reward = -beta * (logp - ref_logp)", PLACE,
+           "minChatGPT: the mask is never passed"),
+    Mutant("kl_is_a_mean_over_the_sequence", "ppo.py", KL,
+           KL + " / response_mask.sum(1, keepdim=True)", PLACE,
+           "rlhf-book: the PPO KL is a mean over the sequence"),
+    Mutant("kl_clamped_at_zero", "ppo.py", KL,
+           "reward = -beta * (logp - ref_logp).clamp(min=0) * response_mask",
+           "test_ppo.py::test_kl_term_keeps_its_sign", "AlpacaFarm: 0.682 for a KL of 0.557"),
+    Mutant("kl_absolute", "ppo.py", KL,
+           "reward = -beta * (logp - ref_logp).abs() * response_mask",
+           "test_ppo.py::test_kl_term_keeps_its_sign", "TRL v1's abs: 0.808 for a KL of 0.557"),
+    Mutant("whitening_over_padding", "ppo.py", WHITEN,
+           "return (x - x.mean()) * torch.rsqrt(x.var() + 1e-8) * mask",
+           "test_ppo.py::test_whiten_ignores_padding", "trlx, AlpacaFarm"),
+    Mutant("whitening_adds_the_mean_back", "ppo.py", WHITEN,
+           "return (x * torch.rsqrt(masked_variance(x, mask) + 1e-8)) * mask",
+           "test_ppo.py::test_whiten_ignores_padding",
+           "torchtune/rlhf/rewards.py: shift_mean inverted, locked in by its test"),
+    Mutant("whitening_skipped", "ppo.py",
+           "advantage = whiten(advantage, mask)", "advantage = advantage * mask",
+           PREPARE, "rlhf-book, DeepSpeed-Chat"),
+    Mutant("returns_after_whitening", "ppo.py",
+           "        advantage = whiten(advantage, mask)\n",
+           "        advantage = whiten(advantage, mask)\n"
+           "        returns = (advantage + old_value) * mask\n", PREPARE,
+           "all good repositories take returns before it"),
+    Mutant("gae_over_padding", "ppo.py",
+           "next_advantage = (delta + gamma * lam * next_advantage) * here",
+           "next_advantage = delta + gamma * lam * next_advantage", GAE,
+           "minChatGPT: action mask unused"),
+    Mutant("value_behind_the_last_action", "ppo.py",
+           "next_value = value[:, t] * here", "next_value = value[:, t]", GAE,
+           "TRL 1893: V(post-EOS) becomes a learned hop"),
+    Mutant("gamma_and_lambda_swapped", "ppo.py",
+           "def gae(reward, value, response_mask, gamma, lam):",
+           "def gae(reward, value, response_mask, lam, gamma):", GAE, "-"),
+    Mutant("lambda_missing", "ppo.py",
+           "(delta + gamma * lam * next_advantage) * here",
+           "(delta + gamma * next_advantage) * here", GAE,
+           "PaLM-rlhf-pytorch: sequence reward minus value, no GAE"),
+    Mutant("advantage_recursion_missing", "ppo.py",
+           "(delta + gamma * lam * next_advantage) * here", "delta * here", GAE, "-"),
+    Mutant("advantage_is_one_number_a_sequence", "ppo.py",
+           "advantage[:, t] = next_advantage", "advantage[:, t:] = next_advantage[:, None]", GAE,
+           "minChatGPT: one scalar a sequence"),
+    Mutant("metric_mean_over_padding", "ppo.py",
+           "return (x * mask).sum() / mask.sum()", "return (x * mask).mean()",
+           "test_ppo.py::test_whiten_ignores_padding", "TRL 6809, 6803"),
+    Mutant("policy_clip_max_for_min", "ppo.py",
+           "torch.minimum(unclipped, clipped)", "torch.maximum(unclipped, clipped)",
+           "test_ppo.py::test_clipped_surrogate_gradient", "-"),
+    Mutant("policy_clip_always", "ppo.py",
+           "torch.minimum(unclipped, clipped)", "clipped",
+           "test_ppo.py::test_clipped_surrogate_gradient", "-"),
+    Mutant("ratio_always_one", "ppo.py",
+           "log_ratio = (logp - old_logp) * response_mask",
+           "log_ratio = (logp - logp.detach()) * response_mask",
+           "test_ppo.py::test_clipped_surrogate_gradient",
+           "minChatGPT: the clip can never act"),
+    Mutant("policy_loss_over_padding", "ppo.py",
+           "loss = -(torch.minimum(unclipped, clipped) * response_mask).sum()",
+           "loss = -torch.minimum(unclipped, clipped).sum()",
+           "test_ppo.py::test_policy_loss_and_metrics_ignore_what_is_masked",
+           "minChatGPT: action mask unused in both losses"),
+    Mutant("clip_fraction_over_padding", "ppo.py",
+           "clip_fraction=((clipped < unclipped) * response_mask).sum()",
+           "clip_fraction=((clipped < unclipped) * response_mask).mean()",
+           "test_invariance.py::test_ppo_sums_add_up_over_micro_batches", "TRL 6809"),
+    Mutant("k3_reversed", "ppo.py",
+           "approx_kl=((ratio - 1 - log_ratio) * response_mask).sum()",
+           "approx_kl=((1 / ratio - 1 + log_ratio) * response_mask).sum()",
+           "test_ppo.py::test_approx_kl_by_hand",
+           "minChatGPT, rlhf-book, trlx: 0.474 for a KL of 0.557"),
+    Mutant("value_clip_min_for_max", "ppo.py",
+           "error = torch.maximum((value - returns)", "error = torch.minimum((value - returns)",
+           "test_ppo.py::test_value_loss_is_pessimistic", "-"),
+    Mutant("value_loss_without_its_half", "ppo.py",
+           "return 0.5 * (error * response_mask).sum()", "return (error * response_mask).sum()",
+           "test_ppo.py::test_value_loss_is_pessimistic", "-"),
+    Mutant("value_loss_over_padding", "ppo.py",
+           "return 0.5 * (error * response_mask).sum()", "return 0.5 * error.sum()",
+           "test_invariance.py::test_ppo_arithmetic", "minChatGPT"),
+    Mutant("controller_sign", "ppo.py",
+           "error = min(max(kl / target - 1, -0.2), 0.2)",
+           "error = min(max(1 - kl / target, -0.2), 0.2)",
+           "test_ppo.py::test_adaptive_beta", "trlx: driven by a reversed KL"),
+    Mutant("controller_unclipped", "ppo.py",
+           "error = min(max(kl / target - 1, -0.2), 0.2)", "error = kl / target - 1",
+           "test_ppo.py::test_adaptive_beta", "-"),
+    Mutant("controller_per_token", "ppo.py",
+           "adapt_beta(beta, kl, config.kl_target,",
+           'adapt_beta(beta, row["kl_per_token"], config.kl_target,',
+           "test_ppo.py::test_beta_follows_the_kl_of_a_sequence",
+           "OpenRLHF, verl: a target of 6 nats could not be reached"),
+    Mutant("critic_not_from_the_reward_model", "ppo.py",
+           "        self.load_state_dict({k: v for k, v in reward_model.state_dict().items()\n"
+           '                              if k not in ("shift", "scale")})\n',
+           "", "test_ppo.py::test_critic_starts_as_the_reward_model", "trlx 345, minimind"),
+    Mutant("critic_without_the_scale", "ppo.py",
+           "            self.head.weight.div_(reward_model.scale)\n", "",
+           "test_ppo.py::test_critic_starts_as_the_reward_model", "-"),
+    Mutant("critic_one_position_late", "ppo.py",
+           "hidden = self.gpt(tokens)[:, :-1]", "hidden = self.gpt(tokens)[:, 1:]",
+           "test_ppo.py::test_critic_starts_as_the_reward_model", "-"),
+    Mutant("critic_is_zero", "ppo.py",
+           "old_value = torch.cat([critic(tokens[p]) for p in parts]) * mask",
+           "old_value = torch.zeros_like(mask)", PREPARE, "nanoChatGPT"),
+    Mutant("missing_eos_not_punished", "ppo.py", MISSING, "score = score", PREPARE,
+           "TRL 3750, second point: compared with another stop token"),
+    Mutant("missing_eos_with_the_wrong_sign", "ppo.py", MISSING,
+           "score = torch.where(finished, score, score - config.missing_eos)", PREPARE,
+           "TRL subtracts a positive penalty where others put a negative score"),
+    Mutant("old_log_probabilities_stale", "ppo.py",
+           "stats = [token_stats(policy, tokens[p]", "stats = [token_stats(reference, tokens[p]",
+           PREPARE, "trlx 508, NeMo-Aligner 68: the ratio does not start at 1"),
+    Mutant("kl_to_the_behaviour_policy", "ppo.py",
+           "reward = token_rewards(score, old_logp, ref_logp, mask, beta)",
+           "reward = token_rewards(score, old_logp, old_logp, mask, beta)", PREPARE,
+           "PaLM-rlhf-pytorch: no reference anywhere"),
+    Mutant("no_temperature_in_old_log_probabilities", "ppo.py",
+           "token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,",
+           "token_stats(policy, tokens[p], mask[p], 1.0, entropy=True,", PREPARE,
+           "TRL PR 3029, OpenRLHF PR 857"),
+    Mutant("no_temperature_in_the_reference", "ppo.py",
+           "token_logprobs(reference, tokens[p], mask[p], config.temperature)",
+           "token_logprobs(reference, tokens[p], mask[p])", PREPARE, "OpenRLHF 1319, TRL 3169"),
+    Mutant("no_temperature_in_the_update", "ppo.py",
+           "policy, tokens[p], mask[p], config.temperature,\n                        entropy=",
+           "policy, tokens[p], mask[p], 1.0,\n                        entropy=", UPDATE,
+           "TRL 2358, NeMo-RL PR 316"),
+    Mutant("no_temperature_in_rollouts", "ppo.py",
+           "policy, prompts, config.max_new_tokens, tokenizer.eos, config.temperature,",
+           "policy, prompts, config.max_new_tokens, tokenizer.eos, 1.0,",
+           "test_ppo.py::test_settings_reach_every_function", "TRL 3169"),
+    Mutant("greedy_kl_in_the_loss", "ppo.py",
+           "        reward = reward - beta * next_state_kl(exact_kl, mask)\n", "", LOSS_KL,
+           "minimind, GRPO: the drift of later states costs an action nothing"),
+    Mutant("kl_of_this_state_in_the_reward", "ppo.py",
+           "nn.functional.pad(exact_kl[:, 1:], (0, 1)) * response_mask",
+           "exact_kl * response_mask", LOSS_KL, "-"),
+    Mutant("beta_not_in_units_of_the_advantage", "ppo.py",
+           'loss = loss + beta / batch["scale"] * (kl * mask[p]).sum()',
+           "loss = loss + beta * (kl * mask[p]).sum()", UPDATE, "-"),
+    Mutant("k1_in_the_loss", "ppo.py",
+           "(kl * mask[p]).sum()", '((logp - batch["ref_logp"][p]) * mask[p]).sum()', UPDATE,
+           "TRL 3025, PR 4638, open-instruct PR 535: a gradient of zero on average"),
+    Mutant("k3_in_the_loss", "ppo.py",
+           "(kl * mask[p]).sum()",
+           '(((batch["ref_logp"][p] - logp).exp() - 1 + logp - batch["ref_logp"][p])'
+           " * mask[p]).sum()", UPDATE,
+           "minimind, TRL 3025: the gradient of KL(ref || pi), not of KL(pi || ref)"),
+    Mutant("entropy_bonus_with_the_wrong_sign", "ppo.py",
+           "loss = loss - config.entropy_coef *", "loss = loss + config.entropy_coef *", UPDATE,
+           "-"),
+    Mutant("ppo_mean_of_means", "ppo.py",
+           "((loss + v_loss) / count).backward()", "((loss + v_loss) / mask[p].sum()).backward()",
+           f"{MICRO}[1-ppo]", "TRL 2604, 5619, PR 6024; nanochat: per forward pass"),
+    Mutant("loss_divided_by_padding_too", "ppo.py",
+           "count = mask[rows].sum()", "count = mask[rows].numel()", UPDATE, "TRL 6809"),
+    Mutant("ptx_with_the_wrong_sign", "ppo.py", PTX, PTX.replace("(config", "(-config"), UPDATE,
+           "-"),
+    Mutant("ptx_dropped", "ppo.py", PTX, "                pass\n", UPDATE,
+           "logged, but never added: no living repository has the term"),
+    Mutant("clipped_after_the_step", "ppo.py",
+           "            norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), "
+           "config.grad_clip)\n"
+           "                          for m in (policy, critic)])\n"
+           "            for optimizer in optimizers:\n"
+           "                optimizer.step()\n",
+           "            for optimizer in optimizers:\n"
+           "                optimizer.step()\n"
+           "            norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), "
+           "config.grad_clip)\n"
+           "                          for m in (policy, critic)])\n"
+           "            for optimizer in optimizers:\n",
+           "test_ppo.py::test_gradients_are_clipped_before_the_step",
+           "minChatGPT: clip before backward"),
+    Mutant("metrics_divided_by_padding_too", "ppo.py",
+           "v.item() / (n_tokens * config.epochs)", "v.item() / (mask.numel() * config.epochs)",
+           WIDE, "TRL 6809: clip fraction and approximate KL diluted"),
+    Mutant("entropy_over_padding", "ppo.py",
+           'entropy=masked_mean(batch["entropy"], mask).item()',
+           'entropy=batch["entropy"].mean().item()', WIDE, "TRL 2022, 6803, open-instruct 756"),
+    Mutant("kl_per_token_over_padding", "ppo.py",
+           "kl_per_token=seq_kl.sum().item() / n_tokens",
+           "kl_per_token=seq_kl.sum().item() / mask.numel()", WIDE, "TRL 6809"),
+    Mutant("reference_is_the_policy", "ppo.py",
+           'reference = common.load_policy(config.init, ("sft", "ppo"), device)[0]'
+           ".requires_grad_(False)",
+           "reference = policy", "test_ppo.py::test_settings_reach_every_function",
+           "nanoChatGPT: the reference shares the trained module"),
+    Mutant("adam_eps_not_handed_on", "ppo.py",
+           "optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)",
+           "optimizer = common.adamw([policy], config.lr)",
+           "test_ppo.py::test_settings_reach_every_function",
+           "lm-human-preferences against its PyTorch ports"),
+    Mutant("resume_forgets_the_critic_optimiser", "ppo.py",
+           '        critic_optimizer.load_state_dict(state["critic_optimizer"])\n', "",
+           "test_ppo.py::test_resume_is_exact", "-"),
+    Mutant("resume_forgets_beta", "ppo.py",
+           'beta, running, first = state["beta"], RunningStd(*state["running"]), state["step"]',
+           'running, first = RunningStd(*state["running"]), state["step"]',
+           "test_ppo.py::test_resume_is_exact", "-"),
+    Mutant("ties_count_as_wins", "ppo.py",
+           "score_win_rate=float((np.sign(score - sft_score[::n]) / 2 + 0.5).mean()))",
+           "score_win_rate=float((score >= sft_score[::n]).mean()))",
+           "test_ppo.py::test_comparison_with_the_reference", "-"),
+    Mutant("gold_ties_count_as_wins", "ppo.py",
+           "gold_win_rate=float((np.sign(gap) / 2 + 0.5).mean())",
+           "gold_win_rate=float((gap >= 0).mean())",
+           "test_ppo.py::test_comparison_with_the_reference", "-"),
+    Mutant("missing_eos_not_punished_in_the_comparison", "ppo.py",
+           "np.where(ended, scores, config.missing_eos)", "np.asarray(scores)",
+           "test_ppo.py::test_comparison_with_the_reference", "-"),
+    Mutant("best_of_n_across_prompts", "ppo.py",
+           "sft_score.reshape(-1, n).argmax(1)", "sft_score.reshape(n, -1).argmax(0)",
+           "test_ppo.py::test_comparison_with_the_reference", "-"),
+]
+
+MUTANTS = MODEL + DATA + REWARD + PPO
+
+# an edit that does not run is not a bug that a test has found
+CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"
+                   r"|UnboundLocal)Error|^(Name|Import|Syntax|Attribute|Type)Error", re.MULTILINE)
+
+
+def applied(mutant, source):
+    """The source of mutant.file with the bug in it. ValueError if it no longer applies."""
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"no longer applies: its text is {source.count(mutant.old)} times in "
+                         f"{mutant.file}")
+    changed = source.replace(mutant.old, mutant.new)
+    compile(changed, mutant.file, "exec")
+    return changed
+
+
+def pytest(folder, tests):
+    """Exit status and output of the tests (ids below tests/), run in folder."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+               *(f"tests/{t}" for t in tests)]
+    # no .pyc: the file changes back and forth within a second, which its time stamp cannot tell
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    result = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=TIMEOUT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return result.returncode, result.stdout
+
+
+def verdict(mutant, folder):
+    """"killed", "SURVIVED" or "ERROR: ..." of one mutant, in a copy that is clean before and after.
+
+    pytest exits with 1 where a test failed, and with other numbers where it could not run them.
+    """
+    path = folder / mutant.file
+    source = path.read_text()
+    try:
+        path.write_text(applied(mutant, source))
+        status, output = pytest(folder, mutant.tests.split())
+    except (ValueError, SyntaxError, subprocess.TimeoutExpired) as error:
+        return f"ERROR: {error}"
+    finally:
+        path.write_text(source)
+    if status == 0:
+        return "SURVIVED"
+    if status != 1 or CRASH.search(output):
+        return f"ERROR: pytest exits with {status}, or the edit crashes:\n{output[-3000:]}"
+    return "killed"
+
+
+def main(names):
+    unknown = set(names) - {m.name for m in MUTANTS}
+    if unknown:
+        sys.exit(f"no mutant is called {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTANTS if not names or m.name in names]
+    with tempfile.TemporaryDirectory() as scratch:
+        copies = queue.Queue()
+        for i in range(PROCESSES):
+            copies.put(Path(scratch, str(i)))
+            shutil.copytree(ROOT, Path(scratch, str(i)),
+                            ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
+        # the copy as it is has to pass, or a failure below would say nothing
+        tests = sorted({t for m in chosen for t in m.tests.split()})
+        status, output = pytest(Path(scratch, "0"), tests)
+        if status:
+            sys.exit(f"the tests fail without any mutant:\n{output[-5000:]}")
+
+        def run(mutant):
+            folder, start = copies.get(), time.time()
+            result = verdict(mutant, folder)
+            copies.put(folder)
+            print(f"{result}  {mutant.name}  {time.time() - start:.1f} s", flush=True)
+            return result == "killed"
+
+        with ThreadPoolExecutor(PROCESSES) as pool:
+            killed = sum(pool.map(run, chosen))
+    print(f"killed {killed}/{len(chosen)}")
+    return int(killed < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
