@@ -3,6 +3,7 @@
     demonstration  {"prompt": P, "completion": text}   or   {"messages": [turn, ...]}
     pair           {"prompt": P, "chosen": text, "rejected": text}
     ranking        {"prompt": P, "completions": [text, ...], "ranks": [int, ...]}   1 best, ties =
+    label          {"prompt": P, "completion": text, "label": true | false}   wanted or not
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
 
 P is a string or a list of {"role": "system" | "user" | "assistant", "content": text} turns that
@@ -100,6 +101,16 @@ def check_ranking(record, where="record"):
                 not all(type(g) in (int, float) for g in gold["gold"]):
             _fail(where, f"'gold' must be {len(completions)} numbers")
     return dict(prompt=prompt, completions=completions, ranks=ranks, **gold, **side)
+
+
+def check_ranking_or_label(record, where="record"):
+    """{"prompt", "completion", "label"} where the record has a label, else as check_ranking."""
+    if "label" not in record:
+        return check_ranking(record, where)
+    if not isinstance(record["label"], bool):
+        _fail(where, "'label' must be true or false")
+    return dict(prompt=_prompt(record, where), completion=_text(record, "completion", where),
+                label=record["label"], **_side(record, where))
 
 
 def check_prompt(record, where="record"):
