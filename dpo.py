@@ -157,6 +157,11 @@ def pair_loss(config, seq_logp, ref_seq_logp, length, winners, losers):
     return dpo_loss(chosen, rejected, config.beta)  # dpo, and dpo_norm with ratios per token
 
 
+def ordered(margin):
+    """1 where the margin is positive, 0 where negative, 1/2 for a tie: closer than rounding."""
+    return torch.sign(margin * (margin.abs() > 1e-5)) / 2 + 0.5
+
+
 def kl_baseline(seq_logp, ref_seq_logp):
     """KTO's z0: KL(pi || pi_ref) estimated from answers to OTHER prompts, at least 0, no gradient.
 
@@ -225,7 +230,7 @@ def batch_tensors(elements, pad, device):
         best += [offset + n for n in e.best]
         offset += len(e.rows)
     flat = lambda name: torch.tensor([x for e in elements for x in getattr(e, name)],
-                                     dtype=torch.float32, device=device)
+                                     dtype=torch.get_default_dtype(), device=device)
     return tokens, mask, flat("ref"), mask.sum(1), flat("labels"), winners, losers, best
 
 
@@ -246,7 +251,7 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
 
     The key is a hash of everything the numbers depend on: the reference's weights, every token and
     mask of the data, the tokenizer, and the device's precision. The file is called by its key and
-    repeats it inside; one that says something else is refused, not used.
+    repeats it inside; one that says something else is refused, not used. --trace writes nothing.
     """
     rows, masks = all_rows(elements)
     key = common.text_hash(json.dumps([common.weights_hash(reference.state_dict()), rows, masks,
@@ -262,8 +267,9 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
         print(f"reference log-probabilities of {len(rows)} answers from {path}")
     else:
         logps = sequence_logprobs(reference, rows, masks, tokenizer.pad, bar="reference")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.save_file(dict(key=key, logps=logps), path)
+        if not config.trace:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            common.save_file(dict(key=key, logps=logps), path)
     rest = iter(logps.tolist())
     for e in elements:
         e.ref = [next(rest) for _ in e.rows]
@@ -288,9 +294,9 @@ def pair_metrics(policy, elements, config, pad):
     else:
         loss = pair_loss(config, seq_logp, ref, length, winners, losers)
     if winners:
-        right = torch.sign(reward[winners] - reward[losers]) / 2 + 0.5
+        right = ordered(reward[winners] - reward[losers])
     else:  # single answers: without pairs, a reward is right by its sign
-        right = torch.sign(reward * label) / 2 + 0.5
+        right = ordered(reward * label)[label != 0]
         winners, losers = label > 0, label < 0
     chosen, rejected = reward[winners].mean().item(), reward[losers].mean().item()
     return dict(loss=loss.mean().item(), accuracy=right.mean().item(), chosen_reward=chosen,
@@ -349,11 +355,11 @@ def trace(policy, reference, tokenizer, element, config, device):
 
 
 def main(config):
-    device = common.set_up(config)
     if config.loss not in SETTINGS:
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(SETTINGS)}")
     config.beta = config.beta or SETTINGS[config.loss][0]
     config.lr = config.lr or SETTINGS[config.loss][1]
+    device = common.set_up(config)
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "data", "label")
 
@@ -368,6 +374,8 @@ def main(config):
     train, held_out = load_data(config, tokenizer, policy.config.block_size)
     prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
                                tokenizer, policy.config.block_size - config.max_new_tokens)
+    if config.trace:  # a few steps are enough to see
+        train, held_out = train[:20 * config.batch_size], held_out[:1]
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
     run = common.Run("dpo", config, device)
@@ -380,7 +388,7 @@ def main(config):
               f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 4 : 3)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
-    watched = [train[i] for i in np.random.default_rng(0).permutation(len(train))[:len(held_out)]]
+    watched = sorted(train, key=lambda e: common.stable_seed(e.rows[0]))[:len(held_out)]
 
     def validate(epoch):
         """Held-out pairs beside training pairs, in one row of the log."""
@@ -419,7 +427,7 @@ def main(config):
         order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
         chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
         batch = [train[order[n]] for n in chosen]
-        if config.trace and step == min(20, steps - 1):  # later than the start, where all is 0
+        if config.trace and step == min(19, steps - 1):  # not at the start, where all is 0
             pair = next((e for e in batch if e.pairs), None)
             if pair is None:
                 raise UserError("--trace=true shows a pair, and the data has single answers only")
@@ -443,11 +451,12 @@ def main(config):
                 seq_logp = token_logprobs(policy, tokens, mask).sum(1)  # every answer once
             if config.loss == "kto":
                 loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
-                right = right + ((seq_logp - ref - baseline) * label > 0).sum()
+                right = right + ordered((seq_logp.detach() - ref - baseline) * label)[
+                    label != 0].sum()
             else:
                 loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
                 reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
-                right = right + (reward[winners] > reward[losers]).sum()
+                right = right + ordered(reward[winners] - reward[losers]).sum()
             if step == 0 and j == 0:
                 check_start(seq_logp, ref)
             loss_sum = loss_sum + loss.detach()

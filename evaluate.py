@@ -77,7 +77,7 @@ def sequence_logprobs(model, rows, masks, pad, temperature=1.0, batch_size=64, b
         tokens, mask = collate([rows[j] for j in part], [masks[j] for j in part], pad)
         with common.autocast(device):
             logp = token_logprobs(model, tokens.to(device), mask.to(device), temperature)
-        out[part] = logp.sum(1).float().cpu()
+        out[part] = logp.sum(1).to(out.device, out.dtype)
     return out
 
 

@@ -9,6 +9,8 @@ one by one.
 import copy
 
 import common
+import dpo
+import evaluate
 import numpy as np
 import ppo
 import pytest
@@ -19,15 +21,15 @@ import torch.nn.functional as F
 from data.records import collate
 from model import GPT, KVCache, generate, token_stats
 from ppo import ValueModel, gae, masked_mean, policy_loss, token_rewards, value_loss, whiten
-from reward import RewardModel, evaluate, reward_loss, score_rows
+from reward import RewardModel, reward_loss, score_rows
 from sft import sft_loss
 from tiny_runs import FLAGS, STAGES, make_inputs
 
-MODULES = dict(sft=sft, reward=reward, ppo=ppo)
+MODULES = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo)
 # a second iteration that starts away from the reference, and every option that adds to the loss
-OPTIONS = dict(sft=[], reward=[], ppo=["--iterations=2", "--entropy_coef=0.1", "--kl_target=0.5",
-                                       "--score_scaling=true", "--ptx_coef=0.5", "--ptx_batch=4",
-                                       "--ptx_data=text.txt"])
+OPTIONS = dict(sft=[], reward=[], dpo=["--nll=0.2"], ppo=[
+    "--iterations=2", "--entropy_coef=0.1", "--kl_target=0.5", "--score_scaling=true",
+    "--ptx_coef=0.5", "--ptx_batch=4", "--ptx_data=text.txt"])
 EOS, PAD = 0, 13  # of the fixture `tiny`
 
 
@@ -103,16 +105,13 @@ def test_micro_batches_change_nothing(folder, plain, monkeypatch, stage, micro_b
 def test_padding_changes_nothing(folder, plain, monkeypatch, stage):
     # catches padding in a loss, a metric, a score, an advantage or a denominator: every batch gets
     # six columns more, filled with EOS and other ids that a mask by id would take for tokens
-    module, collate = MODULES[stage], MODULES[stage].collate
-
     def widen(tokens, mask):
         junk = torch.tensor([1595, 7, 1595, 42, 1595, 3]).expand(len(tokens), 6)
         return torch.cat([tokens, junk], 1), F.pad(mask, (0, 6))
 
-    monkeypatch.setattr(module, "collate", lambda *args: widen(*collate(*args)))
+    for module in (sft, reward, dpo, evaluate):
+        monkeypatch.setattr(module, "collate", lambda *args: widen(*collate(*args)))
     if stage == "ppo":
-        monkeypatch.setattr(reward, "collate", lambda *args: widen(*collate(*args)))
-
         def wide_generate(*args):
             tokens, mask, done = generate(*args)
             return *widen(tokens, mask), done
@@ -131,7 +130,7 @@ def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
         monkeypatch.setattr(ppo, "generate", reversed_generate)
         data = "pairs.jsonl"
     else:
-        data = {"sft": "demos.jsonl", "reward": "pairs.jsonl"}[stage]
+        data = "demos.jsonl" if stage == "sft" else "pairs.jsonl"
         lines = (folder / data).read_text().splitlines()
         data = f"reversed_{data}"
         (folder / data).write_text("\n".join(lines[::-1]))
@@ -294,7 +293,7 @@ def test_scores_and_report_card_do_not_depend_on_the_batch(tiny):
     def card(order):
         class Tokenizer:
             pad = PAD
-        metrics = evaluate(model, [records[i] for i in order], [rows[i] for i in order],
+        metrics = reward.evaluate(model, [records[i] for i in order], [rows[i] for i in order],
                            [masks[i] for i in order], Tokenizer, device, noise=1.0)
         return {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
 
