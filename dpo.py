@@ -435,10 +435,12 @@ def main(config):
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         baseline = 0.0
         if config.loss == "kto":  # z0, of the whole step: each prompt with an answer to the next
-            rows, masks = zip(*(mismatch(train[order[n]], train[order[(n + 1) % len(train)]])
-                                for n in chosen))
-            baseline = kl_baseline(*(sequence_logprobs(m, rows, masks, tokenizer.pad)
-                                     for m in (policy, reference)))
+            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]])
+                      for n in chosen]
+            others = [o for o in others if len(o[0]) <= policy.config.block_size]
+            if others:
+                baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), tokenizer.pad)
+                                         for m in (policy, reference)))
             count = sum(map(abs, (x for e in batch for x in e.labels)))  # labelled answers
         else:
             count = sum(len(e.pairs) for e in batch)  # pairs of the whole step
