@@ -330,18 +330,18 @@ def trace(policy, reference, tokenizer, element, config, device):
             log_ratio=column(logp - ref_logp), text=common.token_texts(tokenizer, row)))
         sums[name] = logp.sum(1).cpu(), ref_logp.sum(1).cpu(), mask.sum(1).cpu()
     seq_logp, ref, length = (torch.cat(x) for x in zip(*sums.values()))
+    reward = implicit_reward(seq_logp, ref, length, config.loss, config.beta)
     common.print_table(dict(
         sum_logp=seq_logp.tolist(), sum_ref_logp=ref.tolist(), tokens=length.int().tolist(),
-        reward=implicit_reward(seq_logp, ref, length, config.loss, config.beta).tolist(),
-        answer=list(sums)))
+        reward=reward.tolist(), answer=list(sums)))
     print("\nreward = " + {
         "simpo": "beta sum_logp / tokens", "dpo_norm": "beta (sum_logp - sum_ref_logp) / tokens",
         "ipo_mean": "beta (sum_logp - sum_ref_logp) / tokens",
     }.get(config.loss, "beta (sum_logp - sum_ref_logp)") + f", beta = {config.beta}")
     if config.loss == "kto":
         loss = kto_loss(seq_logp - ref, torch.tensor([1.0, -1.0]), 0.0, config).mean().item()
-        print("loss = mean of desirable (1 - sigmoid(reward of chosen)) and undesirable (1 - "
-              f"sigmoid(-reward of rejected)) at z0 = 0\n     = {loss:.6f}")
+        print(f"with z0 = 0:\nloss = ({config.desirable} (1 - sigmoid(reward of chosen)) + "
+              f"{config.undesirable} (1 - sigmoid(-reward of rejected))) / 2 = {loss:.6f}")
         return
     loss = pair_loss(config, seq_logp, ref, length, [0], [1]).item()
     e = config.label_smoothing
@@ -350,7 +350,8 @@ def trace(policy, reference, tokenizer, element, config, device):
         "ipo": "((margin - 1/2) / beta)^2", "ipo_mean": "((margin - 1/2) / beta)^2",
         "simpo": f"-log sigmoid(margin - {config.beta * config.simpo_margin})",
     }.get(config.loss, "-log sigmoid(margin)")
-    print(f"margin = reward of chosen - reward of rejected\nloss = {formula} = {loss:.6f}\n"
+    print(f"margin = reward of chosen - reward of rejected = {(reward[0] - reward[1]).item():.6f}\n"
+          f"loss = {formula} = {loss:.6f}\n"
           "(a training step takes the mean over all pairs of its prompts)")
 
 
