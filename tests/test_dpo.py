@@ -460,6 +460,27 @@ def test_both_log_probabilities_are_reported(folder, monkeypatch):
             chosen_logp=mean(0, 1), rejected_logp=mean(1, 1)), rel=1e-4)
 
 
+def test_held_out_and_training_pairs_are_told_apart(folder, monkeypatch):
+    # catches training accuracy that goes by the name of held-out accuracy, or the other way round
+    asked, real = [], dpo.pair_metrics
+
+    def spy(policy, elements, *rest):
+        metrics = real(policy, elements, *rest)
+        asked.append(({tuple(row) for e in elements for row in e.rows}, metrics))
+        return metrics
+
+    monkeypatch.setattr(dpo, "pair_metrics", spy)
+    rows = run(folder, monkeypatch, "apart", "--epochs=1", "--lr=0.02")
+    sides = {True: set(), False: set()}
+    for record in read_jsonl("pairs.jsonl", lambda r, where: r):
+        sides[record["held_out"]] |= {
+            tuple(row) for row in make_element(tok, dict(record, pairs=[])).rows}
+    for row, (held_out, trained) in zip(of_kind(rows, "validation"), zip(asked[::2], asked[1::2])):
+        assert held_out[0] <= sides[True] and trained[0] <= sides[False]
+        for name in ("loss", "accuracy"):
+            assert row[name] == held_out[1][name] and row[f"train_{name}"] == trained[1][name]
+
+
 def test_no_held_out_pair_is_trained_on(folder, monkeypatch):
     # catches a split that is not kept: held-out accuracy would be training accuracy
     seen, real = set(), dpo.batch_tensors
