@@ -189,6 +189,7 @@ def element(pairs, count=3, **more):
 @pytest.mark.parametrize("pairs, labels, best", [
     ([(0, 1), (0, 2), (1, 2)], [1, 0, -1], [0]),  # the one in the middle wins as often as it loses
     ([(1, 0), (2, 0)], [-1, 1, 1], [1, 2]),  # two share the first place
+    ([(0, 1), (1, 2), (1, 2)], [1, 1, -1], [0]),  # wins more often than it loses, but loses
     ([(0, 1), (1, 0)], [0, 0, 0], []),  # labelers who contradict each other
     ([(0, 1)], [1, -1, 0], [0])])  # the third was tied with both
 def test_labels_and_best_of_a_ranking(pairs, labels, best):
