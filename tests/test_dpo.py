@@ -668,13 +668,14 @@ def test_another_tokenizer_has_another_cache(cached):
 
 
 @pytest.mark.parametrize("content", [
-    dict(key="another", logps=torch.zeros(24)), dict(logps=torch.zeros(24)), [1.0], None, "fewer"])
+    dict(key="another", logps=torch.zeros(42)), dict(logps=torch.zeros(42)), [1.0], None, "fewer"])
 def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, capsys, content):
     # catches a file that was renamed, damaged or written by other code, used in silence
     monkeypatch.chdir(folder)
     run(folder, monkeypatch, "cache_run", "--reference_cache=doubt", "--overwrite=true")
     path = next((folder / "doubt").iterdir())
     good = path.read_bytes()
+    assert len(torch.load(path)["logps"]) == 42  # so that the files below err by their key alone
     if content is None:
         path.write_bytes(good[:100])
     elif content == "fewer":
