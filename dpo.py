@@ -31,13 +31,12 @@ from evaluate import compare, held_out_prompts, sequence_logprobs
 from model import token_logprobs
 from reward import encode_ranking
 
-# beta and learning rate of each loss where the flags leave them at 0: found by a sweep on the
-# embedded data (docs/dpo.md). Units differ: beta multiplies nats per sequence in the first four and
-# in kto, nats per token in the others. Large models need a learning rate 100 times lower.
-SETTINGS = dict(dpo=(0.1, 1e-4), cdpo=(0.1, 1e-4), ipo=(0.1, 1e-4), ipo_mean=(0.1, 1e-4),
-                dpo_norm=(2.0, 1e-4), simpo=(2.0, 1e-4), kto=(0.1, 1e-4))
-
-
+# beta and learning rate of each loss where the flags leave them at 0, from a sweep on the embedded
+# data (docs/dpo.md). The units of beta differ: it multiplies nats per sequence in dpo, cdpo and kto,
+# nats per token in dpo_norm and simpo, and divides them in the two ipo. Models of a billion
+# parameters and more take learning rates of 1e-7 to 5e-6.
+SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
+                dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
 STAGES = ("sft", "dpo", "ppo", "grpo")  # checkpoints that it can start from
 
 

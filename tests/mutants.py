@@ -634,7 +634,7 @@ DPO = [
            "TRL's `robust` is this debiased form, which may go negative"),
     Mutant("kto_labels_flipped", "dpo.py",
            'labels=[1 if r["label"] else -1]', 'labels=[-1 if r["label"] else 1]',
-           "test_dpo.py::test_kto_trains_on_single_answers", "-"),
+           "test_dpo.py::test_labels_are_those_of_the_file", "-"),
     Mutant("kto_labels_of_a_ranking_flipped", "dpo.py",
            "wins = [sum((n == i) - (n == j) for i, j in pairs)",
            "wins = [sum((n == j) - (n == i) for i, j in pairs)",

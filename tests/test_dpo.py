@@ -41,10 +41,10 @@ PAIR_LOSSES = [name for name in SETTINGS if name != "kto"]
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_losses_at_the_start(loss):
     # catches a reference that is left out of a loss, or put into simpo, and a margin off zero
-    seq_logp, length = vector(-6.0, -9.0), vector(4.0, 2.0)
+    seq_logp, length = vector(-6.0, -10.0), vector(4.0, 2.0)
     config = Config(loss=loss, beta=0.5, simpo_margin=0.25)
     expected = dict(ipo=1.0, ipo_mean=1.0,  # (0 - 1 / (2 * 0.5))^2
-                    simpo=-math.log(1 / (1 + math.exp(-0.5 * (-1.5 + 4.5 - 0.25)))))
+                    simpo=-math.log(1 / (1 + math.exp(-0.5 * (-1.5 + 5.0 - 0.25)))))
     found = pair_loss(config, seq_logp, seq_logp, length, [0], [1])
     assert found.tolist() == [pytest.approx(expected.get(loss, math.log(2)), rel=1e-12)]
 
@@ -52,12 +52,12 @@ def test_losses_at_the_start(loss):
 @pytest.mark.parametrize("loss, beta, expected", [
     ("dpo", 0.5, 0.1269280110), ("cdpo", 0.5, 0.9 * 0.1269280110 + 0.1 * 2.1269280110),
     ("ipo", 0.5, 9.0), ("ipo_mean", 0.5, 0.25), ("dpo_norm", 2.0, 0.0485873516),
-    ("simpo", 2.0, 0.0067153485)])
+    ("simpo", 2.0, 0.002475685138)])
 def test_losses_by_hand(loss, beta, expected):
     # catches a reversed pair, sums for means and means for sums, beta in the wrong place: the
-    # log-ratios are 2 and -2, per token 0.5 and -1; log-probabilities per token -1.5 and -4.5
+    # log-ratios are 2 and -2, per token 0.5 and -1; log-probabilities per token -1.5 and -5
     config = Config(loss=loss, beta=beta, label_smoothing=0.1, simpo_margin=0.5)
-    numbers = vector(-9.0, -6.0), vector(-7.0, -8.0), vector(2.0, 4.0)
+    numbers = vector(-10.0, -6.0), vector(-8.0, -8.0), vector(2.0, 4.0)
     found = pair_loss(config, *numbers, [1], [0])
     assert found.tolist() == [pytest.approx(expected, rel=1e-8)]
 
@@ -120,9 +120,9 @@ def test_length_normalised_losses_see_means_only():
 
 def test_simpo_has_no_reference_and_a_margin_in_nats_a_token():
     # catches a reference in simpo, and gamma that is not beta times the margin
-    config = Config(loss="simpo", beta=2.5, simpo_margin=3.0)  # -1.5 + 4.5 is just 3
+    config = Config(loss="simpo", beta=2.5, simpo_margin=3.5)  # -1.5 + 5 is just that
     for ref in (vector(0.0, 0.0), vector(-50.0, 3.0)):
-        found = pair_loss(config, vector(-6.0, -9.0), ref, vector(4.0, 2.0), [0], [1])
+        found = pair_loss(config, vector(-6.0, -10.0), ref, vector(4.0, 2.0), [0], [1])
         assert found.item() == pytest.approx(math.log(2))
 
 
@@ -189,6 +189,7 @@ def element(pairs, count=3, **more):
 @pytest.mark.parametrize("pairs, labels, best", [
     ([(0, 1), (0, 2), (1, 2)], [1, 0, -1], [0]),  # the one in the middle wins as often as it loses
     ([(1, 0), (2, 0)], [-1, 1, 1], [1, 2]),  # two share the first place
+    ([(0, 1), (1, 2), (1, 2)], [1, 1, -1], [0]),  # wins more often than it loses, but loses
     ([(0, 1), (1, 0)], [0, 0, 0], []),  # labelers who contradict each other
     ([(0, 1)], [1, -1, 0], [0])])  # the third was tied with both
 def test_labels_and_best_of_a_ranking(pairs, labels, best):
@@ -334,6 +335,18 @@ def test_kto_trains_on_single_answers(folder, monkeypatch, data):
     assert checks[-1]["train_loss"] < checks[0]["train_loss"]
     assert checks[-1]["train_accuracy"] > 0.7 and checks[-1]["margin"] > 0.05
     assert all(r["baseline"] >= 0 for r in of_kind(rows, "step"))
+
+
+def test_labels_are_those_of_the_file(folder, monkeypatch):
+    # catches true read as undesirable, which training alone cannot show: it would fit them as well
+    monkeypatch.chdir(folder)
+    train, held_out = dpo.load_data(Config(data="labels.jsonl", loss="kto"), tok, 64)
+    found = {tuple(e.rows[0]): e.labels for e in train + held_out}
+    records = read_jsonl("labels.jsonl", check_ranking_or_label)
+    assert len(found) == len(records) and {r["label"] for r in records} == {True, False}
+    for r in records:
+        row = tok.encode_prompt(r["prompt"]) + tok.encode_response(r["completion"])
+        assert found[tuple(row)] == [1 if r["label"] else -1]
 
 
 def train_elements(data="pairs", loss="dpo"):
@@ -655,13 +668,14 @@ def test_another_tokenizer_has_another_cache(cached):
 
 
 @pytest.mark.parametrize("content", [
-    dict(key="another", logps=torch.zeros(24)), dict(logps=torch.zeros(24)), [1.0], None, "fewer"])
+    dict(key="another", logps=torch.zeros(42)), dict(logps=torch.zeros(42)), [1.0], None, "fewer"])
 def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, capsys, content):
     # catches a file that was renamed, damaged or written by other code, used in silence
     monkeypatch.chdir(folder)
     run(folder, monkeypatch, "cache_run", "--reference_cache=doubt", "--overwrite=true")
     path = next((folder / "doubt").iterdir())
     good = path.read_bytes()
+    assert len(torch.load(path)["logps"]) == 42  # so that the files below err by their key alone
     if content is None:
         path.write_bytes(good[:100])
     elif content == "fewer":

@@ -23,6 +23,7 @@ from studies.closed_form import (
     MISSING_EOS,
     PROMPTS,
     Problem,
+    draw_problems,
     kl_estimates,
     optimum,
     preferences,
@@ -328,6 +329,24 @@ def test_dpo_gradient_vanishes_at_the_optimum_and_only_there():
         other = other.clone().requires_grad_()
         gradient = torch.autograd.grad(dpo_population_loss(problem, other, beta), other)[0]
         assert gradient.abs().max() > 1e-3
+
+
+def test_both_log_probabilities_fall_at_the_optimum():
+    # catches a table in the docs that is not what the formulas give, and a KL the other way round
+    text = (ROOT / "docs" / "dpo.md").read_text()
+    for problem in draw_problems(5):
+        ref, score = problem.ref_logp.sum(1), problem.score
+        log_ratio, mu = problem.best - ref, ref.exp()
+        weight = 2 * mu[:, None] * mu * torch.sigmoid(score[:, None] - score)  # row beats column
+        kl = (mu * (ref - problem.best)).sum()
+        chosen, rejected = (weight * log_ratio[:, None]).sum(), (weight * log_ratio).sum()
+        assert rejected < chosen < 0
+        assert (chosen + rejected).item() / 2 == pytest.approx(-kl.item(), rel=1e-4)
+        row = next(r for r in text.splitlines() if r.startswith(f"| {problem.seed} |"))
+        figures = [x.item() for x in (chosen, rejected, kl)]
+        assert [float(x) for x in row.split("|")[2:5]] == pytest.approx(figures, abs=2e-3)
+    small = optimum(torch.tensor([0.1, 0.1, 0.8]).log(), torch.tensor([1.0, 0.0, 2.0]), 1.0).exp()
+    assert small.tolist() == pytest.approx([0.043, 0.016, 0.941], abs=5e-4)
 
 
 def test_dpo_gradient_vanishes_in_the_network_that_is_the_optimum():
