@@ -32,9 +32,9 @@ from model import token_logprobs
 from reward import encode_ranking
 
 # beta and learning rate of each loss where the flags leave them at 0, from a sweep on the embedded
-# data (docs/dpo.md). The units of beta differ: it multiplies nats per sequence in dpo, cdpo and kto,
-# nats per token in dpo_norm and simpo, and divides them in the two ipo. Models of a billion
-# parameters and more take learning rates of 1e-7 to 5e-6.
+# data (docs/dpo.md). The units of beta differ: it multiplies nats per sequence in dpo, cdpo and
+# kto, nats per token in dpo_norm and simpo, and the two ipo aim at a margin of 1 / (2 beta). Models
+# of a billion parameters and more take learning rates of 1e-7 to 5e-6.
 SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
                 dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
 STAGES = ("sft", "dpo", "ppo", "grpo")  # checkpoints that it can start from
