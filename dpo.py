@@ -396,7 +396,7 @@ def main(config):
     if config.loss == "kto":
         n = [sum(e.labels.count(x) for e in train) for x in (1, -1)]
         print(f"{n[0]} desirable and {n[1]} undesirable answers, weighted {config.desirable} : "
-              f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 4 : 3)")
+              f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
     watched = sorted(train, key=lambda e: common.stable_seed(e.rows[0]))[:len(held_out)]

@@ -35,3 +35,11 @@ def test_the_numbers_quoted_as_ours_are_the_defaults():
     assert config.whiten and config.kl_in == "reward" and config.kl_target == 0
     assert (config.adam_eps, config.entropy_coef, config.ptx_coef) == (1e-5, 0.0, 0.0)
     assert not config.score_scaling
+
+
+def test_the_numbers_of_dpo_quoted_as_ours_are_the_defaults():
+    # catches a default that was changed in the code only
+    from dpo import Config
+    config = Config()
+    assert (config.epochs, config.grad_clip, config.label_smoothing) == (1, 1.0, 0.1)
+    assert (config.desirable, config.undesirable, config.nll) == (1.0, 1.0, 0.0)
