@@ -35,6 +35,7 @@ class UserError(Exception):
 
 def run_main(main, config_class):
     """Entry point of every script: read the flags, run, turn user errors into one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
     try:
         main(parse_flags(config_class, sys.argv[1:]))
     except (UserError, DataError) as error:
@@ -394,6 +395,12 @@ def tokenizer_of(name):
         return load_tokenizer(name)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_same_tokenizer(first, second, path, other):
+    if first.name != second.name:
+        raise UserError(f"{path} reads {first.name} tokens, {other} {second.name}: they do not fit "
+                        "together")
 
 
 def check_lineage(role, expected, checkpoint, path):

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_prompt, collate, fits, read_jsonl, split
+from data.records import check_prompt, fits, read_jsonl, split
 from data.synthetic.gold import gold_reward
-from data.synthetic.world import lookup, sample_prompts
+from data.synthetic.world import sample_prompts
 from data.text import text_rows
+from evaluate import compare, held_out_prompts
 from model import GPT, generate, text_loss, token_logprobs, token_stats
-from reward import load_reward_model, score_rows
+from reward import load_reward_model
 
 
 @dataclass
@@ -336,23 +337,17 @@ def check_start(logp, old_logp, ref_logp, mask):
 # --- the stage -----------------------------------------------------------------------------------
 
 
-def load_prompts(config, tokenizer, room):
-    """(train, held out), each a list of (text or turns, ids); over-long prompts are dropped."""
+def training_prompts(config, tokenizer, room):
+    """[(text or turns, ids)] of the training prompts; those of over `room` tokens are dropped."""
     if config.data == "synthetic":
-        sides = [[p.text for p in sample_prompts(2000, held_out=False, seed=config.seed)],
-                 [p.text for p in sample_prompts(config.eval_prompts, held_out=True, seed=0)]]
+        prompts = [p.text for p in sample_prompts(2000, held_out=False, seed=config.seed)]
     else:
-        sides = [[r["prompt"] for r in part]
-                 for part in split(read_jsonl(config.data, check_prompt))]
-        sides[1] = sides[1][:config.eval_prompts]
-    result = []
-    for name, prompts in zip(("train", "held out"), sides):
-        encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
-        kept = fits(f"ppo: {name} prompts", encoded, room, lambda e: len(e[1]))
-        if not kept:
-            raise UserError(f"--data={config.data}: no {name} prompt of at most {room} tokens")
-        result.append(kept)
-    return result
+        prompts = [r["prompt"] for r in split(read_jsonl(config.data, check_prompt))[0]]
+    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
+    kept = fits("training prompts", encoded, room, lambda e: len(e[1]))
+    if not kept:
+        raise UserError(f"--data={config.data}: no training prompt of at most {room} tokens")
+    return kept
 
 
 def main(config):
@@ -370,13 +365,13 @@ def main(config):
     policy, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
     reference = common.load_policy(config.init, ("sft", "ppo"), device)[0].requires_grad_(False)
     reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
-    if rm_tokenizer.name != tokenizer.name:
-        raise UserError(f"{config.reward_model} reads {rm_tokenizer.name} tokens, {config.init} "
-                        f"writes {tokenizer.name}: they do not fit together")
+    common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
     common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
     critic = ValueModel(reward_model).to(device)
     block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
-    train, held_out = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    room = block_size - config.max_new_tokens
+    train = training_prompts(config, tokenizer, room)
+    held_out = held_out_prompts(config, tokenizer, room)
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
@@ -474,7 +469,8 @@ def main(config):
             beta = adapt_beta(beta, kl, config.kl_target, config.batch_size, config.kl_horizon)
         bar.set_postfix(score=f"{scores:.2f}", kl=f"{kl:.2f}", eos=f"{row['eos_rate']:.2f}")
 
-    metrics = evaluate(policy, reference, reward_model, tokenizer, held_out, config, run, device)
+    metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, reward_model,
+                            config.best_of)
     metrics["beta"] = beta
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
                            parents={parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
@@ -543,68 +539,6 @@ loss     = ({formula} + critic) / sum(mask)
          = ({" + ".join(f"{x:.6f}" for x in (policy_sum, *terms, value_sum))}) / {count} \
 = {total / count:.6f}
 (a training step takes all sums over its minibatch; beta = {beta:.6f})""")
-
-
-def evaluate(policy, reference, reward_model, tokenizer, prompts, config, run, device):
-    """Policy against SFT on held-out prompts: score, KL, EOS rate, length and, on the embedded
-    data, gold reward, win rate (ties count half) and the best of n SFT samples by the same reward
-    model. Sampled at the run's temperature."""
-    policy.eval()
-    texts, ids = zip(*prompts)
-
-    def sample(model, rng, n=1):
-        drawn = common.sample_texts(model, tokenizer, [i for i in ids for _ in range(n)],
-                                    config.max_new_tokens, rng, config.temperature)
-        rows = [i + s["ids"] for i, s in zip([i for i in ids for _ in range(n)], drawn)]
-        masks = [[0] * (len(r) - len(s["ids"])) + [1] * len(s["ids"]) for r, s in zip(rows, drawn)]
-        scores = score_rows(reward_model, rows, masks, tokenizer.pad, device)
-        ended = np.array([s["finished"] for s in drawn])
-        return drawn, rows, masks, np.where(ended, scores, config.missing_eos), ended
-
-    streams = [common.generator(device, config.seed, name) for name in ("policy", "sft")]
-    n = config.best_of
-    drawn, rows, masks, score, ended = sample(policy, streams[0])
-    sft, _, _, sft_score, sft_ended = sample(reference, streams[1], n)
-    seq_kl = []
-    for i in range(0, len(rows), 64):
-        tokens, mask = (t.to(device) for t in collate(rows[i:i + 64], masks[i:i + 64],
-                                                      tokenizer.pad))
-        with torch.no_grad(), common.autocast(device):
-            seq_kl.append((token_logprobs(policy, tokens, mask, config.temperature)
-                           - token_logprobs(reference, tokens, mask, config.temperature)).sum(1))
-    seq_kl = torch.cat(seq_kl)
-    metrics = dict(
-        score=float(score.mean()), score_sft=float(sft_score.mean()),
-        kl=seq_kl.mean().item(), kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
-        length=float(np.mean([len(s["ids"]) for s in drawn])),
-        length_sft=float(np.mean([len(s["ids"]) for s in sft])),
-        eos_rate=float(ended.mean()), eos_rate_sft=float(sft_ended.mean()),
-        score_win_rate=float((np.sign(score - sft_score[::n]) / 2 + 0.5).mean()))
-    if config.data == "synthetic":
-        gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
-        gold_sft = np.array([[gold_reward(t, s["text"]) for s in sft[i * n:(i + 1) * n]]
-                             for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
-        best = gold_sft[np.arange(len(texts)), sft_score.reshape(-1, n).argmax(1)]
-        gap = gold - gold_sft[:, 0]
-        # several prompts ask the same question in other words: they are not independent, so the
-        # standard errors are those of the clusters that share a question
-        questions = np.unique([f"{lookup(t).relation.name} {lookup(t).x}" for t in texts],
-                              return_inverse=True)[1]
-        se = lambda x: float((np.bincount(questions, x - x.mean()) ** 2).sum() ** 0.5 / len(x))
-        metrics |= dict(
-            gold=float(gold.mean()), gold_se=se(gold), gold_sft=float(gold_sft[:, 0].mean()),
-            gold_gap=float(gap.mean()), gold_gap_se=se(gap),
-            gold_win_rate=float((np.sign(gap) / 2 + 0.5).mean()),
-            gold_win_rate_se=se(np.sign(gap) / 2), tie_rate=float((gap == 0).mean()),
-            gold_best_of_n=float(best.mean()), best_of=n, gold_over_best_of_n=float(
-                (gold - best).mean()), gold_over_best_of_n_se=se(gold - best))
-    for i in range(min(12, len(texts))):
-        run.log("held_out_sample", prompt=texts[i], sft=sft[i * n]["text"], ppo=drawn[i]["text"],
-                score=float(score[i]), score_sft=float(sft_score[i * n]))
-        if i < 6:
-            shown = texts[i] if isinstance(texts[i], str) else texts[i][-1]["content"]
-            print(f"\nprompt  {shown}\n   sft  {sft[i * n]['text']}\n   ppo  {drawn[i]['text']}")
-    return metrics
 
 
 if __name__ == "__main__":

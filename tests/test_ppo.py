@@ -5,6 +5,7 @@ import json
 import math
 
 import common
+import evaluate
 import numpy as np
 import ppo
 import pytest
@@ -433,14 +434,14 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
     scores = iter(([3.0, 9.0], [3.0, 2.0, 9.0, 50.0]))  # equal to the first SFT sample's
     monkeypatch.setattr(common, "sample_texts", lambda *_: [
         dict(text=t, ids=[1, tokenizer.eos], finished=i < 3) for i, t in enumerate(next(drawn))])
-    monkeypatch.setattr(ppo, "score_rows", lambda *_: np.array(next(scores)))
-    monkeypatch.setattr(ppo, "token_logprobs", lambda model, tokens, mask, _: mask * 0)
+    monkeypatch.setattr(evaluate, "score_rows", lambda *_: np.array(next(scores)))
+    monkeypatch.setattr(evaluate, "token_logprobs", lambda model, tokens, mask, _: mask * 0)
 
     class Log:
-        log = staticmethod(lambda *_, **__: None)
+        log, device, stage = staticmethod(lambda *_, **__: None), torch.device("cpu"), "ppo"
 
-    metrics = ppo.evaluate(tiny, tiny, None, tokenizer, [(p.text, [1]) for p in prompts],
-                           settings(best_of=2), Log, torch.device("cpu"))
+    metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1]) for p in prompts],
+                               settings(best_of=2), Log, "a reward model", 2)[0]
     gold = [[gold_reward(p.text, t) for t in texts]
             for p, texts in zip(prompts, (sft[:2], sft[2:]))]
     assert gold[0][0] == gold[1][1] < gold[0][1] == gold[1][0]

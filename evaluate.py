@@ -1,0 +1,182 @@
+"""The instruments: a trained policy against the model that it started from, on held-out prompts.
+
+Both answer the same prompts. Reported are the KL between them, length and EOS rate, the reward
+model's score, and on the embedded data the gold reward with the win rate (ties count half), each
+with its standard error. `compare` is what every stage calls at its end; as a command it does the
+same for any checkpoint, and adds the gold reward by family of prompts and by part.
+
+    python evaluate.py --policy=out/ppo                      # against out/sft
+    python evaluate.py --policy=out/dpo --reward_model=out/reward --best_of=4
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import common
+from common import UserError
+from data.records import check_prompt, collate, fits, read_jsonl, split
+from data.synthetic.gold import PARTS, gold_reward, parts
+from data.synthetic.world import FAMILIES, lookup, sample_prompts
+from model import token_logprobs
+from reward import load_reward_model, score_rows
+
+
+@dataclass
+class Config:
+    policy: str = "out/ppo"  # checkpoint to judge
+    reference: str = "out/sft"  # what it is compared with, and what the KL is measured to
+    reward_model: str = ""  # checkpoint for the scores; "" leaves them out
+    data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
+    out: str = "out/evaluate"  # output folder: the log with the figures and samples
+    eval_prompts: int = 512  # held-out prompts
+    best_of: int = 1  # with a reward model: also the best of n samples of the reference
+    temperature: float = 1.0  # of both models
+    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
+    missing_eos: float = -3.0  # score of a response without EOS
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # as in the other scripts; an evaluation has nothing to resume
+    overwrite: bool = False  # start again in a folder that holds an evaluation
+
+
+def held_out_prompts(config, tokenizer, room):
+    """[(text or turns, ids)] of the held-out prompts; those of over `room` tokens are dropped."""
+    if config.data == "synthetic":
+        prompts = [p.text for p in sample_prompts(config.eval_prompts, held_out=True, seed=0)]
+    else:
+        prompts = [r["prompt"] for r in split(read_jsonl(config.data, check_prompt))[1]]
+    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts[:config.eval_prompts]]
+    kept = fits("held-out prompts", encoded, room, lambda e: len(e[1]))
+    if not kept:
+        raise UserError(f"--data={config.data}: no held-out prompt of at most {room} tokens")
+    return kept
+
+
+def response_rows(prompt_ids, drawn):
+    """Rows of ids and masks for samples of `common.sample_texts`, one a prompt."""
+    rows = [p + s["ids"] for p, s in zip(prompt_ids, drawn)]
+    return rows, [[0] * len(p) + [1] * len(s["ids"]) for p, s in zip(prompt_ids, drawn)]
+
+
+@torch.no_grad()
+def sequence_logprobs(model, rows, masks, pad, temperature=1.0, batch_size=64):
+    """log pi(y | x), (n,), nats per sequence: the sum over response tokens, EOS included."""
+    device, out = model.wte.weight.device, []
+    for i in range(0, len(rows), batch_size):
+        tokens, mask = collate(rows[i:i + batch_size], masks[i:i + batch_size], pad)
+        with common.autocast(device):
+            out.append(token_logprobs(model, tokens.to(device), mask.to(device),
+                                      temperature).sum(1))
+    return torch.cat(out)
+
+
+def clustered_se(x, clusters):
+    """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
+    several prompts ask the same question in other words, and a prompt may be sampled twice."""
+    clusters = np.unique(clusters, return_inverse=True)[1]
+    return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
+
+
+def question(prompt):
+    """What an embedded prompt asks, whatever its wording: the cluster that it belongs to."""
+    return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
+
+
+def compare(policy, reference, tokenizer, prompts, config, run, reward_model=None, best_of=1):
+    """Policy against reference (the SFT model), one response each to every prompt.
+
+    prompts: [(text or turns, ids)]. config: any with temperature, max_new_tokens, missing_eos,
+    seed, data. KL in nats per sequence, from the policy's samples (k1). With a reward model also
+    the scores, and with best_of = n > 1 the best of n samples of the reference by that model.
+    Logs and prints examples. Returns (metrics, the policy's samples, the reference's).
+    """
+    policy.eval()
+    n, device = best_of, run.device
+    texts, ids = zip(*prompts)
+    repeated = [i for i in ids for _ in range(n)]
+    drawn, sft = (common.sample_texts(model, tokenizer, rows, config.max_new_tokens,
+                                      common.generator(device, config.seed, name),
+                                      config.temperature)
+                  for model, rows, name in ((policy, ids, "policy"), (reference, repeated, "sft")))
+    rows, masks = response_rows(ids, drawn)
+    seq_kl = (sequence_logprobs(policy, rows, masks, tokenizer.pad, config.temperature)
+              - sequence_logprobs(reference, rows, masks, tokenizer.pad, config.temperature))
+    mean = lambda samples, value: float(np.mean([value(s) for s in samples]))
+    metrics = dict(
+        kl=seq_kl.mean().item(), kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
+        length=mean(drawn, lambda s: len(s["ids"])), length_sft=mean(sft, lambda s: len(s["ids"])),
+        eos_rate=mean(drawn, lambda s: s["finished"]),
+        eos_rate_sft=mean(sft, lambda s: s["finished"]))
+    if reward_model is not None:
+        score, sft_score = (np.where(
+            [s["finished"] for s in samples],  # a cut answer is not judged
+            score_rows(reward_model, *response_rows(heads, samples), tokenizer.pad, device),
+            config.missing_eos) for heads, samples in ((ids, drawn), (repeated, sft)))
+        metrics |= dict(score=float(score.mean()), score_sft=float(sft_score.mean()),
+                        score_win_rate=float((np.sign(score - sft_score[::n]) / 2 + 0.5).mean()))
+    if config.data == "synthetic":
+        gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
+        gold_sft = np.array([[gold_reward(t, s["text"]) for s in sft[i * n:(i + 1) * n]]
+                             for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
+        gap = gold - gold_sft[:, 0]
+        se = lambda x: clustered_se(x, [question(t) for t in texts])
+        metrics |= dict(
+            gold=float(gold.mean()), gold_se=se(gold), gold_sft=float(gold_sft[:, 0].mean()),
+            gold_gap=float(gap.mean()), gold_gap_se=se(gap),
+            gold_win_rate=float((np.sign(gap) / 2 + 0.5).mean()),
+            gold_win_rate_se=se(np.sign(gap) / 2), tie_rate=float((gap == 0).mean()))
+        if reward_model is not None and n > 1:
+            best = gold_sft[np.arange(len(texts)), sft_score.reshape(-1, n).argmax(1)]
+            metrics |= dict(gold_best_of_n=float(best.mean()), best_of=n,
+                            gold_over_best_of_n=float((gold - best).mean()),
+                            gold_over_best_of_n_se=se(gold - best))
+    for i in range(min(12, len(texts))):
+        run.log("held_out_sample", prompt=texts[i], sft=sft[i * n]["text"],
+                policy=drawn[i]["text"])
+        if i < 6:
+            shown = texts[i] if isinstance(texts[i], str) else texts[i][-1]["content"]
+            print(f"\nprompt  {shown}\n   sft  {sft[i * n]['text']}\n{run.stage:>6}  "
+                  f"{drawn[i]['text']}")
+    return metrics, drawn, sft[::n]
+
+
+def gold_tables(texts, drawn, sft):
+    """Mean gold reward by prompt family and by part, as columns for `common.print_table`."""
+    families = np.array([lookup(t).family for t in texts])
+    scored = [[parts(t, s["text"]) for t, s in zip(texts, samples)] for samples in (drawn, sft)]
+    total = [np.array([sum(p.values()) for p in side]) for side in scored]
+    present = [f for f in FAMILIES if (families == f).any()]
+    by_family = dict(prompts=[int((families == f).sum()) for f in present])
+    by_part = {}
+    for name, side, gold in zip(("policy", "reference"), scored, total):
+        by_family[name] = [float(gold[families == f].mean()) for f in present]
+        by_part[name] = [float(np.mean([p[part] for p in side])) for part in PARTS]
+    return by_family | dict(family=present), by_part | dict(part=PARTS)
+
+
+def main(config):
+    device = common.set_up(config)
+    stages = ("pretrain", "sft", "ppo", "dpo", "grpo")
+    policy, tokenizer, _ = common.load_policy(config.policy, stages, device)
+    reference, ref_tokenizer, _ = common.load_policy(config.reference, stages, device)
+    reward_model = None
+    if config.reward_model:
+        reward_model, rm_tokenizer, _ = load_reward_model(config.reward_model, device)
+        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
+    common.check_same_tokenizer(ref_tokenizer, tokenizer, config.reference, config.policy)
+    room = min(policy.config.block_size, reference.config.block_size) - config.max_new_tokens
+    prompts = held_out_prompts(config, tokenizer, room)
+    run = common.Run("evaluate", config, device, result="log.jsonl")
+    metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run, reward_model,
+                                  config.best_of)
+    if config.data == "synthetic":
+        for table in gold_tables([t for t, _ in prompts], drawn, sft):
+            common.print_table(table)
+    print()
+    run.finish(**metrics)
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)
