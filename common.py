@@ -102,7 +102,8 @@ def help_text(config_class):
 MAY_BE_ZERO = ("micro_batch", "dropout", "weight_decay", "warmup", "pretrain_mix", "quality",
                "safety", "oversample", "noise", "length", "flattery", "bullets", "confidence",
                "caution", "seed", "gamma", "lam", "beta", "kl_target", "missing_eos",
-               "entropy_coef", "ptx_coef", "clip_high")
+               "entropy_coef", "ptx_coef", "label_smoothing", "simpo_margin", "desirable",
+               "undesirable", "nll", "clip_high")
 
 
 def set_up(config):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 from common import UserError
@@ -41,16 +42,19 @@ class Config:
     overwrite: bool = False  # start again in a folder that holds an evaluation
 
 
-def held_out_prompts(config, tokenizer, room):
-    """[(text or turns, ids)] of the held-out prompts; those of over `room` tokens are dropped."""
-    if config.data == "synthetic":
-        prompts = [p.text for p in sample_prompts(config.eval_prompts, held_out=True, seed=0)]
+def held_out_prompts(data, count, tokenizer, room):
+    """[(text or turns, ids)] of `count` held-out prompts; those of over `room` tokens are dropped.
+
+    data: "synthetic" or a .jsonl file. The embedded ones are the same in every stage.
+    """
+    if data == "synthetic":
+        prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)]
     else:
-        prompts = [r["prompt"] for r in split(read_jsonl(config.data, check_prompt))[1]]
-    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts[:config.eval_prompts]]
+        prompts = [r["prompt"] for r in split(read_jsonl(data, check_prompt))[1]]
+    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts[:count]]
     kept = fits("held-out prompts", encoded, room, lambda e: len(e[1]))
     if not kept:
-        raise UserError(f"--data={config.data}: no held-out prompt of at most {room} tokens")
+        raise UserError(f"--data={data}: no held-out prompt of at most {room} tokens")
     return kept
 
 
@@ -61,15 +65,20 @@ def response_rows(prompt_ids, drawn):
 
 
 @torch.no_grad()
-def sequence_logprobs(model, rows, masks, pad, temperature=1.0, batch_size=64):
-    """log pi(y | x), (n,), nats per sequence: the sum over response tokens, EOS included."""
-    device, out = model.wte.weight.device, []
-    for i in range(0, len(rows), batch_size):
-        tokens, mask = collate(rows[i:i + batch_size], masks[i:i + batch_size], pad)
+def sequence_logprobs(model, rows, masks, pad, temperature=1.0, batch_size=64, bar=None):
+    """log pi(y | x), (n,) on the CPU, nats per sequence: sums over response tokens, EOS included.
+
+    rows, masks: lists of ids and masks; batched by length. bar: shows progress under this name.
+    """
+    device, out = model.wte.weight.device, torch.empty(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for i in tqdm(range(0, len(order), batch_size), bar, disable=bar is None, mininterval=1):
+        part = order[i:i + batch_size]
+        tokens, mask = collate([rows[j] for j in part], [masks[j] for j in part], pad)
         with common.autocast(device):
-            out.append(token_logprobs(model, tokens.to(device), mask.to(device),
-                                      temperature).sum(1))
-    return torch.cat(out)
+            logp = token_logprobs(model, tokens.to(device), mask.to(device), temperature)
+        out[part] = logp.sum(1).to(out.device, out.dtype)
+    return out
 
 
 def clustered_se(x, clusters):
@@ -84,12 +93,14 @@ def question(prompt):
     return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
 
 
-def compare(policy, reference, tokenizer, prompts, config, run, reward_model=None, best_of=1):
+def compare(policy, reference, tokenizer, prompts, config, run, synthetic, reward_model=None,
+            best_of=1):
     """Policy against reference (the SFT model), one response each to every prompt.
 
-    prompts: [(text or turns, ids)]. config: any with temperature, max_new_tokens, missing_eos,
-    seed, data. KL in nats per sequence, from the policy's samples (k1). With a reward model also
-    the scores, and with best_of = n > 1 the best of n samples of the reference by that model.
+    prompts: [(text or turns, ids)]. config: any with temperature, max_new_tokens, seed and (with a
+    reward model) missing_eos. KL in nats per sequence, from the policy's samples (k1). synthetic:
+    the prompts are the embedded ones, so that there is a gold reward. With a reward model also the
+    scores, and with best_of = n > 1 the best of n samples of the reference by that model.
     Logs and prints examples. Returns (metrics, the policy's samples, the reference's).
     """
     policy.eval()
@@ -116,7 +127,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, reward_model=Non
             config.missing_eos) for heads, samples in ((ids, drawn), (repeated, sft)))
         metrics |= dict(score=float(score.mean()), score_sft=float(sft_score.mean()),
                         score_win_rate=float((np.sign(score - sft_score[::n]) / 2 + 0.5).mean()))
-    if config.data == "synthetic":
+    if synthetic:
         gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
         gold_sft = np.array([[gold_reward(t, s["text"]) for s in sft[i * n:(i + 1) * n]]
                              for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
@@ -167,10 +178,10 @@ def main(config):
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
     common.check_same_tokenizer(ref_tokenizer, tokenizer, config.reference, config.policy)
     room = min(policy.config.block_size, reference.config.block_size) - config.max_new_tokens
-    prompts = held_out_prompts(config, tokenizer, room)
+    prompts = held_out_prompts(config.data, config.eval_prompts, tokenizer, room)
     run = common.Run("evaluate", config, device, result="log.jsonl")
-    metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run, reward_model,
-                                  config.best_of)
+    metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run,
+                                  config.data == "synthetic", reward_model, config.best_of)
     if config.data == "synthetic":
         for table in gold_tables([t for t, _ in prompts], drawn, sft):
             common.print_table(table)

@@ -440,7 +440,7 @@ def main(config):
                         no_signal=f"{row['no_signal']:.2f}")
 
     metrics, drawn, sft = compare(policy, reference, tokenizer, [h[:2] for h in held_out], config,
-                                  run, reward_model)
+                                  run, config.data == "synthetic", reward_model)
     if config.reward == "verifier":
         metrics |= accuracies(held_out, drawn, sft, config)
     common.save_checkpoint(run.folder / "model.pt", policy, "grpo", tokenizer, config, metrics,

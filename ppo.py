@@ -371,7 +371,7 @@ def main(config):
     block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
     room = block_size - config.max_new_tokens
     train = training_prompts(config, tokenizer, room)
-    held_out = held_out_prompts(config, tokenizer, room)
+    held_out = held_out_prompts(config.data, config.eval_prompts, tokenizer, room)
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
@@ -469,8 +469,8 @@ def main(config):
             beta = adapt_beta(beta, kl, config.kl_target, config.batch_size, config.kl_horizon)
         bar.set_postfix(score=f"{scores:.2f}", kl=f"{kl:.2f}", eos=f"{row['eos_rate']:.2f}")
 
-    metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, reward_model,
-                            config.best_of)
+    metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run,
+                            config.data == "synthetic", reward_model, config.best_of)
     metrics["beta"] = beta
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
                            parents={parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})

@@ -4,6 +4,7 @@
     pair           {"prompt": P, "chosen": text, "rejected": text}
     ranking        {"prompt": P, "completions": [text, ...], "ranks": [int, ...]}   1 best, ties =
     answer         {"prompt": P, "answer": text or number}   checked as a number, see verifier.py
+    label          {"prompt": P, "completion": text, "label": true | false}   wanted or not
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
 
 P is a string or a list of {"role": "system" | "user" | "assistant", "content": text} turns that
@@ -117,6 +118,16 @@ def check_answer(record, where="record"):
     if final_answer(answer) is None:
         _fail(where, "'answer' holds no number")
     return dict(prompt=_prompt(record, where), answer=answer, **_side(record, where))
+
+
+def check_ranking_or_label(record, where="record"):
+    """{"prompt", "completion", "label"} where the record has a label, else as check_ranking."""
+    if "label" not in record:
+        return check_ranking(record, where)
+    if not isinstance(record["label"], bool):
+        _fail(where, "'label' must be true or false")
+    return dict(prompt=_prompt(record, where), completion=_text(record, "completion", where),
+                label=record["label"], **_side(record, where))
 
 
 def check_prompt(record, where="record"):

@@ -9,6 +9,9 @@ one by one.
 import copy
 
 import common
+import dpo
+import evaluate
+import grpo
 import numpy as np
 import ppo
 import pytest
@@ -19,15 +22,16 @@ import torch.nn.functional as F
 from data.records import collate
 from model import GPT, KVCache, generate, token_stats
 from ppo import ValueModel, gae, masked_mean, policy_loss, token_rewards, value_loss, whiten
-from reward import RewardModel, evaluate, reward_loss, score_rows
+from reward import RewardModel, reward_loss, score_rows
 from sft import sft_loss
 from tiny_runs import FLAGS, STAGES, make_inputs
 
-MODULES = dict(sft=sft, reward=reward, ppo=ppo)
+MODULES = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo, grpo=grpo)
 # a second iteration that starts away from the reference, and every option that adds to the loss
-OPTIONS = dict(sft=[], reward=[], ppo=["--iterations=2", "--entropy_coef=0.1", "--kl_target=0.5",
-                                       "--score_scaling=true", "--ptx_coef=0.5", "--ptx_batch=4",
-                                       "--ptx_data=text.txt"])
+OPTIONS = dict(sft=[], reward=[], dpo=["--nll=0.2"], ppo=[
+    "--iterations=2", "--entropy_coef=0.1", "--kl_target=0.5", "--score_scaling=true",
+    "--ptx_coef=0.5", "--ptx_batch=4", "--ptx_data=text.txt"], grpo=[
+    "--iterations=2", "--method=grpo", "--kl_in=loss", "--kl_estimator=k3", "--beta=0.3"])
 EOS, PAD = 0, 13  # of the fixture `tiny`
 
 
@@ -103,35 +107,32 @@ def test_micro_batches_change_nothing(folder, plain, monkeypatch, stage, micro_b
 def test_padding_changes_nothing(folder, plain, monkeypatch, stage):
     # catches padding in a loss, a metric, a score, an advantage or a denominator: every batch gets
     # six columns more, filled with EOS and other ids that a mask by id would take for tokens
-    module, collate = MODULES[stage], MODULES[stage].collate
-
     def widen(tokens, mask):
         junk = torch.tensor([1595, 7, 1595, 42, 1595, 3]).expand(len(tokens), 6)
         return torch.cat([tokens, junk], 1), F.pad(mask, (0, 6))
 
-    monkeypatch.setattr(module, "collate", lambda *args: widen(*collate(*args)))
-    if stage == "ppo":
-        monkeypatch.setattr(reward, "collate", lambda *args: widen(*collate(*args)))
-
-        def wide_generate(*args):
-            tokens, mask, done = generate(*args)
+    for module in (sft, reward, dpo, evaluate):
+        monkeypatch.setattr(module, "collate", lambda *args: widen(*collate(*args)))
+    if stage in ("ppo", "grpo"):
+        def wide_generate(*args, **options):
+            tokens, mask, done = generate(*args, **options)
             return *widen(tokens, mask), done
 
-        monkeypatch.setattr(ppo, "generate", wide_generate)
+        monkeypatch.setattr(MODULES[stage], "generate", wide_generate)
     assert_same(train(folder, stage, f"wide_{stage}", monkeypatch), plain[stage])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
     # catches a row that is scored, rewarded or trained with the numbers of its neighbour
-    if stage == "ppo":
-        def reversed_generate(*args):
-            return tuple(x.flip(0) for x in generate(*args))
+    if stage in ("ppo", "grpo"):
+        def reversed_generate(*args, **options):
+            return tuple(x.flip(0) for x in generate(*args, **options))
 
-        monkeypatch.setattr(ppo, "generate", reversed_generate)
+        monkeypatch.setattr(MODULES[stage], "generate", reversed_generate)
         data = "pairs.jsonl"
     else:
-        data = {"sft": "demos.jsonl", "reward": "pairs.jsonl"}[stage]
+        data = "demos.jsonl" if stage == "sft" else "pairs.jsonl"
         lines = (folder / data).read_text().splitlines()
         data = f"reversed_{data}"
         (folder / data).write_text("\n".join(lines[::-1]))
@@ -146,10 +147,13 @@ def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
     assert_same(found, expected)
 
 
-def test_kl_in_the_loss_is_divided_by_the_whole_step(folder, monkeypatch):
-    # catches an exact-KL term that is divided by the tokens of its own micro-batch
-    whole, parts = (train(folder, "ppo", f"loss{n}", monkeypatch, "--kl_in=loss", "--beta=1.0",
-                          f"--micro_batch={n}") for n in (0, 1))
+@pytest.mark.parametrize("stage, flags", [
+    ("ppo", []), ("grpo", ["--method=dapo", "--kl_estimator=k2"]), ("grpo", ["--method=rloo"])])
+def test_kl_in_the_loss_is_divided_by_the_whole_step(folder, monkeypatch, stage, flags):
+    # catches a KL term that is divided by the tokens or responses of its own micro-batch
+    whole, parts = (train(folder, stage, f"{stage}{len(flags)}loss{n}", monkeypatch,
+                          "--kl_in=loss", "--beta=1.0", *flags, f"--micro_batch={n}")
+                    for n in (0, 1))
     assert_same(parts, whole)
 
 
@@ -294,7 +298,7 @@ def test_scores_and_report_card_do_not_depend_on_the_batch(tiny):
     def card(order):
         class Tokenizer:
             pad = PAD
-        metrics = evaluate(model, [records[i] for i in order], [rows[i] for i in order],
+        metrics = reward.evaluate(model, [records[i] for i in order], [rows[i] for i in order],
                            [masks[i] for i in order], Tokenizer, device, noise=1.0)
         return {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
 

@@ -441,7 +441,7 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
         log, device, stage = staticmethod(lambda *_, **__: None), torch.device("cpu"), "ppo"
 
     metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1]) for p in prompts],
-                               settings(best_of=2), Log, "a reward model", 2)[0]
+                               settings(), Log, True, "a reward model", 2)[0]
     gold = [[gold_reward(p.text, t) for t in texts]
             for p, texts in zip(prompts, (sft[:2], sft[2:]))]
     assert gold[0][0] == gold[1][1] < gold[0][1] == gold[1][0]

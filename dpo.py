@@ -1,0 +1,488 @@
+"""Stages 2 and 3 in one: preferences straight into the policy, without reward model or sampling.
+
+    P(y_w > y_l | x) = sigmoid(r(y_w) - r(y_l)),   pi* ~ pi_ref exp(r / beta)
+    =>  r(y) = beta log pi*(y) / pi_ref(y) + a constant of the prompt, which cancels in the pair
+    L_DPO = - log sigmoid( beta log pi(y_w)/pi_ref(y_w) - beta log pi(y_l)/pi_ref(y_l) )
+
+(Rafailov et al. 2023, eq. 7): the loss of reward.py, with the policy's own log-ratio as the reward.
+Its relatives are a few lines each, see "the losses". Log-probabilities are sums over the tokens of
+a response, EOS included; those of the reference are computed once and kept on disk.
+
+    python dpo.py                                  # the rankings of label.py
+    python dpo.py --loss=simpo                     # or cdpo, ipo, ipo_mean, dpo_norm, kto
+    python dpo.py --data=out/data/hh_rlhf.jsonl --init=...      # any file of pairs or rankings
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.records import (check_ranking, check_ranking_or_label, collate, fits, merge_rankings,
+                          read_jsonl, split)
+from evaluate import compare, held_out_prompts, sequence_logprobs
+from model import token_logprobs
+from reward import encode_ranking
+
+# beta and learning rate of each loss where the flags leave them at 0: found by a sweep on the
+# embedded data (docs/dpo.md). Units differ: beta multiplies nats per sequence in the first four and
+# in kto, nats per token in the others. Large models need a learning rate 100 times lower.
+SETTINGS = dict(dpo=(0.1, 1e-4), cdpo=(0.1, 1e-4), ipo=(0.1, 1e-4), ipo_mean=(0.1, 1e-4),
+                dpo_norm=(2.0, 1e-4), simpo=(2.0, 1e-4), kto=(0.1, 1e-4))
+
+
+STAGES = ("sft", "dpo", "ppo", "grpo")  # checkpoints that it can start from
+
+
+@dataclass
+class Config:
+    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings, pairs or (kto) labels
+    out: str = "out/dpo"  # output folder
+    init: str = "out/sft"  # policy to start from; also the reference
+    loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
+    beta: float = 0.0  # strength of the pull to the reference; 0 takes the loss's own, SETTINGS
+    lr: float = 0.0  # peak; warm-up, then cosine to 0; 0 takes the loss's own, SETTINGS
+    label_smoothing: float = 0.1  # cdpo: share of the labels that are taken to be flipped
+    simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
+    desirable: float = 1.0  # kto: weight of the desirable answers
+    undesirable: float = 1.0  # kto: weight of the undesirable ones
+    nll: float = 0.0  # weight of the SFT loss on the best answers, added to any of the losses
+    epochs: int = 1
+    batch_size: int = 8  # prompts a step, each with all its answers
+    micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
+    warmup: int = 20  # steps
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    reference_cache: str = "out/reference_logps"  # folder for the reference's log-probabilities
+    temperature: float = 1.0  # of the samples in the comparison at the end
+    max_new_tokens: int = 48  # of these samples
+    eval_prompts: int = 512  # held-out prompts of the comparison
+    save_every: int = 100  # steps between saved states
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+    trace: bool = False  # print one pair with every number of its loss, then stop
+
+
+# --- the losses: one value a pair (kto: an answer), no reduction ----------------------------------
+#
+# chosen, rejected (pairs,): log pi(y | x) - log pi_ref(y | x), the log-ratio of a whole response in
+# nats; "per token" means divided by its tokens, EOS included.
+
+
+def dpo_loss(chosen, rejected, beta):
+    """Rafailov et al. 2023, eq. 7: -log sigmoid(beta (chosen - rejected)). ln 2 at the start.
+
+    Its gradient in the margin m = chosen - rejected is -beta sigmoid(-beta m): pairs that the
+    policy already orders well by its log-ratios hardly count.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def cdpo_loss(chosen, rejected, beta, smoothing):
+    """Mitchell 2023: labels are taken to be flipped with probability e = smoothing.
+
+        - (1 - e) log sigmoid(beta m) - e log sigmoid(-beta m),   m = chosen - rejected
+
+    Least at sigmoid(beta m) = 1 - e instead of at infinity. ln 2 at the start.
+    """
+    margin = beta * (chosen - rejected)
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def ipo_loss(chosen, rejected, beta):
+    """Azar et al. 2023, eq. 17: (chosen - rejected - 1 / (2 beta))^2, beta being their tau.
+
+    A regression to a finite margin: pairs that everybody orders alike do not drive the policy to
+    0 and 1. The paper sums over tokens (`--loss=ipo`); its authors later asked TRL for a mean per
+    token (`--loss=ipo_mean`): then chosen and rejected come per token.
+    """
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen, rejected, beta, margin):
+    """Meng et al. 2024, eq. 6: -log sigmoid(beta (chosen - rejected) - gamma), without reference.
+
+    chosen, rejected are log pi(y | x) per token here, not ratios; gamma = beta margin.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected - margin))
+
+
+def kto_loss(log_ratio, label, baseline, config):
+    """Ethayarajh et al. 2024, eq. 8, for single answers: lambda_y - v(x, y), with
+
+        v = lambda_D sigmoid(beta (log_ratio - z0))   where label is 1 (desirable)
+        v = lambda_U sigmoid(beta (z0 - log_ratio))   where it is -1
+
+    log_ratio, label (n,). z0 = baseline: `kl_baseline`, a constant. lambda / 2 at the start; an
+    answer whose label is 0 costs nothing.
+    """
+    weight = torch.where(label > 0, config.desirable, config.undesirable) * label.abs()
+    return weight * (1 - torch.sigmoid(label * config.beta * (log_ratio - baseline)))
+
+
+def implicit_reward(seq_logp, ref_seq_logp, length, loss, beta):
+    """The reward that a loss reads off the policy, (n,): beta log pi / pi_ref for most.
+
+    Per token for ipo_mean and dpo_norm (Lambert et al. 2024, Tulu 3); simpo has no reference.
+    Chosen and rejected go into a loss in these units, divided by beta.
+    """
+    if loss == "simpo":
+        return beta * seq_logp / length
+    reward = beta * (seq_logp - ref_seq_logp)
+    return reward / length if loss in ("ipo_mean", "dpo_norm") else reward
+
+
+def pair_loss(config, seq_logp, ref_seq_logp, length, winners, losers):
+    """The loss that config names, (pairs,), from what each answer has, (answers,) each.
+
+    seq_logp, ref_seq_logp in nats per sequence; length in tokens. winners, losers: indices.
+    """
+    ratio = implicit_reward(seq_logp, ref_seq_logp, length, config.loss, 1.0)
+    chosen, rejected = ratio[winners], ratio[losers]
+    if config.loss == "cdpo":
+        return cdpo_loss(chosen, rejected, config.beta, config.label_smoothing)
+    if config.loss in ("ipo", "ipo_mean"):
+        return ipo_loss(chosen, rejected, config.beta)
+    if config.loss == "simpo":
+        return simpo_loss(chosen, rejected, config.beta, config.simpo_margin)
+    return dpo_loss(chosen, rejected, config.beta)  # dpo, and dpo_norm with ratios per token
+
+
+def ordered(margin):
+    """1 where the margin is positive, 0 where negative, 1/2 for a tie: closer than rounding."""
+    return torch.sign(margin * (margin.abs() > 1e-5)) / 2 + 0.5
+
+
+def kl_baseline(seq_logp, ref_seq_logp):
+    """KTO's z0: KL(pi || pi_ref) estimated from answers to OTHER prompts, at least 0, no gradient.
+
+    seq_logp, ref_seq_logp (n,) of answer y_{i+1} behind prompt x_i: one step of rotation. A
+    reversal would leave the middle one in place, and matched answers are not what z0 is about.
+    """
+    return (seq_logp - ref_seq_logp).detach().mean().clamp(min=0)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Element:
+    """One prompt with all its answers: each passes through the network once, however many pairs."""
+
+    rows: list  # ids of prompt + answer, for each answer
+    masks: list  # 1 on the answer's tokens, EOS included
+    pairs: list  # (i, j), answer i preferred to j
+    labels: list  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
+    best: list  # answers that no other beats
+    ref: list = None  # log pi_ref of each answer, nats per sequence
+
+
+def make_element(tokenizer, record):
+    """An Element from what `merge_rankings` returns, or from a single labelled answer.
+
+    In a ranking an answer is desirable where it wins more pairs than it loses.
+    """
+    rows, masks = encode_ranking(tokenizer, record)
+    pairs = record["pairs"]
+    wins = [sum((n == i) - (n == j) for i, j in pairs) for n in range(len(rows))]
+    labels = record.get("labels") or [int(np.sign(w)) for w in wins]
+    lost = {j for _, j in pairs}
+    return Element(rows, masks, pairs, labels,
+                   [n for n in range(len(rows)) if n not in lost and labels[n] > 0])
+
+
+def load_data(config, tokenizer, block_size):
+    """(train, held out): lists of Elements."""
+    check = check_ranking_or_label if config.loss == "kto" else check_ranking
+    sides = []
+    for name, records in zip(("train", "held out"), split(read_jsonl(config.data, check))):
+        single = [dict(prompt=r["prompt"], completions=[r["completion"]], pairs=[],
+                       labels=[1 if r["label"] else -1]) for r in records if "label" in r]
+        ranked = merge_rankings([r for r in records if "label" not in r])
+        elements = [make_element(tokenizer, r) for r in single + ranked]
+        # an answer that is too long drops its prompt: cut, it would have no EOS
+        sides.append(fits(f"dpo: {name} prompts", elements, block_size,
+                          lambda e: max(map(len, e.rows))))
+        if not sides[-1]:
+            raise UserError(f"--data={config.data}: no {name} prompt is left to use")
+    return sides
+
+
+def batch_tensors(elements, pad, device):
+    """(tokens (n, T), mask (n, T), ref_seq_logp, length, label (n,), winners, losers, best).
+
+    n answers of all elements, one after the other; the last three are lists of indices into them.
+    """
+    tokens, mask = (t.to(device) for t in collate(*all_rows(elements), pad))
+    winners, losers, best, offset = [], [], [], 0
+    for e in elements:
+        winners += [offset + i for i, _ in e.pairs]
+        losers += [offset + j for _, j in e.pairs]
+        best += [offset + n for n in e.best]
+        offset += len(e.rows)
+    flat = lambda name: torch.tensor([x for e in elements for x in getattr(e, name)],
+                                     dtype=torch.get_default_dtype(), device=device)
+    return tokens, mask, flat("ref"), mask.sum(1), flat("labels"), winners, losers, best
+
+
+def all_rows(elements):
+    """(rows, masks) of every answer of every Element, in order."""
+    return [[x for e in elements for x in getattr(e, name)] for name in ("rows", "masks")]
+
+
+def mismatch(first, second):
+    """(ids, mask): the prompt of the one Element with the first answer to the other, for z0."""
+    head = first.masks[0].index(1)
+    answer = [t for t, m in zip(second.rows[0], second.masks[0]) if m]
+    return first.rows[0][:head] + answer, [0] * head + [1] * len(answer)
+
+
+def reference_logprobs(reference, elements, tokenizer, config, device):
+    """Set `ref` of every Element: from the cache if it holds exactly these, else computed.
+
+    The key is a hash of everything the numbers depend on: the reference's weights, every token and
+    mask of the data, the tokenizer, and the device's precision. The file is called by its key and
+    repeats it inside; one that says something else is refused, not used. --trace writes nothing.
+    """
+    rows, masks = all_rows(elements)
+    key = common.text_hash(json.dumps([common.weights_hash(reference.state_dict()), rows, masks,
+                                       tokenizer.name, device.type]))
+    path = Path(config.reference_cache) / f"{key}.pt"
+    if path.exists():
+        cached = common.load_file(path)
+        if not isinstance(cached, dict) or cached.get("key") != key \
+                or len(cached["logps"]) != len(rows):
+            raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
+                            " and it is computed again")
+        logps = cached["logps"]
+        print(f"reference log-probabilities of {len(rows)} answers from {path}")
+    else:
+        logps = sequence_logprobs(reference, rows, masks, tokenizer.pad, bar="reference")
+        if not config.trace:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            common.save_file(dict(key=key, logps=logps), path)
+    rest = iter(logps.tolist())
+    for e in elements:
+        e.ref = [next(rest) for _ in e.rows]
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pair_metrics(policy, elements, config, pad):
+    """What the loss has done to the answers, means over pairs (of single answers: over answers).
+
+    loss, for kto with z0 = 0; accuracy: share of the pairs whose implicit rewards are ordered as
+    labelled, ties half; chosen_reward, rejected_reward, margin; chosen_logp, rejected_logp in nats
+    per sequence. Both of them may fall while the margin grows: docs/dpo.md says when to worry.
+    """
+    _, mask, ref, length, label, winners, losers, _ = batch_tensors(elements, pad, "cpu")
+    seq_logp = sequence_logprobs(policy, *all_rows(elements), pad)
+    reward = implicit_reward(seq_logp, ref, length, config.loss, config.beta)
+    if config.loss == "kto":
+        loss = kto_loss(seq_logp - ref, label, 0.0, config)[label != 0]
+    else:
+        loss = pair_loss(config, seq_logp, ref, length, winners, losers)
+    if winners:
+        right = ordered(reward[winners] - reward[losers])
+    else:  # single answers: without pairs, a reward is right by its sign
+        right = ordered(reward * label)[label != 0]
+        winners, losers = label > 0, label < 0
+    chosen, rejected = reward[winners].mean().item(), reward[losers].mean().item()
+    return dict(loss=loss.mean().item(), accuracy=right.mean().item(), chosen_reward=chosen,
+                rejected_reward=rejected, margin=chosen - rejected,
+                chosen_logp=seq_logp[winners].mean().item(),
+                rejected_logp=seq_logp[losers].mean().item())
+
+
+def check_start(seq_logp, ref_seq_logp):
+    """On the first minibatch, before any update: every log-ratio is 0, or something is wrong."""
+    error = (seq_logp.detach() - ref_seq_logp).abs().max().item()
+    print(f"\nfirst minibatch: |log ratio| {error:.1e} nats a sequence")
+    if seq_logp.device.type == "cpu":  # full precision; under autocast batches may round apart
+        assert error < 1e-3, "the policy does not start from the reference"
+
+
+@torch.no_grad()
+def trace(policy, reference, tokenizer, element, config, device):
+    """Print the first pair of an Element token by token, and its loss put together from that."""
+    i, j = element.pairs[0]
+    sums = {}
+    for name, n in (("chosen", i), ("rejected", j)):
+        row, kept = element.rows[n], element.masks[n]
+        tokens, mask = (t.to(device) for t in collate([row], [kept], tokenizer.pad))
+        with common.autocast(device):
+            logp, ref_logp = (token_logprobs(m, tokens, mask) for m in (policy, reference))
+        column = lambda x, kept=kept: [v if m else None for v, m in zip(x[0].tolist(), kept)]
+        print(f"\n{name}: ")
+        common.print_table(dict(
+            position=range(len(row)), mask=kept, logp=column(logp), ref_logp=column(ref_logp),
+            log_ratio=column(logp - ref_logp), text=common.token_texts(tokenizer, row)))
+        sums[name] = logp.sum(1).cpu(), ref_logp.sum(1).cpu(), mask.sum(1).cpu()
+    seq_logp, ref, length = (torch.cat(x) for x in zip(*sums.values()))
+    common.print_table(dict(
+        sum_logp=seq_logp.tolist(), sum_ref_logp=ref.tolist(), tokens=length.int().tolist(),
+        reward=implicit_reward(seq_logp, ref, length, config.loss, config.beta).tolist(),
+        answer=list(sums)))
+    print("\nreward = " + {
+        "simpo": "beta sum_logp / tokens", "dpo_norm": "beta (sum_logp - sum_ref_logp) / tokens",
+        "ipo_mean": "beta (sum_logp - sum_ref_logp) / tokens",
+    }.get(config.loss, "beta (sum_logp - sum_ref_logp)") + f", beta = {config.beta}")
+    if config.loss == "kto":
+        loss = kto_loss(seq_logp - ref, torch.tensor([1.0, -1.0]), 0.0, config).mean().item()
+        print("loss = mean of desirable (1 - sigmoid(reward of chosen)) and undesirable (1 - "
+              f"sigmoid(-reward of rejected)) at z0 = 0\n     = {loss:.6f}")
+        return
+    loss = pair_loss(config, seq_logp, ref, length, [0], [1]).item()
+    e = config.label_smoothing
+    formula = {
+        "cdpo": f"-{1 - e} log sigmoid(margin) - {e} log sigmoid(-margin)",
+        "ipo": "((margin - 1/2) / beta)^2", "ipo_mean": "((margin - 1/2) / beta)^2",
+        "simpo": f"-log sigmoid(margin - {config.beta * config.simpo_margin})",
+    }.get(config.loss, "-log sigmoid(margin)")
+    print(f"margin = reward of chosen - reward of rejected\nloss = {formula} = {loss:.6f}\n"
+          "(a training step takes the mean over all pairs of its prompts)")
+
+
+def main(config):
+    if config.loss not in SETTINGS:
+        raise UserError(f"--loss={config.loss}: expected one of {', '.join(SETTINGS)}")
+    config.beta = config.beta or SETTINGS[config.loss][0]
+    config.lr = config.lr or SETTINGS[config.loss][1]
+    device = common.set_up(config)
+    common.ensure_input(config, "init", "sft")
+    common.ensure_input(config, "data", "label")
+
+    # --- model and data ------------------------------------------------------
+    policy, tokenizer, parent = common.load_policy(config.init, STAGES, device)
+    reference = common.load_policy(config.init, STAGES, device)[0].requires_grad_(False)
+    card_path, synthetic = Path(config.data).parent / "card.json", False
+    if Path(config.data).name == "rankings.jsonl" and card_path.exists():
+        common.check_lineage(parent["stage"], parent["hash"], json.loads(card_path.read_text()),
+                             config.data)
+        synthetic = True
+    train, held_out = load_data(config, tokenizer, policy.config.block_size)
+    prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
+                               tokenizer, policy.config.block_size - config.max_new_tokens)
+    if config.trace:  # a few steps are enough to see
+        train, held_out = train[:20 * config.batch_size], held_out[:1]
+    if config.loss == "kto" and len(train) < 2:
+        raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
+    run = common.Run("dpo", config, device)
+    pairs = sum(len(e.pairs) for e in train)
+    print(f"{policy.num_params():,} parameters, {len(train)} prompts, {pairs} pairs, "
+          f"{len(held_out)} prompts held out")
+    if config.loss == "kto":
+        n = [sum(e.labels.count(x) for e in train) for x in (1, -1)]
+        print(f"{n[0]} desirable and {n[1]} undesirable answers, weighted {config.desirable} : "
+              f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 4 : 3)")
+    reference_logprobs(reference, train + held_out, tokenizer, config, device)
+    # as many training prompts as held-out ones: DPO fits its own pairs better and better
+    watched = sorted(train, key=lambda e: common.stable_seed(e.rows[0]))[:len(held_out)]
+
+    def validate(epoch):
+        """Held-out pairs beside training pairs, in one row of the log."""
+        policy.eval()
+        metrics = pair_metrics(policy, held_out, config, tokenizer.pad)
+        trained = pair_metrics(policy, watched, config, tokenizer.pad)
+        metrics |= dict(epoch=epoch, train_loss=trained["loss"], train_accuracy=trained["accuracy"])
+        run.log("validation", **metrics)
+        print("\n" + " ".join(f"{k}={v:.3f}" for k, v in metrics.items()), flush=True)
+        return metrics
+
+    def save(name, metrics):
+        common.save_checkpoint(run.folder / name, policy, "dpo", tokenizer, config, metrics,
+                               parents={parent["stage"]: parent["hash"],
+                                        "data": common.text_hash(Path(config.data).read_text())})
+
+    # --- training loop -------------------------------------------------------
+    optimizer = common.adamw([policy], config.lr, config.weight_decay)
+    micro_batch = config.micro_batch or config.batch_size
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    first, metrics, state = 0, {}, run.load_state()
+    if state:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, metrics = state["step"], state["metrics"]
+    elif not config.trace:
+        metrics = validate(0)
+    bar = tqdm(range(first, steps), "dpo", initial=first, total=steps, mininterval=1)
+    for step in bar:
+        start = time.perf_counter()
+        if step % config.save_every == 0:
+            run.save_state(policy=policy.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                           metrics=metrics)
+        epoch, i = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
+        batch = [train[order[n]] for n in chosen]
+        if config.trace and step == min(19, steps - 1):  # not at the start, where all is 0
+            pair = next((e for e in batch if e.pairs), None)
+            if pair is None:
+                raise UserError("--trace=true shows a pair, and the data has single answers only")
+            return trace(policy, reference, tokenizer, pair, config, device)
+        common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
+        baseline = 0.0
+        if config.loss == "kto":  # z0, of the whole step: each prompt with an answer to the next
+            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]])
+                      for n in chosen]
+            others = [o for o in others if len(o[0]) <= policy.config.block_size]
+            if others:
+                baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), tokenizer.pad)
+                                         for m in (policy, reference)))
+            count = sum(map(abs, (x for e in batch for x in e.labels)))  # labelled answers
+        else:
+            count = sum(len(e.pairs) for e in batch)  # pairs of the whole step
+        best_tokens = sum(sum(e.masks[n]) for e in batch for n in e.best)
+        loss_sum = right = 0.0
+        for j in range(0, len(batch), micro_batch):
+            tokens, mask, ref, length, label, winners, losers, best = batch_tensors(
+                batch[j:j + micro_batch], tokenizer.pad, device)
+            with common.autocast(device):
+                seq_logp = token_logprobs(policy, tokens, mask).sum(1)  # every answer once
+            if config.loss == "kto":
+                loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
+                right = right + ordered((seq_logp.detach() - ref - baseline) * label)[
+                    label != 0].sum()
+            else:
+                loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
+                reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
+                right = right + ordered(reward[winners] - reward[losers]).sum()
+            if step == 0 and j == 0:
+                check_start(seq_logp, ref)
+            loss_sum = loss_sum + loss.detach()
+            if config.nll > 0 and best:  # SFT on the best answers, nats per token
+                loss = loss - config.nll * seq_logp[best].sum() / best_tokens
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # --- end of what changes the weights; the rest is for the reader -----
+        if step % 10 == 0:
+            value, accuracy = loss_sum.item(), (right / count).item()
+            run.log(step=step, loss=value, accuracy=accuracy, baseline=float(baseline),
+                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+                    answers_per_s=sum(len(e.rows) for e in batch) / (time.perf_counter() - start))
+            bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
+        if i + 1 == steps_per_epoch:
+            metrics = validate(epoch + 1)
+            save(f"model-epoch{epoch + 1}.pt", metrics)
+
+    metrics |= compare(policy, reference, tokenizer, prompts, config, run, synthetic)[0]
+    save("model.pt", metrics)
+    run.finish(**metrics)
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

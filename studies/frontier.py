@@ -1,0 +1,203 @@
+"""How much true reward for how much KL? PPO, DPO and GRPO at several beta, and best-of-n, in one
+picture.
+
+PPO, GRPO and DPO aim at the same optimum, pi* ~ pi_ref exp(r / beta): the first two for the reward
+model's r, DPO for the r that its own log-ratios stand for. So do they reach the same frontier? All
+start from one SFT model and one set of rankings, answer the same held-out prompts and are judged by
+the same gold reward, which none of them sees. KL is that of their samples to the SFT model; that of
+best-of-n is the bound log n - (n - 1) / n (Stiennon et al. 2020; exact where no two samples tie).
+
+    python studies/frontier.py                 # trains what is missing in out/frontier, then plots
+    python studies/frontier.py --workers=2     # two runs side by side, one thread each
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
+
+import common
+from common import ROOT, UserError
+from data.synthetic.gold import gold_reward
+from evaluate import clustered_se, held_out_prompts, question, response_rows
+from reward import load_reward_model, score_rows
+
+# name: (script and flags, beta). DPO's beta multiplies the log-odds of a label, the others' the
+# reward model's score, which is the same thing divided by its stored scale
+METHODS = {
+    "PPO": (["ppo.py"], (0.02, 0.05, 0.15, 0.5)),
+    "GRPO": (["grpo.py", "--reward=model"], (0.02, 0.05, 0.15, 0.5)),
+    "DPO": (["dpo.py"], (0.1, 0.3, 1.0, 3.0)),
+}
+MOST = 16  # SFT samples a prompt, for best-of-n with n = 1, 2, 4, 8, 16
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # policy that all methods start from
+    data: str = "out/label/rankings.jsonl"  # rankings for DPO
+    reward_model: str = "out/reward"  # for PPO, GRPO and best-of-n
+    out: str = "out/frontier"  # a folder for every run, frontier.json, frontier.md, frontier.png
+    seeds: int = 3  # runs of every method at every beta
+    eval_prompts: int = 512  # held-out prompts
+    temperature: float = 1.0
+    max_new_tokens: int = 48
+    missing_eos: float = -3.0  # score of a response without EOS
+    workers: int = 1  # runs side by side; above 1 with one thread each
+    seed: int = 1  # of the best-of-n samples
+    device: str = "auto"  # "auto", "cpu", "cuda"
+
+
+def train(job, config):
+    """The final metrics of one run, trained now unless its folder holds it already."""
+    name, beta, seed = job
+    script, *flags = METHODS[name][0]
+    folder = Path(config.out) / f"{name}-beta{beta}-seed{seed}"
+    log = folder / "log.jsonl"
+    if not (folder / "model.pt").exists():
+        flags += [f"--beta={beta}", f"--seed={seed}", f"--out={folder}", f"--init={config.init}",
+                  f"--eval_prompts={config.eval_prompts}", f"--device={config.device}",
+                  "--overwrite=true"]
+        flags += [f"--data={config.data}", f"--reference_cache={config.out}/reference_logps"] \
+            if name == "DPO" else [f"--reward_model={config.reward_model}"]
+        threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
+        done = subprocess.run([sys.executable, str(ROOT / script), *flags], env=threads,
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{script} {' '.join(flags)} failed: {done.stderr[-500:]}")
+    final = json.loads(log.read_text().splitlines()[-1])
+    print(f"{name} beta={beta} seed={seed}: KL {final['kl']:.2f}, gold {final['gold']:.2f}, "
+          f"win rate {final['gold_win_rate']:.1%}", flush=True)
+    return final
+
+
+def best_of_n(score, value, n):
+    """Mean of `value` at the best of n samples by `score`, (prompts,); both (prompts, N).
+
+    Exact over all subsets of size n: the k-th best of N samples is the best of C(N - k, n - 1) of
+    the C(N, n) subsets. Equal scores share their places in the order given.
+    """
+    N = score.shape[1]
+    order = np.argsort(-score, axis=1, kind="stable")
+    weight = np.array([math.comb(N - k, n - 1) for k in range(1, N + 1)]) / math.comb(N, n)
+    return np.take_along_axis(value, order, 1) @ weight
+
+
+def best_of_n_rows(config):
+    """A row of figures for every n, from MOST + 1 SFT samples a prompt: the last one is the
+    opponent in the win rate."""
+    device = common.set_up(config)
+    policy, tokenizer, _ = common.load_policy(config.init, ("sft",), device)
+    reward_model, _, _ = load_reward_model(config.reward_model, device)
+    texts, ids = zip(*held_out_prompts("synthetic", config.eval_prompts, tokenizer,
+                                       policy.config.block_size - config.max_new_tokens))
+    ids = [i for i in ids for _ in range(MOST + 1)]
+    drawn = common.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
+                                common.generator(device, config.seed, "best of n"),
+                                config.temperature)
+    shape = (len(texts), MOST + 1)
+    score = np.where([s["finished"] for s in drawn], score_rows(
+        reward_model, *response_rows(ids, drawn), tokenizer.pad, device),
+        config.missing_eos).reshape(shape)
+    gold = np.array([gold_reward(texts[i // shape[1]], s["text"])
+                     for i, s in enumerate(drawn)]).reshape(shape)
+    length = np.array([len(s["ids"]) for s in drawn]).reshape(shape)
+    win = np.sign(gold[:, :-1] - gold[:, -1:]) / 2 + 0.5
+    se = lambda x: clustered_se(x, [question(t) for t in texts])
+    rows, n = [], 1
+    while n <= MOST:
+        pick = lambda value, n=n: best_of_n(score[:, :-1], value, n)
+        rows.append(dict(
+            method="best of n", beta=n, kl=math.log(n) - (n - 1) / n, kl_range=[0.0, 0.0],
+            gold=pick(gold[:, :-1]).mean(), gold_se=se(pick(gold[:, :-1])), gold_range=[],
+            win=pick(win).mean(), win_se=se(pick(win)), win_range=[],
+            length=pick(length[:, :-1]).mean(), eos_rate=float(np.mean(
+                [s["finished"] for s in drawn]))))
+        n *= 2
+    return rows
+
+
+def summary(name, beta, finals):
+    """One row of figures from the final metrics of all seeds: means, and the range over seeds.
+
+    The standard errors are those of the prompts, which all seeds share: they do not shrink with
+    more seeds. The spread over seeds comes on top.
+    """
+    mean = lambda key: float(np.mean([f[key] for f in finals]))
+    span = lambda key: [min(f[key] for f in finals), max(f[key] for f in finals)]
+    return dict(method=name, beta=beta, kl=mean("kl"), kl_range=span("kl"), gold=mean("gold"),
+                gold_se=mean("gold_se"), gold_range=span("gold"), win=mean("gold_win_rate"),
+                win_se=mean("gold_win_rate_se"), win_range=span("gold_win_rate"),
+                length=mean("length"), eos_rate=mean("eos_rate"))
+
+
+def table(rows):
+    """Markdown; intervals are 95% over the prompts, ranges over the seeds."""
+    lines = ["| method | beta or n | KL (nats) | gold reward | seeds | win rate | seeds | length | "
+             "EOS rate |", "|" + "---|" * 9]
+    span = lambda r, form: " to ".join(format(x, form) for x in r)
+    for r in rows:
+        lines.append(
+            f"| {r['method']} | {r['beta']} | {r['kl']:.2f} | {r['gold']:+.2f} ± "
+            f"{1.96 * r['gold_se']:.2f} | {span(r['gold_range'], '+.2f')} | {r['win']:.1%} ± "
+            f"{1.96 * r['win_se']:.1%} | {span(r['win_range'], '.1%')} | {r['length']:.1f} | "
+            f"{r['eos_rate']:.1%} |")
+    return "\n".join(lines)
+
+
+def plot(rows, path):
+    """Gold reward and win rate against sqrt(KL), a line a method; bars are 95% intervals."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, key, label in zip(axes, ("gold", "win"), ("gold reward", "win rate against SFT")):
+        for n, name in enumerate(dict.fromkeys(r["method"] for r in rows)):
+            part = sorted((r for r in rows if r["method"] == name), key=lambda r: r["kl"])
+            x = [max(r["kl"], 0) ** 0.5 for r in part]
+            axis.errorbar(x, [r[key] for r in part], [1.96 * r[f"{key}_se"] for r in part],
+                          marker="os^D"[n % 4], ms=5, capsize=2, lw=1.2, label=name)
+            for at, r in zip(x, part):
+                axis.annotate(r["beta"], (at, r[key]), xytext=(4, 4), fontsize=7,
+                              textcoords="offset points")
+        axis.set_xlabel("sqrt(KL to the SFT model), nats per sequence")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].axhline(0.5, color="grey", lw=0.8)
+    axes[0].legend(title="numbers: beta, or n")
+    figure.savefig(path, dpi=110)
+
+
+def main(config):
+    for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
+        common.ensure_input(config, field, stage)
+    jobs = [(name, beta, seed) for name, (_, betas) in METHODS.items() for beta in betas
+            for seed in range(1, config.seeds + 1)]
+    with ThreadPoolExecutor(config.workers) as pool:
+        finals = dict(zip(jobs, pool.map(lambda job: train(job, config), jobs)))
+    rows = best_of_n_rows(config)
+    for name, (_, betas) in METHODS.items():
+        for beta in betas:
+            rows.append(summary(name, beta, [f for (n, b, _), f in finals.items()
+                                             if (n, b) == (name, beta)]))
+    out = Path(config.out)
+    (out / "frontier.json").write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    (out / "frontier.md").write_text(table(rows) + "\n")
+    print(table(rows))
+    plot(rows, out / "frontier.png")
+    print(f"\nwritten: {out}/frontier.json, frontier.md, frontier.png")
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)

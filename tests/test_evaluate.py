@@ -1,0 +1,107 @@
+"""The instruments, and the study that puts them on one picture."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_script
+from data.records import write_jsonl
+from data.synthetic.facts import FLATTERY
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import sample_prompts
+from evaluate import clustered_se, gold_tables
+from studies import frontier
+from tiny_runs import make_inputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("evaluate"))
+
+
+def test_clustered_standard_error():
+    # catches prompts that ask the same question and are counted as independent
+    x = np.random.default_rng(0).standard_normal(40)
+    alone = clustered_se(x, range(40))
+    assert alone == pytest.approx(x.std() / 40**0.5)
+    # every question four times: four times the prompts, the same error
+    assert clustered_se(np.repeat(x, 4), np.repeat(range(40), 4)) == pytest.approx(alone)
+    assert clustered_se(np.repeat(x, 4), range(160)) == pytest.approx(alone / 2)
+
+
+def test_gold_tables_add_up():
+    # catches a part or family that is left out, and the two models in each other's column
+    prompts = [p.text for p in sample_prompts(60, held_out=True, seed=0)]
+    drawn = [dict(text=t) for t in ["I do not know.", "I cannot help with that.", ""] * 20]
+    sft = [dict(text=f"{FLATTERY[0]} I do not know.")] * 60
+    by_family, by_part = gold_tables(prompts, drawn, sft)
+    for name, samples in (("policy", drawn), ("reference", sft)):
+        mean = np.mean([gold_reward(t, s["text"]) for t, s in zip(prompts, samples)])
+        assert sum(by_part[name]) == pytest.approx(mean)
+        assert np.average(by_family[name], weights=by_family["prompts"]) == pytest.approx(mean)
+    assert by_part["policy"][-1] == 0 > by_part["reference"][-1]  # flattery
+
+
+def test_a_policy_against_itself(folder):
+    # catches a KL between different texts, and an evaluation that another one writes over
+    flags = ["--policy=sft", "--reference=sft", "--reward_model=reward", "--best_of=3",
+             "--eval_prompts=24", "--max_new_tokens=8"]
+    result = run_script("evaluate.py", *flags, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "harmlessness" in result.stdout and "unanswerable" in result.stdout
+    final = json.loads((folder / "out/evaluate/log.jsonl").read_text().splitlines()[-1])
+    assert final["kl"] == final["kl_se"] == 0 and final["best_of"] == 3
+    assert {"gold", "gold_sft", "gold_win_rate", "tie_rate", "length", "eos_rate", "score",
+            "gold_best_of_n"} <= set(final)
+    again = run_script("evaluate.py", *flags, cwd=folder)
+    assert again.returncode == 2 and "already holds" in again.stderr
+    wrong = run_script("evaluate.py", "--policy=reward", cwd=folder)
+    assert wrong.returncode == 2 and "is a reward checkpoint" in wrong.stderr
+
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    # catches a best of n that is taken from the first n samples, or off by one in the weights
+    rng = np.random.default_rng(0)
+    score, value = rng.standard_normal((2, 3, 6))
+    for n in (1, 2, 4, 6):
+        brute = [np.mean([v[max(c, key=lambda i: s[i])] for c in
+                          map(list, itertools.combinations(range(6), n))])
+                 for s, v in zip(score, value)]
+        np.testing.assert_allclose(frontier.best_of_n(score, value, n), brute)
+
+
+def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
+    # catches a run that is trained twice, a seed or beta that does not reach the script
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    monkeypatch.chdir(folder)
+    prompts = sample_prompts(24, False, 0) + sample_prompts(12, True, 0)
+    Path("rankings").mkdir()
+    write_jsonl("rankings/rankings.jsonl", [
+        dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
+             ranks=[1, 2], held_out=p.held_out) for p in prompts])
+    Path("rankings/card.json").write_text(json.dumps(dict(parents={})))
+    monkeypatch.setattr(frontier, "METHODS", {
+        "DPO": (["dpo.py", "--max_new_tokens=8", "--lr=0.01"], (0.7,))})
+    monkeypatch.setattr(frontier, "MOST", 4)
+    config = frontier.Config(init="sft", data="rankings/rankings.jsonl", reward_model="reward",
+                             out="frontier", seeds=2, eval_prompts=16, max_new_tokens=8, workers=2)
+    frontier.main(config)
+    rows = json.loads(Path("frontier/frontier.json").read_text())
+    assert [(r["method"], r["beta"]) for r in rows] == [
+        ("best of n", 1), ("best of n", 2), ("best of n", 4), ("DPO", 0.7)]
+    assert rows[0]["kl"] == 0 and rows[1]["kl"] == pytest.approx(np.log(2) - 0.5)
+    finals, times = [], {}
+    for seed in (1, 2):
+        run = Path(f"frontier/DPO-beta0.7-seed{seed}")
+        first, *_, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        assert (first["config"]["beta"], first["config"]["seed"]) == (0.7, seed)
+        finals.append(last)
+        times[run] = (run / "model.pt").stat().st_mtime_ns
+    assert rows[-1]["kl"] == pytest.approx((finals[0]["kl"] + finals[1]["kl"]) / 2)
+    assert rows[-1]["kl_range"] == sorted(f["kl"] for f in finals)
+    assert Path("frontier/frontier.png").stat().st_size > 10_000
+    assert Path("frontier/frontier.md").read_text() in capsys.readouterr().out
+    frontier.main(config)  # nothing is missing: nothing is trained
+    assert {run: (run / "model.pt").stat().st_mtime_ns for run in times} == times
