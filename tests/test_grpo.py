@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from data import gsm8k
 from data.records import DataError, check_answer, check_demonstration, read_jsonl, split
 from data.synthetic.world import all_prompts
+from data.tokenizer import load_tokenizer
 from data.verifier import final_answer, is_right, strip_calculator
 from grpo import (
     METHODS,
@@ -517,6 +518,28 @@ def test_runs_log_what_one_needs_to_see(folder, monkeypatch, capsys, flags):
                          weights_only=True)
     assert content["stage"] == "grpo" and "sft" in content["parents"]
     assert ("reward" in content["parents"]) == (VERIFIER[0] not in flags)
+
+
+def test_answers_are_checked_against_their_own_prompt(folder, monkeypatch):
+    # catches rows that are tiled where they should be adjacent: a prompt's answer for its neighbour
+    asked, real_verify = [], grpo.verify
+
+    def spy(texts, finished, answers):
+        asked.append(list(answers))
+        return real_verify(texts, finished, answers)
+
+    chosen, real_generate = [], grpo.generate
+
+    def spy_generate(model, prompts, *args, **options):
+        chosen.append(prompts)
+        return real_generate(model, prompts, *args, **options)
+
+    monkeypatch.setattr(grpo, "verify", spy)
+    monkeypatch.setattr(grpo, "generate", spy_generate)
+    run(folder, monkeypatch, "asked", *VERIFIER)
+    tokenizer = load_tokenizer("synthetic")
+    said = [tokenizer.decode(p).split("Say ")[1].split(".")[0] for p in chosen[0]]
+    assert asked[0] == [n for n in said for _ in range(4)] and len(set(said)) == 2
 
 
 def test_the_loss_starts_at_zero_where_every_response_counts_once(folder, monkeypatch):
