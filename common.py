@@ -319,7 +319,7 @@ class Run:
 
 
 def save_file(content, path):
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may write to one cache
     torch.save(content, temporary)
     os.replace(temporary, path)  # never half a file
 

@@ -31,13 +31,12 @@ from evaluate import compare, held_out_prompts, sequence_logprobs
 from model import token_logprobs
 from reward import encode_ranking
 
-# beta and learning rate of each loss where the flags leave them at 0: found by a sweep on the
-# embedded data (docs/dpo.md). Units differ: beta multiplies nats per sequence in the first four and
-# in kto, nats per token in the others. Large models need a learning rate 100 times lower.
-SETTINGS = dict(dpo=(0.1, 1e-4), cdpo=(0.1, 1e-4), ipo=(0.1, 1e-4), ipo_mean=(0.1, 1e-4),
-                dpo_norm=(2.0, 1e-4), simpo=(2.0, 1e-4), kto=(0.1, 1e-4))
-
-
+# beta and learning rate of each loss where the flags leave them at 0, from a sweep on the embedded
+# data (docs/dpo.md). The units of beta differ: it multiplies nats per sequence in dpo, cdpo and
+# kto, nats per token in dpo_norm and simpo, and the two ipo aim at a margin of 1 / (2 beta). Models
+# of a billion parameters and more take learning rates of 1e-7 to 5e-6.
+SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
+                dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
 STAGES = ("sft", "dpo", "ppo", "grpo")  # checkpoints that it can start from
 
 
@@ -260,7 +259,7 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
     if path.exists():
         cached = common.load_file(path)
         if not isinstance(cached, dict) or cached.get("key") != key \
-                or len(cached["logps"]) != len(rows):
+                or len(cached.get("logps", ())) != len(rows):
             raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
                             " and it is computed again")
         logps = cached["logps"]
@@ -330,18 +329,18 @@ def trace(policy, reference, tokenizer, element, config, device):
             log_ratio=column(logp - ref_logp), text=common.token_texts(tokenizer, row)))
         sums[name] = logp.sum(1).cpu(), ref_logp.sum(1).cpu(), mask.sum(1).cpu()
     seq_logp, ref, length = (torch.cat(x) for x in zip(*sums.values()))
+    reward = implicit_reward(seq_logp, ref, length, config.loss, config.beta)
     common.print_table(dict(
         sum_logp=seq_logp.tolist(), sum_ref_logp=ref.tolist(), tokens=length.int().tolist(),
-        reward=implicit_reward(seq_logp, ref, length, config.loss, config.beta).tolist(),
-        answer=list(sums)))
+        reward=reward.tolist(), answer=list(sums)))
     print("\nreward = " + {
         "simpo": "beta sum_logp / tokens", "dpo_norm": "beta (sum_logp - sum_ref_logp) / tokens",
         "ipo_mean": "beta (sum_logp - sum_ref_logp) / tokens",
     }.get(config.loss, "beta (sum_logp - sum_ref_logp)") + f", beta = {config.beta}")
     if config.loss == "kto":
         loss = kto_loss(seq_logp - ref, torch.tensor([1.0, -1.0]), 0.0, config).mean().item()
-        print("loss = mean of desirable (1 - sigmoid(reward of chosen)) and undesirable (1 - "
-              f"sigmoid(-reward of rejected)) at z0 = 0\n     = {loss:.6f}")
+        print(f"with z0 = 0:\nloss = ({config.desirable} (1 - sigmoid(reward of chosen)) + "
+              f"{config.undesirable} (1 - sigmoid(-reward of rejected))) / 2 = {loss:.6f}")
         return
     loss = pair_loss(config, seq_logp, ref, length, [0], [1]).item()
     e = config.label_smoothing
@@ -350,13 +349,22 @@ def trace(policy, reference, tokenizer, element, config, device):
         "ipo": "((margin - 1/2) / beta)^2", "ipo_mean": "((margin - 1/2) / beta)^2",
         "simpo": f"-log sigmoid(margin - {config.beta * config.simpo_margin})",
     }.get(config.loss, "-log sigmoid(margin)")
-    print(f"margin = reward of chosen - reward of rejected\nloss = {formula} = {loss:.6f}\n"
+    print(f"margin = reward of chosen - reward of rejected = {(reward[0] - reward[1]).item():.6f}\n"
+          f"loss = {formula} = {loss:.6f}\n"
           "(a training step takes the mean over all pairs of its prompts)")
 
 
 def main(config):
     if config.loss not in SETTINGS:
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(SETTINGS)}")
+    for name in ("beta", "desirable", "undesirable", "nll"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name}={getattr(config, name)}: must not be negative")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing={config.label_smoothing}: expected 0 to below 0.5")
+    if Path(config.reference_cache).is_file():
+        raise UserError(f"--reference_cache={config.reference_cache} is a file; it must name a "
+                        "folder")
     config.beta = config.beta or SETTINGS[config.loss][0]
     config.lr = config.lr or SETTINGS[config.loss][1]
     device = common.set_up(config)
@@ -375,6 +383,9 @@ def main(config):
     prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
                                tokenizer, policy.config.block_size - config.max_new_tokens)
     if config.trace:  # a few steps are enough to see
+        pair = next((e for e in train if e.pairs), None)
+        if pair is None:
+            raise UserError("--trace=true shows a pair, and the data has single answers only")
         train, held_out = train[:20 * config.batch_size], held_out[:1]
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
@@ -428,20 +439,17 @@ def main(config):
         chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
         batch = [train[order[n]] for n in chosen]
         if config.trace and step == min(19, steps - 1):  # not at the start, where all is 0
-            pair = next((e for e in batch if e.pairs), None)
-            if pair is None:
-                raise UserError("--trace=true shows a pair, and the data has single answers only")
             return trace(policy, reference, tokenizer, pair, config, device)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         baseline = 0.0
         if config.loss == "kto":  # z0, of the whole step: each prompt with an answer to the next
-            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]])
-                      for n in chosen]
+            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]]) for n in chosen]
+            # a long prompt and a long answer that fit apart may not fit together
             others = [o for o in others if len(o[0]) <= policy.config.block_size]
             if others:
                 baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), tokenizer.pad)
                                          for m in (policy, reference)))
-            count = sum(map(abs, (x for e in batch for x in e.labels)))  # labelled answers
+            count = sum(map(abs, (x for e in batch for x in e.labels))) or 1  # labelled answers
         else:
             count = sum(len(e.pairs) for e in batch)  # pairs of the whole step
         best_tokens = sum(sum(e.masks[n]) for e in batch for n in e.best)

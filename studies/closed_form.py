@@ -5,9 +5,9 @@
 
 Three content tokens and EOS, responses of up to 4 tokens, a random transformer as reference, a
 random score for every response (cut ones get the missing-EOS score, as in training). The stages'
-own updates are driven there on sampled responses, and what they reach is compared with pi*. At a
-temperature T, pi and pi_ref both stand for softmax(logits / T): the optimum is relative to the
-tempered reference.
+own updates are driven there on sampled responses (DPO: on every pair of responses, each by its
+probability), and what they reach is compared with pi*. At a temperature T, pi and pi_ref both stand
+for softmax(logits / T): the optimum is relative to the tempered reference.
 
     python studies/closed_form.py            # the table; exit status 1 where a bound is missed
     python studies/closed_form.py --problems=1 --methods="PPO, KL in the reward"
@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
 import common
+import dpo
 import grpo
 import ppo
 from model import GPT, GPTConfig, generate, token_logprobs
@@ -269,6 +270,40 @@ def group_std_limit(problem, draws=2000, iterations=40):
     return log_pi
 
 
+def preferences(problem):
+    """(winners, losers, weight), (pairs,): every ordered pair of responses to the same prompt.
+
+    weight = pi_ref(y_w) pi_ref(y_l) P(y_w > y_l), both drawn from the tempered reference and
+    judged by Bradley-Terry on the problem's scores, without a labeler's noise. Sums to the share of
+    pairs whose two responses differ.
+    """
+    same = problem.prompt[:, None] == problem.prompt
+    winners, losers = (same & ~torch.eye(len(same), dtype=torch.bool)).nonzero().T
+    mu = problem.ref_logp.sum(1).exp()
+    wins = torch.sigmoid(problem.score[winners] - problem.score[losers])
+    return winners, losers, mu[winners] * mu[losers] * wins
+
+
+def run_dpo(problem, steps=400):
+    """DPO on all pairs at once, each by its probability: no sample and no labeler's noise.
+
+    Only differences of scores reach the policy, in units of beta. Returns (policy, None).
+    """
+    config = dpo.Config(loss="dpo", beta=problem.beta)
+    winners, losers, weight = preferences(problem)
+    ref, length = problem.ref_logp.sum(1), problem.mask.sum(1)
+    policy = copy.deepcopy(problem.reference).requires_grad_(True)
+    optimizer = common.adamw([policy], 1e-2)
+    for step in range(steps):
+        common.set_lr(optimizer, 1e-2 * common.cosine(step, steps, 5))
+        loss = dpo.pair_loss(config, problem.logp(policy).sum(1), ref, length, winners, losers)
+        (weight * loss).sum().backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy, None
+
+
 # name: (how to train, largest distance to pi*). None: shown for comparison, held to no bound
 METHODS = {
     "PPO, KL in the reward": (lambda p: run_ppo(p, "reward"), 0.03),
@@ -280,6 +315,7 @@ METHODS = {
                              0.03),
     # one choice changed, so that it is the std that is seen and not the length or k3 as well
     "GRPO, group std": (lambda p: run_grpo(p, method="rloo", advantage="grpo", kl_in="loss"), None),
+    "DPO, exact preferences": (run_dpo, 0.02),
 }
 PREDICTED = {  # name: log pi(y) of the place where theory says that it ends instead of at pi*
     "PPO, KL in the loss, greedy": lambda p: p.by_recursion(soft=False),

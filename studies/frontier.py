@@ -30,12 +30,13 @@ from data.synthetic.gold import gold_reward
 from evaluate import clustered_se, held_out_prompts, question, response_rows
 from reward import load_reward_model, score_rows
 
-# name: (script and flags, beta). DPO's beta multiplies the log-odds of a label, the others' the
-# reward model's score, which is the same thing divided by its stored scale
+# name: (script and flags, beta). In PPO and GRPO beta is in units of the score, in DPO in units of
+# the log-odds of a label: the reward model's output before its stored scale divides it, which is
+# 2.25 for the default run. So these are four times the same objective, up to rounding
 METHODS = {
     "PPO": (["ppo.py"], (0.02, 0.05, 0.15, 0.5)),
     "GRPO": (["grpo.py", "--reward=model"], (0.02, 0.05, 0.15, 0.5)),
-    "DPO": (["dpo.py"], (0.1, 0.3, 1.0, 3.0)),
+    "DPO": (["dpo.py"], (0.05, 0.1, 0.3, 1.0)),
 }
 MOST = 16  # SFT samples a prompt, for best-of-n with n = 1, 2, 4, 8, 16
 

@@ -22,7 +22,8 @@ def test_the_optimum_by_recursion_is_the_optimum_by_formula():
 
 
 @pytest.mark.parametrize("method, temperature", [
-    ("PPO, KL in the reward", 0.7), ("PPO, KL in the loss", 1.0), ("RLOO, k1 in the reward", 0.7)])
+    ("PPO, KL in the reward", 0.7), ("PPO, KL in the loss", 1.0),
+    ("DPO, exact preferences", 0.7), ("RLOO, k1 in the reward", 0.7)])
 def test_training_reaches_the_optimum(method, temperature):
     # catches what bends the fixed point: KL, temperature, EOS, missing-EOS score, critic, sampler
     row = run_one((method, draw_problems(1, temperature)[0].seed, temperature))

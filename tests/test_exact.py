@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 
+import dpo
 import numpy as np
 import ppo
 import pytest
@@ -17,7 +18,16 @@ from conftest import ROOT
 from model import GPT, token_logprobs
 from reward import RewardModel, reward_loss
 from sft import sft_loss
-from studies.closed_form import LENGTH, MISSING_EOS, PROMPTS, Problem, kl_estimates, optimum
+from studies.closed_form import (
+    LENGTH,
+    MISSING_EOS,
+    PROMPTS,
+    Problem,
+    draw_problems,
+    kl_estimates,
+    optimum,
+    preferences,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -266,6 +276,90 @@ def test_sft_gradient_is_that_of_the_cross_entropy_to_the_data():
     for i, t in problem.mask.nonzero().tolist():
         exact = exact - data[i] * log_p[i, t - 1, problem.tokens[i, t]]
     close(*(flat(torch.autograd.grad(x, list(policy.parameters()))) for x in (found, exact)))
+
+
+# --- DPO: every pair of responses, by its probability -------------------------------------------
+
+
+def dpo_population_loss(problem, seq_logp, beta):
+    """The real loss, weighted by both responses' probability and by Bradley-Terry."""
+    winners, losers, weight = preferences(problem)
+    loss = dpo.pair_loss(dpo.Config(loss="dpo", beta=beta), seq_logp, problem.ref_logp.sum(1),
+                         problem.mask.sum(1), winners, losers)
+    return (weight * loss).sum()
+
+
+@pytest.mark.parametrize("temperature, beta", [(1.0, 1.0), (1.0, 0.1), (0.7, 1.0)])
+def test_dpo_gradient_over_all_pairs(temperature, beta):
+    # catches a reversed pair, a lost reference, EOS or beta, and a temperature left out
+    problem = Problem(0, temperature, dtype=torch.float64)
+    policy = moved(problem)
+    params = list(policy.parameters())
+    found = dpo_population_loss(problem, problem.logp(policy).sum(1), beta)
+    # the exact objective: cross-entropy of the preferences sigmoid(beta (h_i - h_j)), each pair
+    # once in either order, log-probabilities from the plain forward, token by token
+    h, mu = [], []
+    for row, mask in zip(problem.tokens, problem.mask):
+        at = mask.nonzero()[:, 0].tolist()
+        both = [torch.log_softmax(m.logits(m(row[None]))[0].double() / temperature, -1)
+                for m in (policy, problem.reference)]
+        logp, ref_logp = (sum(table[t - 1, row[t]] for t in at) for table in both)
+        h.append(logp - ref_logp)
+        mu.append(ref_logp.exp().item())
+    gap = beta * (torch.stack(h)[:, None] - torch.stack(h))
+    wins = 1 / (1 + (problem.score - problem.score[:, None]).exp())
+    entropy = -wins * (1 / (1 + (-gap).exp())).log() - (1 - wins) * (1 / (1 + gap.exp())).log()
+    each = torch.tensor(mu)[:, None] * torch.tensor(mu) * entropy
+    exact = torch.triu(each, diagonal=1).sum()
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+    close(*(flat(torch.autograd.grad(x, params)) for x in (found, exact)))
+
+
+def test_dpo_gradient_vanishes_at_the_optimum_and_only_there():
+    # catches another fixed point: beta twice, a mean for the sum, the KL the other way round
+    problem = Problem(0, dtype=torch.float64)
+    beta = problem.beta
+    log_ratio = problem.best - problem.ref_logp.sum(1)
+    for shift in (0.0, 3.0):  # a constant of the prompt cancels
+        assert (log_ratio - problem.score / beta).std() < 1e-6
+        at = (problem.best + shift).requires_grad_()
+        gradient = torch.autograd.grad(dpo_population_loss(problem, at, beta), at)[0]
+        assert gradient.abs().max() < 1e-9
+    for other in (problem.ref_logp.sum(1), problem.ref_logp.sum(1) + 2 * log_ratio):
+        other = other.clone().requires_grad_()
+        gradient = torch.autograd.grad(dpo_population_loss(problem, other, beta), other)[0]
+        assert gradient.abs().max() > 1e-3
+
+
+def test_both_log_probabilities_fall_at_the_optimum():
+    # catches a table in the docs that is not what the formulas give, and a KL the other way round
+    text = (ROOT / "docs" / "dpo.md").read_text()
+    for problem in draw_problems(5):
+        ref, score = problem.ref_logp.sum(1), problem.score
+        log_ratio, mu = problem.best - ref, ref.exp()
+        weight = 2 * mu[:, None] * mu * torch.sigmoid(score[:, None] - score)  # row beats column
+        kl = (mu * (ref - problem.best)).sum()
+        chosen, rejected = (weight * log_ratio[:, None]).sum(), (weight * log_ratio).sum()
+        assert rejected < chosen < 0
+        assert (chosen + rejected).item() / 2 == pytest.approx(-kl.item(), rel=1e-4)
+        row = next(r for r in text.splitlines() if r.startswith(f"| {problem.seed} |"))
+        figures = [x.item() for x in (chosen, rejected, kl)]
+        assert [float(x) for x in row.split("|")[2:5]] == pytest.approx(figures, abs=2e-3)
+    small = optimum(torch.tensor([0.1, 0.1, 0.8]).log(), torch.tensor([1.0, 0.0, 2.0]), 1.0).exp()
+    assert small.tolist() == pytest.approx([0.043, 0.016, 0.941], abs=5e-4)
+
+
+def test_dpo_gradient_vanishes_in_the_network_that_is_the_optimum():
+    # catches a log-probability of other tokens than the response's: scores for which the policy is
+    # pi*, so that the gradient of every weight has to be zero
+    problem = Problem(0, dtype=torch.float64)
+    policy = moved(problem)
+    seq_logp, params, sizes = problem.logp(policy).sum(1), list(policy.parameters()), []
+    for score in (problem.score, problem.beta * (seq_logp - problem.ref_logp.sum(1)).detach() + 5):
+        problem.score = score
+        loss = dpo_population_loss(problem, seq_logp, problem.beta)
+        sizes.append(flat(torch.autograd.grad(loss, params, retain_graph=True)).norm().item())
+    assert sizes[1] < 1e-6 * sizes[0]
 
 
 # --- KL estimators -------------------------------------------------------------------------------

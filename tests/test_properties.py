@@ -5,6 +5,7 @@ import json
 import math
 import string
 
+import dpo
 import label
 import ppo
 import pretrain
@@ -18,6 +19,7 @@ from data.records import (
     check_demonstration,
     check_prompt,
     check_ranking,
+    check_ranking_or_label,
     collate,
     encode_messages,
     merge_rankings,
@@ -37,7 +39,7 @@ many = settings(max_examples=200, deadline=None,
 
 # --- flags ---------------------------------------------------------------------------------------
 
-CONFIGS = st.sampled_from([m.Config for m in (pretrain, sft, label, reward, ppo)])
+CONFIGS = st.sampled_from([m.Config for m in (pretrain, sft, label, reward, ppo, dpo)])
 VALUES = {bool: st.booleans(), int: st.integers(), str: st.text(),
           float: st.floats(allow_nan=False) | st.integers(-10**9, 10**9)}
 
@@ -90,9 +92,9 @@ def test_values_of_the_wrong_type_are_refused(config, data):
 
 # --- records -------------------------------------------------------------------------------------
 
-CHECKS = (check_demonstration, check_ranking, check_prompt)
+CHECKS = (check_demonstration, check_ranking, check_ranking_or_label, check_prompt)
 FIELDS = ["prompt", "completion", "messages", "chosen", "rejected", "completions", "ranks", "gold",
-          "held_out", "role", "content"]
+          "held_out", "role", "content", "label"]
 UNICODE = st.characters()  # halves of surrogate pairs too: JSON can hold them
 WORDS = st.text(UNICODE, min_size=1, max_size=12).filter(lambda s: s.strip())
 LEAVES = (st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.just("")
@@ -123,13 +125,14 @@ def rankings(draw):
 
 RANKING = rankings() | st.fixed_dictionaries(dict(prompt=PROMPT, chosen=WORDS, rejected=WORDS),
                                              optional=SIDE)
-
-
+LABEL = st.fixed_dictionaries(dict(prompt=PROMPT, completion=WORDS, label=st.booleans()),
+                              optional=SIDE)
 OBJECT = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6)
 
 
 @settings(many, max_examples=500)
-@given(OBJECT | st.builds(lambda record, change: record | change, DEMONSTRATION | RANKING, OBJECT))
+@given(OBJECT | st.builds(lambda record, change: record | change, DEMONSTRATION | RANKING | LABEL,
+                         OBJECT))
 def test_any_object_is_a_record_or_a_data_error(record):
     # catches a KeyError or TypeError, there or in what the stages do next with the record
     for check in CHECKS:
@@ -138,7 +141,7 @@ def test_any_object_is_a_record_or_a_data_error(record):
         except DataError:
             continue
         split([checked]), prompt_key(checked)
-        if check is check_ranking:
+        if "completions" in checked:
             merge_rankings([checked])
         if check is check_demonstration:
             encode_messages(tok, checked["messages"])
@@ -183,6 +186,35 @@ def test_rankings_survive_and_every_pair_is_ordered(record):
         if "gold" in element:
             for text, gold in zip(element["completions"], element["gold"]):
                 assert gold == record["gold"][texts.index(text)]
+
+
+@many
+@given(st.lists(LABEL | RANKING, min_size=1, max_size=6))
+def test_labels_survive_and_become_elements(records):
+    # catches a label that is lost or flipped, a prompt on two sides of the split, an answer that is
+    # taught although it was not wanted, and labels that do not follow from the pairs
+    checked = [check_ranking_or_label(r) for r in records]
+    for record, found in zip(records, checked):
+        assert check_ranking_or_label(found) == found
+        if "label" in record:
+            assert found == record and type(found["label"]) is bool
+            assert prompt_key(found) == prompt_key(check_prompt(record))
+        else:
+            assert found == check_ranking(record)
+    single = [r for r in checked if "label" in r]
+    for record in single:
+        e = dpo.make_element(tok, dict(prompt=record["prompt"], pairs=[], completions=[
+            record["completion"]], labels=[1 if record["label"] else -1]))
+        assert e.labels == [1 if record["label"] else -1] and e.best == [0] * record["label"]
+        assert e.rows[0] == tok.encode_prompt(record["prompt"]) + tok.encode_response(
+            record["completion"])
+    for record in merge_rankings([r for r in checked if "label" not in r]):
+        e = dpo.make_element(tok, record)
+        won, lost = ({p[side] for p in e.pairs} for side in (0, 1))
+        for n, sign in enumerate(e.labels):
+            balance = sum(i == n for i, _ in e.pairs) - sum(j == n for _, j in e.pairs)
+            assert sign == (balance > 0) - (balance < 0)
+            assert (n in e.best) == (n in won - lost)
 
 
 @many

@@ -3,12 +3,24 @@
 The logits of GPT-2 are in test_model.py.
 """
 
+import collections
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from data.records import collate
+from dpo import (
+    Config,
+    Element,
+    implicit_reward,
+    kl_baseline,
+    kto_loss,
+    mismatch,
+    pair_loss,
+)
 from model import GPT, GPTConfig, generate, token_logprobs, token_stats
 from ppo import gae, policy_loss, token_rewards, whiten
 from reward import reward_loss
@@ -18,11 +30,10 @@ def library(name):
     return pytest.importorskip(name, reason=f"needs {name} (requirements-dev.txt)")
 
 
-@pytest.fixture
-def twins():
+def make_twins(seed):
     """Our GPT and transformers' GPT-2 with the same weights; every bias and norm is random too."""
     transformers = library("transformers")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     ours = GPT(GPTConfig(vocab_size=64, n_tokens=61, block_size=48, n_layer=3, n_head=4,
                          n_embd=32)).eval()
     with torch.no_grad():
@@ -42,6 +53,11 @@ def twins():
     weights["transformer.wte.weight"] = weights["lm_head.weight"] = ours.wte.weight[:61]
     theirs.load_state_dict(weights)
     return ours, theirs
+
+
+@pytest.fixture
+def twins():
+    return make_twins(0)
 
 
 @torch.no_grad()
@@ -209,3 +225,138 @@ def test_bradley_terry_matches_choix():
     optimizer.step(closure)
     fitted = scores.detach().numpy()
     np.testing.assert_allclose(fitted - fitted.mean(), choix.opt_pairwise(6, pairs), atol=1e-4)
+
+
+# --- the DPO family against TRL ------------------------------------------------------------------
+
+
+class Answers:
+    """Four prompts, each with a chosen and a rejected answer, as our rows and as TRL's inputs."""
+
+    def __init__(self):
+        library("trl")
+        (self.policy, self.their_policy), (self.reference, self.their_reference) = (
+            make_twins(seed) for seed in (0, 1))
+        for p in (*self.reference.parameters(), *self.their_reference.parameters()):
+            p.requires_grad_(False)
+        rng = np.random.default_rng(0)
+        draw = lambda n: rng.integers(1, 61, n).tolist()
+        self.elements = []
+        for start, *lengths in ((3, 5, 2), (1, 4, 9), (6, 3, 3), (2, 7, 4)):
+            prompt = draw(start)
+            answers = [draw(n) + [0] for n in lengths]  # 0 stands for EOS
+            self.elements.append(Element([prompt + a for a in answers],
+                                         [[0] * start + [1] * len(a) for a in answers],
+                                         [(0, 1)], [1, -1], [0]))
+        order = [(e, n) for n in (0, 1) for e in self.elements]  # theirs: all chosen, all rejected
+        self.tokens, self.mask = collate([e.rows[n] for e, n in order],
+                                         [e.masks[n] for e, n in order], 61)
+        others = [mismatch(e, f) for e, f in zip(self.elements, self.elements[1:]
+                                                 + self.elements[:1])]
+        self.kl_tokens, self.kl_mask = collate(*zip(*others), 61)
+
+    def ours(self, tokens, mask):
+        """(seq_logp, ref_seq_logp, length), (rows,)."""
+        return (token_logprobs(self.policy, tokens, mask).sum(1),
+                token_logprobs(self.reference, tokens, mask).sum(1), mask.sum(1))
+
+    def inputs(self, tokens, mask, prefix=""):
+        """What TRL's collators hand to its losses; PAD (61) becomes an id that their model has."""
+        real = tokens != 61
+        return {f"{prefix}input_ids": tokens * real, f"{prefix}attention_mask": real.long(),
+                f"{prefix}completion_mask": mask.long()}
+
+    def trainer(self, kind, **settings):
+        """A TRL trainer with the fields that its losses read, and no training around them."""
+        trainer, same = object.__new__(kind), lambda x: x
+        vars(trainer).update(
+            model=self.their_policy, ref_model=self.their_reference, aux_loss_enabled=False,
+            accelerator=SimpleNamespace(device=torch.device("cpu"), gather=same,
+                                        gather_for_metrics=same),
+            args=SimpleNamespace(gradient_checkpointing_kwargs=None), precompute_ref_logps=False,
+            use_liger_kernel=False, _total_train_tokens=0, **settings,
+            _metrics=collections.defaultdict(lambda: collections.defaultdict(list)))
+        return trainer
+
+    def compare(self, loss, expected):
+        """Value, and the gradient of the last norm and of the (tied) embedding, to 1e-5."""
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        gpt = self.their_policy.transformer
+        found = torch.autograd.grad(loss, [self.policy.ln_f.weight, self.policy.wte.weight])
+        expected = torch.autograd.grad(expected, [gpt.ln_f.weight, gpt.wte.weight])
+        for mine, theirs in zip((found[0], found[1][:61]), expected):
+            assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("loss, name, beta", [
+    ("dpo", "sigmoid", 0.1), ("dpo", "sigmoid", 0.5), ("ipo_mean", "ipo", 0.1),
+    ("dpo_norm", "sigmoid_norm", 2.0)])
+def test_dpo_matches_trl(loss, name, beta):
+    # catches a sum without EOS, another length, a reversed pair, beta or reference misplaced: from
+    # the same weights and tokens, each side with its own log-probabilities
+    a = Answers()
+    from trl import DPOTrainer
+    trainer = a.trainer(DPOTrainer, loss_types=[name], loss_weights=[1.0], beta=beta, ld_alpha=None,
+                        f_divergence_type="reverse_kl", use_weighting=False)
+    expected = trainer._compute_loss(a.their_policy, a.inputs(a.tokens, a.mask), False)
+    seq_logp, ref, length = a.ours(a.tokens, a.mask)
+    config, winners, losers = Config(loss=loss, beta=beta), list(range(4)), list(range(4, 8))
+    a.compare(pair_loss(config, seq_logp, ref, length, winners, losers).mean(), expected)
+    said = {k: v[-1] for k, v in trainer._metrics["eval"].items()}
+    assert seq_logp[winners].mean().item() == pytest.approx(said["logps/chosen"], rel=1e-5)
+    assert seq_logp[losers].mean().item() == pytest.approx(said["logps/rejected"], rel=1e-5)
+    if loss == "dpo":  # theirs are sums for every loss
+        reward = implicit_reward(seq_logp, ref, length, loss, beta)
+        assert reward[winners].mean().item() == pytest.approx(said["rewards/chosen"], rel=1e-4)
+        margin = (reward[winners] - reward[losers]).mean().item()
+        assert margin == pytest.approx(said["rewards/margins"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss, name", [("cdpo", "sigmoid"), ("ipo", "ipo"), ("simpo", "simpo")])
+def test_cpo_trainer_has_the_other_pair_losses(monkeypatch, loss, name):
+    # catches smoothing on the wrong side, gamma for gamma / beta, simpo with sums
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    a = Answers()
+    from trl.experimental.cpo import CPOTrainer
+    config = Config(loss=loss, beta=2.0 if loss == "simpo" else 0.3, label_smoothing=0.2,
+                    simpo_margin=0.4)
+    # CPO has no reference: for the two that need one, it gets log-ratios in the place of
+    # log-probabilities. Its simpo_gamma is beta times our margin.
+    trainer = a.trainer(CPOTrainer, loss_type=name, beta=config.beta, alpha=0.0,
+                        label_smoothing=0.2 if loss == "cdpo" else 0.0, simpo_gamma=0.8)
+    inputs = a.inputs(a.tokens, a.mask)
+    labels = inputs["input_ids"].masked_fill(a.mask == 0, -100)
+    average = loss == "simpo"
+    logps = [CPOTrainer.get_batch_logps(m(inputs["input_ids"]).logits, labels, average)
+             for m in (a.their_policy, a.their_reference)]
+    given = logps[0] if average else logps[0] - logps[1]
+    expected = trainer.cpo_loss(given[:4], given[4:])[0]
+    found = pair_loss(config, *a.ours(a.tokens, a.mask), list(range(4)), list(range(4, 8)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    a.compare(found.mean(), expected.mean())
+
+
+def test_kto_matches_trl():
+    # catches flipped labels, swapped weights, z0 from other answers, unclamped or with a gradient
+    a = Answers()
+    from trl import KTOTrainer
+    config = Config(loss="kto", beta=0.2, desirable=1.5, undesirable=0.7)
+    ratio = lambda tokens, mask: a.ours(tokens, mask)[:2]
+    z0 = []
+    for swap in (False, True):  # one way round the KL estimate is below zero
+        if swap:
+            for pair in (("policy", "reference"), ("their_policy", "their_reference")):
+                vars(a).update(zip(pair, [getattr(a, name) for name in pair[::-1]]))
+            for p in (*a.policy.parameters(), *a.their_policy.parameters()):
+                p.requires_grad_(True)
+        trainer = a.trainer(KTOTrainer, loss_type="kto", calculate_KL=True, beta=config.beta,
+                            desirable_weight=1.5, undesirable_weight=0.7)
+        label = torch.arange(8) < 4
+        expected = trainer._compute_loss(a.their_policy, dict(
+            a.inputs(a.tokens, a.mask), **a.inputs(a.kl_tokens, a.kl_mask, "KL_"), label=label),
+            False)
+        seq_logp, ref = ratio(a.tokens, a.mask)
+        z0.append(kl_baseline(*ratio(a.kl_tokens, a.kl_mask)))
+        assert z0[-1].item() == pytest.approx(trainer._metrics["eval"]["kl"][-1], rel=1e-4)
+        a.compare(kto_loss(seq_logp - ref, label.float() * 2 - 1, z0[-1], config).mean(), expected)
+    assert min(z0) == 0 and max(z0) > 0.1

@@ -1,6 +1,7 @@
 """The real scripts, tiny: the whole chain, resume, and what a user sees when something is wrong."""
 
 import json
+import math
 
 import common
 import label
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import run_script
 from data.records import write_jsonl
+from data.synthetic.world import lookup
 from tiny_runs import make_inputs
 
 TINY = dict(
@@ -16,8 +18,10 @@ TINY = dict(
     sft=["--demos=512", "--epochs=1", "--batch_size=8", "--samples=32", "--save_every=30"],
     label=["--prompts=24", "--held_out=12", "--k=3", "--oversample=1", "--max_new_tokens=80"],
     reward=["--batch_size=4", "--samples=16", "--max_new_tokens=80"],
+    dpo=["--batch_size=4", "--eval_prompts=8", "--max_new_tokens=80"],
     ppo=["--iterations=2", "--batch_size=8", "--eval_prompts=8", "--best_of=2",
-         "--max_new_tokens=80"])
+         "--max_new_tokens=80"],
+    grpo=["--iterations=2", "--batch_size=8", "--k=4", "--eval_prompts=8", "--max_new_tokens=80"])
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,38 @@ def test_ppo_logs_what_one_needs_to_see(chain):
     assert {"score", "gold", "gold_sft", "gold_win_rate", "tie_rate", "kl", "kl_se", "length",
             "eos_rate", "gold_best_of_n"} <= set(final)
     assert rows(folder, "ppo", "sample")[0]["prompt"]
+
+
+def test_grpo_checks_the_embedded_arithmetic(chain):
+    # catches prompts of another family, answers of another question, samples that are not clustered
+    folder, outputs = chain
+    final = rows(folder, "grpo", "final")[0]
+    assert {"accuracy", "accuracy_se", "accuracy_sft", "accuracy_sft_se", "judged", "questions",
+            "gold", "gold_sft", "kl", "kl_se", "length", "eos_rate"} <= set(final)
+    assert final["judged"] == 8 >= final["questions"] and "the policy loss" in outputs["grpo"]
+    samples = rows(folder, "grpo", "held_out_sample") + rows(folder, "grpo", "sample")
+    assert len(samples) == 16
+    for sample in samples:
+        assert lookup(sample["prompt"]).family == "arithmetic"
+    # the first four of each logged iteration are answers to one prompt
+    assert len({s["prompt"] for s in rows(folder, "grpo", "sample")[:4]}) == 1
+
+
+def test_dpo_logs_what_one_needs_to_see(chain):
+    # catches a metric that is not logged, a loss that is not ln 2 at the start, a lost cache
+    folder, outputs = chain
+    start, end = rows(folder, "dpo", "validation")
+    assert start["loss"] == start["train_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert start["accuracy"] == start["train_accuracy"] == 0.5
+    final = rows(folder, "dpo", "final")[0]
+    assert {"loss", "accuracy", "train_loss", "train_accuracy", "chosen_reward", "rejected_reward",
+            "margin", "chosen_logp", "rejected_logp", "gold", "gold_sft", "gold_win_rate",
+            "tie_rate", "kl", "kl_se", "length", "eos_rate"} <= set(final)
+    assert final["loss"] == end["loss"] and "first minibatch: |log ratio|" in outputs["dpo"]
+    assert len(list((folder / "out" / "reference_logps").iterdir())) == 1
+    content = torch.load(folder / "out" / "dpo" / "model.pt", weights_only=True)
+    sft = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
+    assert content["parents"]["sft"] == sft["hash"]
 
 
 @pytest.mark.parametrize("flags", [

@@ -3,10 +3,15 @@
 import math
 import re
 
+import common
+import dpo
 import pytest
 from conftest import run_script
 from tiny_runs import FLAGS, make_inputs
 
+DPO = [*(f for f in FLAGS["dpo"] if not f.startswith(("--epochs", "--lr"))), "--epochs=4",
+       "--lr=0.01"]
+PER_TOKEN = ("ipo_mean", "dpo_norm", "simpo")
 GRPO = [f for f in FLAGS["grpo"] if not f.startswith(("--iterations", "--lr", "--out"))]
 PPO = [f for f in FLAGS["ppo"] if not f.startswith(("--iterations", "--lr", "--out"))]
 
@@ -170,3 +175,49 @@ def test_trace_does_not_resume(folder):
     # catches a trace that goes on in another run's folder
     result = run_script("sft.py", *FLAGS["sft"], "--trace=true", "--resume=true", cwd=folder)
     assert result.returncode == 2 and "leave out --resume=true" in result.stderr
+
+
+@pytest.mark.parametrize("loss, flags", [
+    ("dpo", []), ("cdpo", ["--label_smoothing=0.2"]), ("ipo", ["--beta=0.3"]), ("ipo_mean", []),
+    ("dpo_norm", ["--beta=1.5"]), ("simpo", ["--simpo_margin=0.8"]), ("kto", ["--desirable=1.5"])])
+def test_dpo(folder, monkeypatch, capsys, loss, flags):
+    # catches a sum without EOS, a length off by one, a reward in other units than the loss's, a
+    # formula that is not the one that the number comes from
+    monkeypatch.chdir(folder)  # in this process: seven times its start would take long
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    dpo.main(common.parse_flags(dpo.Config, [
+        *DPO, f"--loss={loss}", *flags, "--trace=true", "--out=done"]))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    output = capsys.readouterr().out
+    beta, e = number(output, "beta ="), 0.2
+    rewards = []
+    for side in ("chosen", "rejected"):
+        t = table(output[output.index(f"{side}: "):], "position")
+        rows = [dict(zip(t, row)) for row in zip(*t.values())]
+        scored = [r for r in rows if r["mask"]]
+        assert rows[-1]["text"] == "EOS" and rows[-1]["mask"] == 1  # EOS is part of the sums
+        assert rows[len(rows) - len(scored) - 1]["text"] == "'<|assistant|>'"
+        assert all(r["logp"] is r["ref_logp"] is r["log_ratio"] is None
+                   for r in rows if not r["mask"])
+        for r in scored:
+            assert r["log_ratio"] == near(r["logp"] - r["ref_logp"])
+        assert max(abs(r["log_ratio"]) for r in scored) > 0.001  # away from the reference
+        cells = next(line.split() for line in output.splitlines() if line.endswith(f"  {side}"))
+        names = next(line.split() for line in output.splitlines() if "sum_ref_logp" in line)
+        sums = dict(zip(names, map(float, cells[:-1])))
+        assert sums["sum_logp"] == near(sum(r["logp"] for r in scored))
+        assert sums["sum_ref_logp"] == near(sum(r["ref_logp"] for r in scored))
+        assert sums["tokens"] == len(scored)
+        reward = beta * (sums["sum_logp"] - sums["sum_ref_logp"] * (loss != "simpo"))
+        rewards.append(reward / sums["tokens"] if loss in PER_TOKEN else reward)
+        assert sums["reward"] == near(rewards[-1])
+    margin, sigmoid = rewards[0] - rewards[1], lambda x: 1 / (1 + math.exp(-x))
+    expected = dict(
+        cdpo=-(1 - e) * math.log(sigmoid(margin)) - e * math.log(sigmoid(-margin)),
+        ipo=((margin - 0.5) / beta) ** 2, ipo_mean=((margin - 0.5) / beta) ** 2,
+        simpo=-math.log(sigmoid(margin - beta * 0.8)),
+        kto=(1.5 * (1 - sigmoid(rewards[0])) + 1.0 * (1 - sigmoid(-rewards[1]))) / 2)
+    if loss != "kto":
+        assert number(output, r"margin = .* =") == near(margin)
+    expected = expected.get(loss, -math.log(sigmoid(margin)))
+    assert number(output, r"\nloss = .* =") == near(expected)
