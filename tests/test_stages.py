@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import run_script
 from data.records import write_jsonl
+from data.synthetic.world import lookup
 from tiny_runs import make_inputs
 
 TINY = dict(
@@ -19,7 +20,8 @@ TINY = dict(
     reward=["--batch_size=4", "--samples=16", "--max_new_tokens=80"],
     dpo=["--batch_size=4", "--eval_prompts=8", "--max_new_tokens=80"],
     ppo=["--iterations=2", "--batch_size=8", "--eval_prompts=8", "--best_of=2",
-         "--max_new_tokens=80"])
+         "--max_new_tokens=80"],
+    grpo=["--iterations=2", "--batch_size=8", "--k=4", "--eval_prompts=8", "--max_new_tokens=80"])
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,21 @@ def test_ppo_logs_what_one_needs_to_see(chain):
     assert {"score", "gold", "gold_sft", "gold_win_rate", "tie_rate", "kl", "kl_se", "length",
             "eos_rate", "gold_best_of_n"} <= set(final)
     assert rows(folder, "ppo", "sample")[0]["prompt"]
+
+
+def test_grpo_checks_the_embedded_arithmetic(chain):
+    # catches prompts of another family, answers of another question, samples that are not clustered
+    folder, outputs = chain
+    final = rows(folder, "grpo", "final")[0]
+    assert {"accuracy", "accuracy_se", "accuracy_sft", "accuracy_sft_se", "judged", "questions",
+            "gold", "gold_sft", "kl", "kl_se", "length", "eos_rate"} <= set(final)
+    assert final["judged"] == 8 >= final["questions"] and "the policy loss" in outputs["grpo"]
+    samples = rows(folder, "grpo", "held_out_sample") + rows(folder, "grpo", "sample")
+    assert len(samples) == 16
+    for sample in samples:
+        assert lookup(sample["prompt"]).family == "arithmetic"
+    # the first four of each logged iteration are answers to one prompt
+    assert len({s["prompt"] for s in rows(folder, "grpo", "sample")[:4]}) == 1
 
 
 def test_dpo_logs_what_one_needs_to_see(chain):
