@@ -201,7 +201,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("label.py", ["--data=long.jsonl", "--out=out/l2"], "the embedded data only"),
     ("label.py", ["--out=out/label"], "already holds a finished run"),
     ("reward.py", ["--data=fields.jsonl"], "fields.jsonl:1: the field 'chosen' is missing"),
-    ("ppo.py", ["--data=long.jsonl"], "no train prompt of at most"),
+    ("ppo.py", ["--data=long.jsonl"], "no training prompt of at most"),
     ("ppo.py", ["--reward_model=out/sft"], "is a sft checkpoint; needed here: reward"),
     ("ppo.py", ["--reward_model=nowhere"], "--reward_model=nowhere does not exist"),
     ("ppo.py", ["--kl_in=both"], "--kl_in=both: expected reward or loss"),
