@@ -103,7 +103,7 @@ MAY_BE_ZERO = ("micro_batch", "dropout", "weight_decay", "warmup", "pretrain_mix
                "safety", "oversample", "noise", "length", "flattery", "bullets", "confidence",
                "caution", "seed", "gamma", "lam", "beta", "kl_target", "missing_eos",
                "entropy_coef", "ptx_coef", "label_smoothing", "simpo_margin", "desirable",
-               "undesirable", "nll")
+               "undesirable", "nll", "clip_high")
 
 
 def set_up(config):
@@ -172,19 +172,22 @@ def cosine(step, steps, warmup=0):
 
 
 def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
-                 batch_size=256):
-    """One sampled response per prompt (a list of ids): [{"text", "ids", "finished"}], in order.
+                 batch_size=256, samples=1):
+    """Sampled responses of each prompt (a list of ids): [{"text", "ids", "finished"}], in order.
 
-    ids are the response's tokens, EOS included if it ended (`finished`). Prompts are batched by
-    length, which saves padding and changes nothing else.
+    samples: how many of each; those of a prompt are adjacent, and it is read once for all of them.
+    batch_size counts responses. ids are the response's tokens, EOS included if it ended
+    (`finished`). Prompts are batched by length, which saves padding and changes nothing else.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    results = [None] * len(order)
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+    results = [None] * (len(order) * samples)
+    size = max(1, batch_size // samples)
+    for start in range(0, len(order), size):
+        chosen = order[start:start + size]
         with autocast(model.wte.weight.device):
-            tokens, mask, done = generate(model, [prompt_ids[i] for i in rows], max_new_tokens,
-                                          tokenizer.eos, temperature, rng)
+            tokens, mask, done = generate(model, [prompt_ids[i] for i in chosen], max_new_tokens,
+                                          tokenizer.eos, temperature, rng, samples=samples)
+        rows = [i * samples + k for i in chosen for k in range(samples)]
         for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
             ids = [t for t, keep in zip(row, m) if keep]
             results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)

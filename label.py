@@ -89,10 +89,11 @@ def main(config):
         if start % (config.chunk * 8) == 0:
             run.save_state(records=json.dumps(records), step=start, skipped=skipped)
         part = prompts[start:start + config.chunk]
-        ids = [tokenizer.encode_prompt(p.text) for p in part for _ in range(draws)]
+        ids = [tokenizer.encode_prompt(p.text) for p in part]
         samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
                                       common.generator(device, config.seed, start),
-                                      config.temperature, batch_size=len(ids))
+                                      config.temperature, batch_size=len(ids) * draws,
+                                      samples=draws)
         rng = np.random.default_rng([config.seed, start])
         for i, p in enumerate(part):
             drawn = samples[i * draws:(i + 1) * draws]

@@ -169,13 +169,16 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, check_every=8):
-    """Sample one response per prompt, y_t ~ softmax(logits / temperature).
+def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, check_every=8,
+             samples=1):
+    """Sample `samples` responses per prompt, y_t ~ softmax(logits / temperature).
 
     Plain samples: no top-k, no top-p, no minimum length, because the log-probabilities that the
     stages compute are those of exactly this distribution. temperature 0 takes the argmax.
 
-    prompts: B lists of token ids, of different lengths.   generator: torch.Generator of the device.
+    prompts: lists of token ids, of different lengths.   generator: torch.Generator of the device.
+    Rows of a prompt are adjacent: B = prompts * samples, row p * samples + k is sample k of prompt
+    p. Each prompt is read once, whatever `samples` is: its cache is expanded to its rows.
     Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
     response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
     ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
@@ -183,28 +186,33 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     """
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
-    B, longest = len(prompts), max(lengths)
+    longest = max(lengths)
     if min(lengths) == 0:
         raise ValueError("generate: a prompt is empty")
     if longest + max_new_tokens > config.block_size:
         raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do "
                          f"not fit the context of {config.block_size}")
     pad, size = config.n_tokens, longest + max_new_tokens
-    tokens = torch.full((B, size), pad)
+    tokens = torch.full((len(prompts), size), pad)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(device)
-    position = torch.tensor(lengths, device=device)  # (B,) where each row's next token goes
-    done = torch.zeros(B, dtype=torch.bool, device=device)
+    start = torch.tensor(lengths, device=device)
 
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
         else model.wte.weight.dtype
-    cache = KVCache(config, B, size, device, dtype)
+    cache = KVCache(config, len(prompts), size, device, dtype)
     # prefill: the padding of short rows leaves junk in their later slots, see KVCache
     hidden = model(tokens[:, :longest], cache,
-                   torch.arange(longest, device=device).expand(B, -1))
+                   torch.arange(longest, device=device).expand(len(prompts), -1))
+    last = hidden[torch.arange(len(prompts), device=device), start - 1]  # the last prompt token's
+    if samples > 1:  # repeat_interleave, not repeat: the rows of a prompt are adjacent
+        tokens, start, last = (x.repeat_interleave(samples, 0) for x in (tokens, start, last))
+        cache.kv = cache.kv.repeat_interleave(samples, 2)
+    B = len(tokens)
+    position = start.clone()  # (B,) where each row's next token goes, right behind its prompt
+    done = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # the rows still in the batch, those of the cache
-    last = hidden[rows, position - 1]  # (B, C): the last prompt token of each row
     for step in range(max_new_tokens):
         logits = model.logits(last)
         if temperature == 0:
@@ -230,7 +238,6 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         current = position[rows] - 1
         last = model(tokens[rows, current][:, None], cache, current[:, None])[:, 0]
 
-    start = torch.tensor(lengths, device=device)
     columns = torch.arange(int(position.max()), device=device)
     response_mask = ((columns >= start[:, None]) & (columns < position[:, None])).float()
     return tokens[:, :columns.numel()], response_mask, done

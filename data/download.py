@@ -130,14 +130,31 @@ def read_bytes(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+def read_text(path):
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def read_json_lines(path, text):
+    """(where, row) for each line of the text of a .jsonl file. UserError names file and line."""
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"{path}:{n}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{n}: not JSON ({error.msg})") from None
+    return rows
+
+
 def read_json_rows(path):
     """(where, row) for each element of a file that is one JSON list. UserError if it is not."""
     try:
-        rows = json.loads(read_bytes(path).decode())
+        rows = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a JSON list of rows")
     return [(f"{path}: row {n}", row) for n, row in enumerate(rows, 1)]

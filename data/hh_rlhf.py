@@ -18,14 +18,21 @@ Licence of the data: MIT (github.com/anthropics/hh-rlhf).
 """
 
 import gzip
-import json
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError, run_main
-from data.download import check_out, convert_all, locate, read_bytes, text_field, write
+from data.download import (
+    check_out,
+    convert_all,
+    locate,
+    read_bytes,
+    read_json_lines,
+    text_field,
+    write,
+)
 
 COMMIT = "354e5c3cb8960630860dd5774a6ac2a58313bf4d"
 FILES = {"harmless-base/test.jsonl.gz": (
@@ -83,7 +90,7 @@ def read_rows(path):
     """(where, row) for each line of a .jsonl.gz file. UserError names file and line."""
     try:
         raw = read_bytes(path)
-        lines = gzip.decompress(raw).decode().split("\n")
+        text = gzip.decompress(raw).decode()
     except (EOFError, zlib.error, gzip.BadGzipFile):
         # a clone without git-lfs holds three lines of text in place of most of upstream's files
         why = "a git-lfs pointer, `git lfs pull` gets the data" if raw[:12] == b"version http" \
@@ -91,14 +98,7 @@ def read_rows(path):
         raise UserError(f"{path}: {why}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}:{n}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{n}: not JSON ({error.msg})") from None
-    return rows
+    return read_json_lines(path, text)
 
 
 def records(path):

@@ -3,6 +3,7 @@
     demonstration  {"prompt": P, "completion": text}   or   {"messages": [turn, ...]}
     pair           {"prompt": P, "chosen": text, "rejected": text}
     ranking        {"prompt": P, "completions": [text, ...], "ranks": [int, ...]}   1 best, ties =
+    answer         {"prompt": P, "answer": text or number}   checked as a number, see verifier.py
     label          {"prompt": P, "completion": text, "label": true | false}   wanted or not
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
 
@@ -15,6 +16,8 @@ import json
 from pathlib import Path
 
 import torch
+
+from data.verifier import final_answer
 
 
 class DataError(ValueError):
@@ -101,6 +104,20 @@ def check_ranking(record, where="record"):
                 not all(type(g) in (int, float) for g in gold["gold"]):
             _fail(where, f"'gold' must be {len(completions)} numbers")
     return dict(prompt=prompt, completions=completions, ranks=ranks, **gold, **side)
+
+
+def check_answer(record, where="record"):
+    """{"prompt", "answer"}, the answer a text that holds a number, which responses have to end on.
+
+    A whole worked solution will do: what stands behind its last "####", or its last number.
+    """
+    answer = record.get("answer")
+    if type(answer) in (int, float):
+        record = dict(record, answer=str(answer))
+    answer = _text(record, "answer", where)
+    if final_answer(answer) is None:
+        _fail(where, "'answer' holds no number")
+    return dict(prompt=_prompt(record, where), answer=answer, **_side(record, where))
 
 
 def check_ranking_or_label(record, where="record"):

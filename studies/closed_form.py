@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at 
 
 import common
 import dpo
+import grpo
 import ppo
 from model import GPT, GPTConfig, generate, token_logprobs
 from reward import RewardModel
@@ -257,25 +258,85 @@ def run_dpo(problem, steps=400):
     return policy, None
 
 
+def run_grpo(problem, steps=200, batch_size=256, **options):
+    """GRPO on sampled responses, groups of K = 8. Returns (policy, None): there is no critic."""
+    config = grpo.resolve(grpo.Config(
+        reward="model", batch_size=batch_size, lr=4e-3, beta=problem.beta,
+        temperature=problem.temperature, missing_eos=MISSING_EOS, max_new_tokens=LENGTH, **options))
+    torch.manual_seed(0)
+    policy = copy.deepcopy(problem.reference).requires_grad_(True)
+    optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
+    draws, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    prompts = list(PROMPTS) * (batch_size // config.k // len(PROMPTS))
+    for step in range(steps):
+        common.set_lr(optimizer, config.lr * common.cosine(step, steps, 5))
+        tokens, mask, finished = generate(policy, prompts, LENGTH, EOS, problem.temperature, draws,
+                                          samples=config.k)
+        batch = grpo.prepare(policy, problem.reference, tokens, mask, finished,
+                             problem.score[problem.rows(tokens)], config)
+        grpo.update(policy, optimizer, batch, config, rng)
+    return policy, None
+
+
+def group_std_limit(problem, draws=2000, iterations=40):
+    """log pi(y), (N,), where the advantage (r - mean) / std of the group and k2 in the loss end up.
+
+    Both terms follow dlog pi(y): the gradient vanishes where A(y) - beta (log pi - log pi_ref) is
+    the same for every y, A(y) the mean advantage of y among K - 1 others drawn from pi. So
+
+        pi(y) ~ pi_ref(y) exp(A(y; pi) / beta)       in place of        exp(r(y) / beta)
+
+    The score is measured in standard deviations of the policy's own scores, or, the other way
+    round, beta is multiplied by them: a prompt whose answers score alike is pulled to the
+    reference less than one whose answers differ. That is no optimum of any J, because the unit
+    moves with pi. A pi that gives itself, found by damped iteration over fixed random numbers.
+    """
+    K, N = grpo.Config.k, len(problem.score)
+    log_pi = problem.ref_logp.sum(1)
+    uniform = torch.rand(draws, K - 1, generator=torch.Generator().manual_seed(0))
+    for _ in range(iterations):
+        others = torch.searchsorted(log_pi.exp().cumsum(0), uniform).clamp(max=N - 1)
+        groups = torch.cat([problem.score[:, None, None].expand(N, draws, 1),
+                            problem.score[others].expand(N, draws, K - 1)], 2)
+        advantage = grpo.group_advantage(groups.flatten(), K, "grpo").view(N, draws, K)[..., 0]
+        following = optimum(problem.ref_logp.sum(1), advantage.mean(1), problem.beta)
+        log_pi = torch.log_softmax((log_pi + following) / 2, 0)
+    return log_pi
+
+
 # name: (how to train, largest distance to pi*). None: shown for comparison, held to no bound
 METHODS = {
     "PPO, KL in the reward": (lambda p: run_ppo(p, "reward"), 0.03),
     "PPO, KL in the loss": (lambda p: run_ppo(p, "loss", batch_size=512), 0.03),
     "PPO, KL in the loss, greedy": (lambda p: run_ppo(p, "loss", priced=False), None),
     "DPO, exact preferences": (run_dpo, 0.02),
+    "RLOO, k1 in the reward": (lambda p: run_grpo(p, method="rloo"), 0.03),
+    # k2 in the loss leaves the noise of the score, as in PPO: more samples
+    "RLOO, k2 in the loss": (lambda p: run_grpo(p, method="rloo", kl_in="loss", batch_size=448),
+                             0.03),
+    # one choice changed, so that it is the std that is seen and not the length or k3 as well
+    "GRPO, group std": (lambda p: run_grpo(p, method="rloo", advantage="grpo", kl_in="loss"), None),
+}
+PREDICTED = {  # name: log pi(y) of the place where theory says that it ends instead of at pi*
+    "PPO, KL in the loss, greedy": lambda p: p.by_recursion(soft=False),
+    "GRPO, group std": group_std_limit,
 }
 HEADROOM, CRITIC = 0.95, 0.05  # at least, at most
 
 
-def measure(problem, policy, critic_error):
-    """One row of figures, the worst prompt's where there is one figure a prompt."""
+def measure(problem, policy, critic_error, predicted=None):
+    """One row of figures, the worst prompt's where there is one figure a prompt.
+
+    predicted: log pi(y), (N,), of another place than pi* that the policy should be near.
+    """
     with torch.no_grad():
         seq_logp = problem.logp(policy).sum(1)
     start, best = problem.ref_logp.sum(1), problem.best
     gained, room = (problem.objective(x) - problem.objective(start) for x in (seq_logp, best))
     return dict(start=problem.distance(start, best).min().item(),
                 end=problem.distance(seq_logp, best).max().item(),
-                greedy=problem.distance(seq_logp, problem.by_recursion(soft=False)).max().item(),
+                predicted=None if predicted is None else
+                problem.distance(seq_logp, predicted).max().item(),
                 headroom=(gained / room).item(), critic=critic_error)
 
 
@@ -292,22 +353,24 @@ def run_one(job):
     """One row of figures for (method, seed, temperature); builds the problem in this process."""
     name, seed, temperature = job
     start, problem = time.time(), Problem(seed, temperature)
-    row = measure(problem, *METHODS[name][0](problem))
+    predicted = PREDICTED[name](problem) if name in PREDICTED else None
+    row = measure(problem, *METHODS[name][0](problem), predicted)
     return dict(row, method=name, temperature=temperature, seconds=time.time() - start)
 
 
 def table(rows):
     """Markdown, a line for every method and temperature: the worst of its problems."""
-    lines = ["| method | T | problems | TV(pi_ref, pi*) | TV(pi, pi*) | TV(pi, greedy) | "
+    lines = ["| method | T | problems | TV(pi_ref, pi*) | TV(pi, pi*) | TV(pi, predicted) | "
              "headroom gained | critic error | s a problem |", "|" + "---|" * 9]
     for name, temperature in dict.fromkeys((r["method"], r["temperature"]) for r in rows):
         group = [r for r in rows if (r["method"], r["temperature"]) == (name, temperature)]
         worst = lambda pick, key, group=group: pick(r[key] for r in group)
-        critic = "" if group[0]["critic"] is None else f"{worst(max, 'critic'):.1%}"
+        given = lambda key, form, group=group, worst=worst: \
+            "" if group[0][key] is None else format(worst(max, key), form)
         lines.append(
             f"| {name} | {temperature} | {len(group)} | {worst(min, 'start'):.2f} | "
-            f"{worst(max, 'end'):.3f} | {worst(max, 'greedy'):.3f} | "
-            f"{worst(min, 'headroom'):.1%} | {critic} | "
+            f"{worst(max, 'end'):.3f} | {given('predicted', '.3f')} | "
+            f"{worst(min, 'headroom'):.1%} | {given('critic', '.1%')} | "
             f"{sum(r['seconds'] for r in group) / len(group):.0f} |")
     return "\n".join(lines)
 

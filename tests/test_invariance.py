@@ -11,6 +11,7 @@ import copy
 import common
 import dpo
 import evaluate
+import grpo
 import numpy as np
 import ppo
 import pytest
@@ -25,11 +26,12 @@ from reward import RewardModel, reward_loss, score_rows
 from sft import sft_loss
 from tiny_runs import FLAGS, STAGES, make_inputs
 
-MODULES = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo)
+MODULES = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo, grpo=grpo)
 # a second iteration that starts away from the reference, and every option that adds to the loss
 OPTIONS = dict(sft=[], reward=[], dpo=["--nll=0.2"], ppo=[
     "--iterations=2", "--entropy_coef=0.1", "--kl_target=0.5", "--score_scaling=true",
-    "--ptx_coef=0.5", "--ptx_batch=4", "--ptx_data=text.txt"])
+    "--ptx_coef=0.5", "--ptx_batch=4", "--ptx_data=text.txt"], grpo=[
+    "--iterations=2", "--method=grpo", "--kl_in=loss", "--kl_estimator=k3", "--beta=0.3"])
 EOS, PAD = 0, 13  # of the fixture `tiny`
 
 
@@ -111,23 +113,23 @@ def test_padding_changes_nothing(folder, plain, monkeypatch, stage):
 
     for module in (sft, reward, dpo, evaluate):
         monkeypatch.setattr(module, "collate", lambda *args: widen(*collate(*args)))
-    if stage == "ppo":
-        def wide_generate(*args):
-            tokens, mask, done = generate(*args)
+    if stage in ("ppo", "grpo"):
+        def wide_generate(*args, **options):
+            tokens, mask, done = generate(*args, **options)
             return *widen(tokens, mask), done
 
-        monkeypatch.setattr(ppo, "generate", wide_generate)
+        monkeypatch.setattr(MODULES[stage], "generate", wide_generate)
     assert_same(train(folder, stage, f"wide_{stage}", monkeypatch), plain[stage])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
     # catches a row that is scored, rewarded or trained with the numbers of its neighbour
-    if stage == "ppo":
-        def reversed_generate(*args):
-            return tuple(x.flip(0) for x in generate(*args))
+    if stage in ("ppo", "grpo"):
+        def reversed_generate(*args, **options):
+            return tuple(x.flip(0) for x in generate(*args, **options))
 
-        monkeypatch.setattr(ppo, "generate", reversed_generate)
+        monkeypatch.setattr(MODULES[stage], "generate", reversed_generate)
         data = "pairs.jsonl"
     else:
         data = "demos.jsonl" if stage == "sft" else "pairs.jsonl"
@@ -145,10 +147,13 @@ def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
     assert_same(found, expected)
 
 
-def test_kl_in_the_loss_is_divided_by_the_whole_step(folder, monkeypatch):
-    # catches an exact-KL term that is divided by the tokens of its own micro-batch
-    whole, parts = (train(folder, "ppo", f"loss{n}", monkeypatch, "--kl_in=loss", "--beta=1.0",
-                          f"--micro_batch={n}") for n in (0, 1))
+@pytest.mark.parametrize("stage, flags", [
+    ("ppo", []), ("grpo", ["--method=dapo", "--kl_estimator=k2"]), ("grpo", ["--method=rloo"])])
+def test_kl_in_the_loss_is_divided_by_the_whole_step(folder, monkeypatch, stage, flags):
+    # catches a KL term that is divided by the tokens or responses of its own micro-batch
+    whole, parts = (train(folder, stage, f"{stage}{len(flags)}loss{n}", monkeypatch,
+                          "--kl_in=loss", "--beta=1.0", *flags, f"--micro_batch={n}")
+                    for n in (0, 1))
     assert_same(parts, whole)
 
 

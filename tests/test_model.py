@@ -84,6 +84,20 @@ def test_generate_is_seeded(tiny):
     assert draw(1) == draw(1) != draw(2)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_samples_of_a_prompt_are_those_of_the_repeated_prompt(tiny, temperature):
+    # catches a cache, a last state or a length that is handed to the rows of another prompt
+    prompts = [[1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11, 12], [2, 9]]
+    seeded = lambda prompts, samples, eos: generate(
+        tiny, prompts, 12, eos, temperature, torch.Generator().manual_seed(3), samples=samples)
+    eos = seeded(prompts, 1, -1)[0][1, 5].item()  # a token that is said: rows end at it
+    found, expected = (seeded(prompts, 5, eos),
+                       seeded([p for p in prompts for _ in range(5)], 1, eos))
+    assert found[2].any() and len(found[1].sum(1).unique()) > 1
+    for x, y in zip(found, expected):
+        assert torch.equal(x, y)
+
+
 def test_generate_refuses_what_does_not_fit(tiny):
     # catches silent truncation
     with pytest.raises(ValueError, match="do not fit the context of 24"):

@@ -12,6 +12,7 @@ from tiny_runs import FLAGS, make_inputs
 DPO = [*(f for f in FLAGS["dpo"] if not f.startswith(("--epochs", "--lr"))), "--epochs=4",
        "--lr=0.01"]
 PER_TOKEN = ("ipo_mean", "dpo_norm", "simpo")
+GRPO = [f for f in FLAGS["grpo"] if not f.startswith(("--iterations", "--lr", "--out"))]
 PPO = [f for f in FLAGS["ppo"] if not f.startswith(("--iterations", "--lr", "--out"))]
 
 
@@ -120,6 +121,54 @@ def test_ppo(folder, flags):
     assert number(output, r"loss     = [^=]*= .* =") == near(loss / len(rows))
     assert max(abs(r["ratio"] - 1) for r in rows) > 0.01  # after updates, away from the reference
     assert max(abs(r["old_logp"] - r["ref_logp"]) for r in rows) > 0.01
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--method=grpo", "--kl_in=loss", "--kl_estimator=k3", "--temperature=0.7"],
+    ["--method=dapo", "--kl_in=loss", "--seed=4"], ["--method=dr_grpo", "--beta=0"]])
+def test_grpo(folder, flags):
+    # catches a table whose rewards, advantages, weights or losses do not follow from each other
+    output = trace(folder, "grpo", *GRPO, "--iterations=3", "--lr=0.05", *flags)
+    g, t = table(output, "response"), table(output, "position")
+    options = dict(f.strip("-").split("=") for f in flags)
+    method, K, in_loss = options.get("method", "rloo"), 4, "kl_in" in options
+    beta = float(options.get("beta", 0.05))
+    assert len(g["response"]) == K and set(g["kept"]) == {1.0}
+    mean = sum(g["reward"]) / K
+    std = (sum((r - mean) ** 2 for r in g["reward"]) / (K - 1)) ** 0.5
+    assert number(output, "mean") == near(mean) and number(output, ", std") == near(std)
+    high, loss = 0.28 if method == "dapo" else 0.2, 0.0
+    for i in range(K):
+        row = {name: column[i] for name, column in g.items()}
+        assert row["finished"] == 1 or row["score"] == -3
+        assert row["reward"] == near(row["score"] - (0 if in_loss or not beta else
+                                                     beta * row["seq_kl"]))
+        scale = dict(rloo=K / (K - 1), dr_grpo=1).get(method) or 1 / (std + 1e-4)
+        assert row["advantage"] == near((row["reward"] - mean) * scale)
+        assert row["weight"] == near(1 / dict(
+            rloo=K, grpo=K * row["tokens"], dr_grpo=K * 12, dapo=sum(g["tokens"]))[method])
+        loss += row["weight"] * (row["policy"] + (row["kl"] if in_loss else 0))
+    assert number(output, r"loss      = .* =") == near(loss)
+    shown = int(number(output, "those of response"))
+    rows = [dict(zip(t, row)) for row in zip(*t.values()) if row[1] == 1.0]
+    advantage, policy, log_ratio, k3 = g["advantage"][shown], 0.0, 0.0, 0.0
+    assert len(rows) == g["tokens"][shown] and abs(advantage) == max(map(abs, g["advantage"]))
+    assert (rows[-1]["text"] == "EOS") == (g["finished"][shown] == 1)
+    for r in rows:
+        assert r["ratio"] == near(math.exp(r["logp"] - r["old_logp"]))
+        assert r["clipped"] == near(min(max(r["ratio"], 0.8), 1 + high))
+        policy -= min(r["ratio"] * advantage, r["clipped"] * advantage)
+        l = r["logp"] - r.get("ref_logp", 0)
+        log_ratio, k3 = log_ratio + l, k3 + math.exp(-l) - 1 + l
+    assert number(output, r"of response \d =") == near(policy) == g["policy"][shown]
+    if beta:
+        assert g["seq_kl"][shown] == near(sum(r["old_logp"] - r["ref_logp"] for r in rows))
+    else:
+        assert "ref_logp" not in t and "seq_kl" not in g
+    if in_loss:
+        assert g["kl"][shown] == near(beta * (k3 if "kl_estimator" in options
+                                              else log_ratio**2 / 2))
+    assert max(abs(r["ratio"] - 1) for r in rows) > 0.01  # after updates
 
 
 def test_trace_does_not_resume(folder):

@@ -8,7 +8,7 @@ from model import GPT, GPTConfig
 from reward import RewardModel
 from sft import Config
 
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
 # every step sees all of the training data, so that the order of the file is the order of a batch
 FLAGS = dict(
     sft=["--data=demos.jsonl", "--init=sft", "--epochs=2", "--samples=4", "--max_new_tokens=8",
@@ -19,7 +19,10 @@ FLAGS = dict(
          "--warmup=1", "--max_new_tokens=12", "--eval_prompts=4"],
     ppo=["--data=pairs.jsonl", "--init=sft", "--reward_model=reward", "--iterations=1",
          "--batch_size=8", "--minibatches=1", "--epochs=3", "--max_new_tokens=12", "--lr=0.5",
-         "--critic_lr=0.05", "--warmup=1", "--eval_prompts=4", "--best_of=1", "--log_every=1"])
+         "--critic_lr=0.05", "--warmup=1", "--eval_prompts=4", "--best_of=1", "--log_every=1"],
+    grpo=["--data=pairs.jsonl", "--init=sft", "--reward=model", "--reward_model=reward",
+          "--iterations=1", "--batch_size=8", "--k=4", "--minibatches=1", "--epochs=3",
+          "--max_new_tokens=12", "--lr=0.5", "--warmup=1", "--eval_prompts=4", "--log_every=1"])
 
 
 def make_inputs(folder, n_embd=16):

@@ -1,0 +1,533 @@
+"""Stage 3 without a critic, GRPO and its relatives: answers to a prompt are judged by each other.
+
+    A_i = r_i - mean of the rewards of the other answers to the same prompt       (RLOO)
+    L = - sum_i w_i sum_t min(ratio_t A_i, clip(ratio_t, 1 - eps_low, 1 + eps_high) A_i)
+    J(pi) = E_{y ~ pi} [ r(x, y) ] - beta KL(pi || pi_ref)                     as in ppo.py
+
+One iteration: sample K responses to each prompt, reward them, compare within the group, then a few
+minibatches. The reward is a verifier (the number that the response ends on is right or wrong) or
+the trained reward model. Two networks with the verifier, policy and reference; no critic ever.
+
+    python grpo.py                               # embedded arithmetic; runs sft.py first if needed
+    python grpo.py --reward=model                # all embedded prompts, scored by out/reward
+    python grpo.py --method=grpo --kl_in=loss --kl_estimator=k3 --beta=0.04   # as published
+    python grpo.py --data=out/data/gsm8k.jsonl --init=...
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from common import UserError
+from data.records import check_answer, check_prompt, fits, read_jsonl, split
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import FAMILIES, sample_prompts
+from data.verifier import is_right
+from evaluate import clustered_se, compare, question
+from model import generate, token_logprobs, token_stats
+from reward import load_reward_model
+
+
+@dataclass
+class Config:
+    data: str = "synthetic"  # prompts: "synthetic" (for the verifier its arithmetic) or a .jsonl
+    #                          file of {"prompt", "answer"}; for a reward model any prompts
+    out: str = "out/grpo"  # output folder
+    init: str = "out/sft"  # policy to start from; also the reference
+    reward: str = "verifier"  # "verifier": 1 for the right number, else 0; "model": reward_model
+    reward_model: str = "out/reward"  # used with --reward=model
+    method: str = "rloo"  # grpo, dr_grpo, rloo, dapo: sets those of the next four left open
+    advantage: str = "auto"  # grpo (over the group's std), dr_grpo (its mean), rloo (the others')
+    aggregate: str = "auto"  # sequence (mean of means), constant (length), tokens, sum
+    clip_high: float = 0.0  # upper clip of the ratio; 0 takes the method's
+    drop: str = "auto"  # true: groups whose scores are all equal leave the loss
+    iterations: int = 60
+    batch_size: int = 256  # responses an iteration
+    k: int = 8  # responses to a prompt: the group
+    minibatches: int = 2  # optimiser steps an epoch
+    epochs: int = 1  # passes over the responses of an iteration
+    micro_batch: int = 0  # responses a forward pass; 0 takes a whole minibatch
+    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
+    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
+    lr: float = 3e-4  # linear decay to a tenth
+    warmup: int = 5  # iterations
+    adam_eps: float = 1e-5
+    grad_clip: float = 1.0
+    clip: float = 0.2  # lower clip of the ratio
+    beta: float = 0.05  # KL coefficient, in units of score per nat; 0 needs no reference
+    kl_in: str = "reward"  # "reward": k1 of the sequence; "loss": kl_estimator
+    kl_estimator: str = "k2"  # in the loss: k2 (of the sequence) or k3 (per token, as published)
+    missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
+    eval_prompts: int = 512  # held-out prompts of the final comparison; few are asked repeatedly
+    log_every: int = 10  # iterations between sample tables
+    save_every: int = 20  # iterations between saved states
+    seed: int = 1
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+    trace: bool = False  # print one group with every number of its loss, then stop
+
+
+METHODS = {  # what --method stands for
+    # Shao et al. 2024. Division by the std weighs a prompt more the surer the policy is about it,
+    # division by the length makes a long wrong answer cheap
+    "grpo": dict(advantage="grpo", aggregate="sequence", clip_high=0.2, drop="false"),
+    # Liu et al. 2025: neither division
+    "dr_grpo": dict(advantage="dr_grpo", aggregate="constant", clip_high=0.2, drop="false"),
+    # Ahmadian et al. 2024: REINFORCE with the other answers as baseline; the gradient of J
+    "rloo": dict(advantage="rloo", aggregate="sum", clip_high=0.2, drop="false"),
+    # Yu et al. 2025: unlikely tokens may rise further, every token counts the same
+    "dapo": dict(advantage="grpo", aggregate="tokens", clip_high=0.28, drop="true"),
+}
+
+
+# --- the mathematics -----------------------------------------------------------------------------
+
+
+def has_signal(score, K):
+    """Which groups tell good from bad, (B / K,) bool: not all scores equal.
+
+    score (B,), the K responses to a prompt adjacent. All right or all wrong, a group has advantage
+    0 everywhere and no gradient.
+    """
+    group = score.view(-1, K)
+    return group.amax(1) > group.amin(1)
+
+
+def group_advantage(reward, K, kind):
+    """Advantage of every response against its group, (B,); 0 where all K rewards are equal.
+
+        grpo      A_i = (r_i - mean(r)) / std(r)                          (Shao et al. 2024, 4.1.2)
+        dr_grpo   A_i = r_i - mean(r)                                     (Liu et al. 2025)
+        rloo      A_i = r_i - mean of the other K - 1 = K / (K - 1) (r_i - mean(r))
+                                                                          (Ahmadian et al. 2024)
+
+    reward (B,), the K responses to a prompt adjacent; units of reward, for grpo none. Only rloo's
+    baseline is independent of the response it is taken off: its gradient is exact on average, that
+    of dr_grpo is (K - 1) / K of it. std is the unbiased one, + 1e-4 against rounding blown up.
+    """
+    group = reward.view(-1, K)
+    centred = group - group.mean(1, keepdim=True)
+    if kind == "grpo":
+        centred = centred / (group.std(1, keepdim=True) + 1e-4)
+    elif kind == "rloo":
+        centred = centred * (K / (K - 1))
+    # exactly 0: a mean of equal numbers is off by rounding, which a small std would magnify
+    return (centred * has_signal(reward, K)[:, None]).flatten()
+
+
+def policy_loss(logp, old_logp, advantage, response_mask, clip, clip_high):
+    """Clipped surrogate, negated: (B,), a SUM over the tokens of each response.
+
+        - sum_t min(ratio_t A, clip(ratio_t, 1 - clip, 1 + clip_high) A)
+
+    logp, old_logp, response_mask (B, T); advantage (B,), one for all tokens of a response. With
+    clip_high above clip (DAPO: 0.28) an unlikely token can gain more in one iteration: 0.01 may
+    become 0.0128 where a likely one hits its ceiling anyway. Returns (loss, info) as in ppo.py.
+    """
+    log_ratio = (logp - old_logp) * response_mask
+    ratio, advantage = log_ratio.exp(), advantage[:, None]
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip, 1 + clip_high) * advantage
+    loss = -(torch.minimum(unclipped, clipped) * response_mask).sum(1)
+    with torch.no_grad():
+        info = dict(clip_fraction=((clipped < unclipped) * response_mask).sum(),
+                    approx_kl=((ratio - 1 - log_ratio) * response_mask).sum(),
+                    ratio_max=(ratio * response_mask).max())
+    return loss, info
+
+
+def kl_loss(logp, ref_logp, response_mask, estimator):
+    """The KL term of --kl_in=loss, (B,), one number a response, by l = logp - ref_logp:
+
+        k2   0.5 (sum_t l_t)^2              of the whole response
+        k3   sum_t exp(-l_t) - 1 + l_t      token by token, GRPO's published choice
+
+    logp, ref_logp (B, T) in nats per token. A loss is differentiated with the samples held fixed,
+    and then it is not the value of an estimator that counts but its gradient:
+    - k1, sum_t l_t, has gradient sum_t dlog pi(y_t), which is 0 on average: no penalty at all. It
+      belongs into the reward, where it multiplies dlog pi: E[ l dlog pi ] = dKL(pi || ref).
+    - k2 has gradient (sum_t l_t) sum_t dlog pi(y_t), the same thing. Token by token,
+      sum_t l_t dlog pi(y_t), a token does not pay for the drift of what follows it (docs/kl.md).
+    - k3 has gradient sum_t (1 - exp(-l_t)) dlog pi(y_t): that of KL(ref || pi) at each visited
+      state. Bounded for tokens that the policy favours, explosive for those that it gave up.
+    """
+    log_ratio = (logp - ref_logp) * response_mask
+    if estimator == "k2":
+        return 0.5 * log_ratio.sum(1) ** 2
+    return ((-log_ratio).exp() - 1 + log_ratio).sum(1)
+
+
+def row_weights(lengths, kept, aggregate, max_length):
+    """What the sum over a response's tokens is multiplied by, (B,), for a WHOLE optimiser step.
+
+        sequence   1 / (n length_i)   mean over tokens, then over responses     (GRPO)
+        constant   1 / (n max_length) the same for every token of every run     (Dr. GRPO)
+        tokens     1 / sum_i length_i every token of this step counts the same  (DAPO)
+        sum        1 / n              the log-probability of a response is a sum (RLOO)
+
+    lengths (B,) in tokens; kept (B,), 1, or 0 for responses of dropped groups, which count neither
+    above nor below the line; n = sum kept. Only sum and constant follow the gradient of J.
+    """
+    n = kept.sum()
+    per = dict(sequence=n * lengths, constant=n * max_length, tokens=(kept * lengths).sum(), sum=n)
+    return kept / per[aggregate]
+
+
+# --- the two halves of an iteration --------------------------------------------------------------
+
+
+def micro_batches(rows, config):
+    """Indices `rows` cut into pieces of at most one forward pass."""
+    minibatch = config.batch_size // config.minibatches
+    return rows.split(min(config.micro_batch or minibatch, minibatch))
+
+
+def prepare(policy, reference, tokens, mask, finished, score, config):
+    """Everything that stays fixed while we train on a batch of groups.
+
+    tokens, mask (B, T) and finished (B,) as `generate` returns them, K rows a prompt; score (B,),
+    used where finished. Returns a dict: tokens, mask, finished; score (B,), that of cut responses
+    in place; reward (B,), KL included; advantage, kept (B,); old_logp, ref_logp, entropy (B, T),
+    nats per token, 0 outside the mask. With beta 0 the reference is not asked: ref_logp is None.
+    """
+    device = tokens.device
+    with torch.no_grad(), common.autocast(device):
+        parts = micro_batches(torch.arange(len(tokens), device=device), config)
+        # old log-probabilities from the training forward, not from the sampler, see ppo.py
+        stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True)
+                 for p in parts]
+        old_logp, entropy = (torch.cat(s) for s in list(zip(*stats))[:2])
+        ref_logp = None
+        if config.beta > 0:
+            ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p],
+                                                 config.temperature) for p in parts])
+    # a response cut by the length limit is not judged: for a verifier it is wrong
+    missing = config.missing_eos if config.reward == "model" else 0.0
+    reward = score = torch.where(finished, score, torch.full_like(score, missing))
+    if config.beta > 0 and config.kl_in == "reward":
+        # k1 of the sequence, before the baseline: the others pay theirs, so it is centred as well
+        reward = score - config.beta * ((old_logp - ref_logp) * mask).sum(1)
+    kept = torch.ones_like(score)
+    if config.drop == "true":  # by the score: the KL alone is no reason to keep a group
+        kept = has_signal(score, config.k).repeat_interleave(config.k).to(score.dtype)
+    return dict(tokens=tokens, mask=mask, finished=finished, score=score, reward=reward, kept=kept,
+                advantage=group_advantage(reward, config.k, config.advantage), old_logp=old_logp,
+                ref_logp=ref_logp, entropy=entropy)
+
+
+def losses(logp, batch, p, config):
+    """(policy's loss, KL's loss, info): the two terms (B,) of the responses p of a batch."""
+    loss, info = policy_loss(logp, batch["old_logp"][p], batch["advantage"][p], batch["mask"][p],
+                             config.clip, config.clip_high)
+    kl = torch.zeros_like(loss)
+    if config.beta > 0 and config.kl_in == "loss":
+        kl = config.beta * kl_loss(logp, batch["ref_logp"][p], batch["mask"][p],
+                                   config.kl_estimator)
+    return loss, kl, info
+
+
+def update(policy, optimizer, batch, config, rng, check=False):
+    """Train the policy on the batch that `prepare` returned: epochs of minibatches.
+
+    rng: numpy Generator, for the order of the responses: groups need not stay together, their
+    advantages are fixed. check: assert on the first minibatch that ratios are 1 and the KL is 0.
+    Returns means per response token over all epochs (clip_fraction, approx_kl), ratio_max, and
+    the means of the steps' policy_loss, kl_loss and gradient norm before clipping.
+    """
+    tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
+    device, totals, steps, ratio_max, seen = tokens.device, {}, [], 0.0, 0.0
+    for _ in range(config.epochs):
+        order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
+        for rows in order.split(config.batch_size // config.minibatches):
+            if kept[rows].sum() == 0:
+                continue  # every group was dropped: there is nothing to learn from
+            weights = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
+                                  config.max_new_tokens)
+            step = torch.zeros(2, device=device)
+            for p, weight in zip(micro_batches(rows, config), micro_batches(weights, config)):
+                with common.autocast(device):
+                    logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
+                loss, kl, info = losses(logp, batch, p, config)
+                (weight * (loss + kl)).sum().backward()
+                step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])
+                ratio_max = max(ratio_max, info.pop("ratio_max").item())
+                for name, value in info.items():
+                    totals[name] = totals.get(name, 0.0) + value.item()
+                seen += mask[p].sum().item()
+                if check and not steps:
+                    check_start(logp, batch, p)
+                    check = False
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+            steps.append(torch.stack([*step, norm]))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    mean = torch.stack(steps).mean(0).tolist() if steps else [0.0, 0.0, 0.0]
+    return dict(policy_loss=mean[0], kl_loss=mean[1], grad_norm=mean[2], ratio_max=ratio_max,
+                **{k: totals.get(k, 0.0) / max(seen, 1) for k in ("clip_fraction", "approx_kl")})
+
+
+def check_start(logp, batch, p):
+    """On the first minibatch, before any update: ratio 1 and KL 0, or something is wrong."""
+    mask, old_logp = batch["mask"][p], batch["old_logp"][p]
+    ratio_error, kl = ((logp - old_logp) * mask).abs().max().item(), 0.0
+    if batch["ref_logp"] is not None:
+        kl = ((old_logp - batch["ref_logp"][p]) * mask).sum(1).mean().item()
+    print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
+    if mask.device.type == "cpu":  # full precision; under autocast the two forwards may round apart
+        assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
+        assert abs(kl) < 1e-4, "the policy does not start from the reference"
+
+
+# --- the stage -----------------------------------------------------------------------------------
+
+
+def resolve(config):
+    """The config with --method's choices where none was made; UserError for an unknown name."""
+    names = dict(reward=("verifier", "model"), method=METHODS, kl_in=("reward", "loss"),
+                 kl_estimator=("k2", "k3"), advantage=("auto", "grpo", "dr_grpo", "rloo"),
+                 aggregate=("auto", "sequence", "constant", "tokens", "sum"),
+                 drop=("auto", "true", "false"))
+    for name, allowed in names.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name}={getattr(config, name)}: expected one of "
+                            + ", ".join(allowed))
+    if config.clip_high < 0:
+        raise UserError(f"--clip_high={config.clip_high}: must not be negative")
+    if config.k < 2 or config.batch_size % config.k or config.batch_size % config.minibatches:
+        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --k={config.k}, "
+                        f"at least 2, and of --minibatches={config.minibatches}")
+    return dataclasses.replace(config, **{name: value for name, value in
+                                          METHODS[config.method].items()
+                                          if getattr(config, name) in ("auto", 0.0)})
+
+
+def load_prompts(config, tokenizer, room):
+    """(training, held out): lists of (text or turns, ids, answer or None for a reward model)."""
+    verifier = config.reward == "verifier"
+    if config.data == "synthetic":
+        families = ("arithmetic",) if verifier else FAMILIES
+        sides = [[dict(prompt=p.text, answer=p.answer) for p in sample_prompts(*args, families)]
+                 for args in ((2000, False, config.seed), (config.eval_prompts, True, 0))]
+    else:
+        sides = split(read_jsonl(config.data, check_answer if verifier else check_prompt))
+    result = []
+    for name, records in zip(("training", "held-out"), sides):
+        encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
+                   for r in records]
+        kept = fits(f"{name} prompts", encoded, room, lambda e: len(e[1]))
+        if not kept:
+            raise UserError(f"--data={config.data}: no {name} prompt of at most {room} tokens")
+        result.append(kept)
+    return result[0], result[1][:config.eval_prompts]
+
+
+def verify(texts, finished, answers):
+    """1.0 for every finished response that ends on the right number, else 0.0: a list."""
+    return [float(f and is_right(t, a)) for t, f, a in zip(texts, finished, answers)]
+
+
+def main(config):
+    device = common.set_up(config)
+    config = resolve(config)
+
+    common.ensure_input(config, "init", "sft")
+    if config.reward == "model":
+        common.ensure_input(config, "reward_model", "reward")
+
+    # --- two networks, or three ----------------------------------------------
+    stages = ("sft", "dpo", "ppo", "grpo")
+    policy, tokenizer, parent = common.load_policy(config.init, stages, device)
+    reference = common.load_policy(config.init, stages, device)[0].requires_grad_(False)
+    reward_model, parents = None, {parent["stage"]: parent["hash"]}
+    block_size = policy.config.block_size
+    if config.reward == "model":
+        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
+        common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
+        parents["reward"] = rm_parent["hash"]
+        block_size = min(block_size, reward_model.gpt.config.block_size)
+    train, held_out = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    run = common.Run("grpo", config, device)
+    print(f"policy {policy.num_params():,} parameters; {len(train)} prompts, {len(held_out)} held "
+          f"out")
+
+    optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
+    first = 0
+    state = run.load_state()
+    if state:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    n_prompts = config.batch_size // config.k
+    bar = tqdm(range(first, config.iterations), "grpo", initial=first, total=config.iterations,
+               mininterval=1)
+    for step in bar:
+        if step % config.save_every == 0:
+            run.save_state(policy=policy.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        clock = [time.perf_counter()]
+
+        # --- rollout: K plain samples of each prompt, from softmax(logits / T) ---
+        rng = np.random.default_rng([config.seed, step])
+        chosen = rng.choice(len(train), n_prompts, replace=len(train) < n_prompts)
+        with common.autocast(device):
+            tokens, mask, finished = generate(
+                policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
+                config.temperature, common.generator(device, config.seed, step), samples=config.k)
+        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
+        asked = [train[i] for i in chosen for _ in range(config.k)]
+        clock.append(time.perf_counter())
+
+        # --- score: everything that stays fixed while we train on this batch --
+        accuracy = None
+        if config.reward == "verifier":
+            score = torch.tensor(verify(texts, finished.tolist(), [a for _, _, a in asked]),
+                                 device=device)
+            accuracy = score.mean().item()
+        else:
+            with torch.no_grad(), common.autocast(device):
+                score = torch.cat([reward_model(tokens[p], mask[p]) for p in micro_batches(
+                    torch.arange(len(tokens), device=device), config)])
+        batch = prepare(policy, reference, tokens, mask, finished, score, config)
+        clock.append(time.perf_counter())
+
+        # --- train -----------------------------------------------------------
+        factor = min(1.0, (step + 1) / max(1, config.warmup)) * (1 - 0.9 * step / config.iterations)
+        common.set_lr(optimizer, config.lr * factor)
+        trained = update(policy, optimizer, batch, config, rng, check=step == 0 and first == 0)
+        clock.append(time.perf_counter())
+        # --- end of what changes the weights; the rest is for the reader -----
+        # the second iteration: in the first one the policy still is the reference, and KL is 0
+        if config.trace and step == min(1, config.iterations - 1):
+            return trace(policy, tokenizer, batch, config)
+        if step == 0:
+            print(f"the policy loss starts at {trained['policy_loss']:.4f} and says little: at "
+                  "ratio 1 it is - sum of weight, length and advantage, and the advantages of a "
+                  "group sum to 0. Its gradient, the advantages times dlog pi, does not: watch "
+                  "score and accuracy")
+        n_tokens, lengths = mask.sum().item(), mask.sum(1)
+        kl = kl_se = kl_per_token = None  # not measured where no reference is asked
+        if batch["ref_logp"] is not None:
+            seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
+            kl, kl_se = seq_kl.mean().item(), (seq_kl.std() / len(seq_kl) ** 0.5).item()
+            kl_per_token = seq_kl.sum().item() / n_tokens
+        score, signal = batch["score"], has_signal(batch["score"], config.k)
+        row = dict(
+            step=step, score=score.mean().item(), accuracy=accuracy, kl=kl, kl_se=kl_se,
+            kl_per_token=kl_per_token, objective=score.mean().item() - config.beta * (kl or 0.0),
+            no_signal=1 - signal.float().mean().item(), kept=batch["kept"].mean().item(),
+            advantage_std=batch["advantage"].std().item(),
+            entropy=batch["entropy"].sum().item() / n_tokens, length=lengths.mean().item(),
+            length_min=lengths.min().item(), length_max=lengths.max().item(),
+            eos_rate=finished.float().mean().item(),
+            truncated_rate=1 - finished.float().mean().item(), **trained,
+            **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
+               zip(("generate", "score", "train"), clock, clock[1:])})
+        if config.data == "synthetic":  # for the log only: training never sees the gold reward
+            row["gold"] = float(np.mean([gold_reward(a[0], t) for a, t in zip(asked, texts)]))
+        run.log(**row)
+        if step % config.log_every == 0 or step + 1 == config.iterations:
+            for i in range(min(config.k, 4)):  # of one group
+                run.log("sample", step=step, prompt=asked[i][0], response=texts[i],
+                        score=score[i].item(), advantage=batch["advantage"][i].item())
+        bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{kl or 0:.2f}",
+                        no_signal=f"{row['no_signal']:.2f}")
+
+    metrics, drawn, sft = compare(policy, reference, tokenizer, [h[:2] for h in held_out], config,
+                                  run, config.data == "synthetic", reward_model)
+    if config.reward == "verifier":
+        metrics |= accuracies(held_out, drawn, sft, config)
+    common.save_checkpoint(run.folder / "model.pt", policy, "grpo", tokenizer, config, metrics,
+                           parents=parents)
+    run.finish(**metrics)
+
+
+@torch.no_grad()
+def trace(policy, tokenizer, batch, config):
+    """Print one group of a batch, and its response with the largest advantage token by token, with
+    every number from score to loss.
+
+    batch: as `prepare` returned it. logp, ratio and the losses are those after the updates on it:
+    what one more step would see, if this group were all of it.
+    """
+    K = config.k
+    first = int(has_signal(batch["score"], K).float().argmax()) * K  # a group with signal, if any
+    p = slice(first, first + K)
+    tokens, mask, old_logp = batch["tokens"][p], batch["mask"][p], batch["old_logp"][p]
+    with common.autocast(tokens.device):
+        logp = token_logprobs(policy, tokens, mask, config.temperature)
+    policy_sum, kl, _ = losses(logp, batch, p, config)
+    weight = row_weights(mask.sum(1), batch["kept"][p], config.aggregate, config.max_new_tokens)
+    reward, advantage = batch["reward"][p], batch["advantage"][p]
+    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
+    table = dict(response=range(K), finished=batch["finished"][p].int().tolist(),
+                 score=batch["score"][p].tolist())
+    if config.beta > 0:
+        ref_logp = batch["ref_logp"][p]
+        table["seq_kl"] = ((old_logp - ref_logp) * mask).sum(1).tolist()
+    table |= dict(reward=reward.tolist(), advantage=advantage.tolist(),
+                  tokens=mask.sum(1).int().tolist(), kept=batch["kept"][p].int().tolist(),
+                  weight=weight.tolist(), policy=policy_sum.tolist())
+    if config.beta > 0 and config.kl_in == "loss":
+        table["kl"] = kl.tolist()
+    common.print_table(table | dict(text=[repr(t) for t in texts]))
+
+    shown = int(advantage.abs().argmax())
+    kept = mask[shown].bool().tolist()
+    last = max(t for t, m in enumerate(kept) if m)  # padding follows
+    column = lambda x: [v if m else None for v, m in zip(x[shown].tolist(), kept)][:last + 1]
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - config.clip, 1 + config.clip_high)
+    columns = dict(position=range(last + 1), mask=list(map(int, kept))[:last + 1],
+                   old_logp=column(old_logp))
+    if config.beta > 0:
+        columns["ref_logp"] = column(ref_logp)
+    columns |= dict(logp=column(logp), ratio=column(ratio), clipped=column(clipped))
+    common.print_table(columns | dict(
+        text=common.token_texts(tokenizer, tokens[shown].tolist()[:last + 1])))
+    reward_of = "score" + (f" - beta seq_kl, beta = {config.beta:.6f}; seq_kl = sum(old_logp - "
+                           "ref_logp)" if config.beta > 0 and config.kl_in == "reward" else "")
+    advantage_of = dict(
+        grpo="(reward - mean) / (std + 0.0001)", dr_grpo="reward - mean",
+        rloo="reward - mean of the others = K / (K - 1) (reward - mean)")[config.advantage]
+    weight_of = dict(
+        sequence="kept / (n tokens)", constant=f"kept / (n {config.max_new_tokens})",
+        tokens="kept / sum(kept tokens)", sum="kept / n")[config.aggregate]
+    kl_of = dict(k2="0.5 sum(logp - ref_logp)^2",
+                 k3="sum(exp(ref_logp - logp) - 1 + logp - ref_logp)")[config.kl_estimator]
+    total = (weight * (policy_sum + kl)).sum().item()
+    print(f"""
+the tokens are those of response {shown}; a response without EOS (finished 0) gets a fixed score
+reward    = {reward_of}
+advantage = {advantage_of}, K = {K},
+            over the group: mean {reward.mean():.6f}, std {reward.std():.6f}
+ratio     = exp(logp - old_logp), clipped to 1 - {config.clip} .. 1 + {config.clip_high}
+policy    = - sum min(ratio advantage, clipped advantage) over the tokens
+            of response {shown} = {policy_sum[shown]:.6f}""")
+    if "kl" in table:
+        print(f"kl        = beta {kl_of}, beta = {config.beta:.6f}")
+    print(f"""weight    = {weight_of}, n = sum(kept)
+loss      = sum weight {"(policy + kl)" if "kl" in table else "policy"} = {total:.6f}
+(a training step takes the weights over its minibatch)""")
+
+
+def accuracies(held_out, drawn, sft, config):
+    """Held-out accuracy of policy and SFT model, one response a row; standard errors over the
+    questions, which are asked in several wordings and several times."""
+    cluster = [question(p) if config.data == "synthetic" else str(p) for p, _, _ in held_out]
+    result = {}
+    for name, samples in (("accuracy", drawn), ("accuracy_sft", sft)):
+        right = np.array(verify([s["text"] for s in samples], [s["finished"] for s in samples],
+                                [answer for _, _, answer in held_out]))
+        result |= {name: float(right.mean()), f"{name}_se": clustered_se(right, cluster)}
+    return result | dict(judged=len(drawn), questions=len(set(cluster)))
+
+
+if __name__ == "__main__":
+    common.run_main(main, Config)
