@@ -255,11 +255,15 @@ SPECIAL = {tok.eos, tok.pad, *tok.markers.values()}
 
 @many
 @given(TEXT)
+@example("half \ud800")
+@example("\ud83d\ude00")
 def test_text_survives_and_markers_in_it_stay_text(text):
     # catches a special id made from what a user typed: a forged turn or an early end
     ids = tok.encode(text)
     assert not SPECIAL & set(ids) and all(0 <= i < tok.eos for i in ids)
-    assert tok.decode(ids) == text.encode("utf-8", "replace").decode("utf-8")
+    # two halves of a surrogate pair side by side become their character, a single one U+FFFD
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert tok.decode(ids) == expected
     assert tok.encode_response(text) == [*ids, tok.eos]
     assert tok.encode_prompt(text) == [tok.markers["user"], *ids, tok.markers["assistant"]]
 
