@@ -27,9 +27,10 @@ from common import UserError
 from data.records import check_answer, check_prompt, fits, read_jsonl, split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import FAMILIES, sample_prompts
+from data.text import text_rows
 from data.verifier import is_right
 from evaluate import clustered_se, compare, question
-from model import generate, token_logprobs, token_stats
+from model import generate, text_loss, token_logprobs, token_stats
 from reward import load_reward_model
 
 
@@ -62,6 +63,9 @@ class Config:
     beta: float = 0.05  # KL coefficient, in units of score per nat; 0 needs no reference
     kl_in: str = "reward"  # "reward": k1 of the sequence; "loss": kl_estimator
     kl_estimator: str = "k2"  # in the loss: k2 (of the sequence) or k3 (per token, as published)
+    ptx_coef: float = 0.0  # weight of the pretraining loss, as in PPO-ptx (InstructGPT eq. 2)
+    ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
+    ptx_batch: int = 32  # its sequences a minibatch
     missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
     eval_prompts: int = 512  # held-out prompts of the final comparison; few are asked repeatedly
     log_every: int = 10  # iterations between sample tables
@@ -232,16 +236,17 @@ def losses(logp, batch, p, config):
     return loss, kl, info
 
 
-def update(policy, optimizer, batch, config, rng, check=False):
+def update(policy, optimizer, batch, config, rng, text=None, check=False):
     """Train the policy on the batch that `prepare` returned: epochs of minibatches.
 
     rng: numpy Generator, for the order of the responses: groups need not stay together, their
-    advantages are fixed. check: assert on the first minibatch that ratios are 1 and the KL is 0.
+    advantages are fixed. text: rows (n, T) of pretraining text. check: assert on the first
+    minibatch that ratios are 1 and the KL is 0.
     Returns means per response token over all epochs (clip_fraction, approx_kl), ratio_max, and
     the means of the steps' policy_loss, kl_loss and gradient norm before clipping.
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
-    device, totals, steps, ratio_max, seen = tokens.device, {}, [], 0.0, 0.0
+    device, totals, steps, ratio_max, seen, ptx = tokens.device, {}, [], 0.0, 0.0, None
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
@@ -263,12 +268,18 @@ def update(policy, optimizer, batch, config, rng, check=False):
                 if check and not steps:
                     check_start(logp, batch, p)
                     check = False
+            if config.ptx_coef > 0:
+                picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
+                with common.autocast(device):
+                    ptx = text_loss(policy, picked)
+                (config.ptx_coef * ptx).backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
             steps.append(torch.stack([*step, norm]))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     mean = torch.stack(steps).mean(0).tolist() if steps else [0.0, 0.0, 0.0]
     return dict(policy_loss=mean[0], kl_loss=mean[1], grad_norm=mean[2], ratio_max=ratio_max,
+                ptx_loss=ptx.item() if ptx is not None else None,
                 **{k: totals.get(k, 0.0) / max(seen, 1) for k in ("clip_fraction", "approx_kl")})
 
 
@@ -353,6 +364,9 @@ def main(config):
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
     train, held_out = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    text = None  # rows of pretraining text, or None
+    if config.ptx_coef > 0:
+        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
     run = common.Run("grpo", config, device)
     print(f"policy {policy.num_params():,} parameters; {len(train)} prompts, {len(held_out)} held "
           f"out")
@@ -400,7 +414,8 @@ def main(config):
         # --- train -----------------------------------------------------------
         factor = min(1.0, (step + 1) / max(1, config.warmup)) * (1 - 0.9 * step / config.iterations)
         common.set_lr(optimizer, config.lr * factor)
-        trained = update(policy, optimizer, batch, config, rng, check=step == 0 and first == 0)
+        trained = update(policy, optimizer, batch, config, rng, text,
+                         check=step == 0 and first == 0)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
         # the second iteration: in the first one the policy still is the reference, and KL is 0
