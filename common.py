@@ -363,8 +363,9 @@ def load_checkpoint(path, stages, device="cpu"):
     if path.is_dir():
         path = path / "model.pt"
     if not path.is_file():
+        folder = path.parent if path.suffix else path
         raise UserError(f"no checkpoint at {path}: make one with "
-                        + " or ".join(f"`python {s}.py --out={path.parent}`" for s in stages))
+                        + " or ".join(f"`python {s}.py --out={folder}`" for s in stages))
     checkpoint = load_file(path, device)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "rlhf-1":
         raise UserError(f"{path} is not a checkpoint of this project")

@@ -1,5 +1,4 @@
-"""How much true reward for how much KL? PPO, DPO and GRPO at several beta, and best-of-n, in one
-picture.
+"""True reward against KL: PPO, DPO and GRPO at several beta, and best-of-n, in one picture.
 
 PPO, GRPO and DPO aim at the same optimum, pi* ~ pi_ref exp(r / beta): the first two for the reward
 model's r, DPO for the r that its own log-ratios stand for. So do they reach the same frontier? All
@@ -30,13 +29,13 @@ from data.synthetic.gold import gold_reward
 from evaluate import clustered_se, held_out_prompts, question, response_rows
 from reward import load_reward_model, score_rows
 
-# name: (script and flags, beta). In PPO and GRPO beta is in units of the score, in DPO in units of
+# name: (script, flags, beta). In PPO and GRPO beta is in units of the score, in DPO in units of
 # the log-odds of a label: the reward model's output before its stored scale divides it, which is
 # 2.25 for the default run. So these are four times the same objective, up to rounding
 METHODS = {
-    "PPO": (["ppo.py"], (0.02, 0.05, 0.15, 0.5)),
-    "GRPO": (["grpo.py", "--reward=model"], (0.02, 0.05, 0.15, 0.5)),
-    "DPO": (["dpo.py"], (0.05, 0.1, 0.3, 1.0)),
+    "PPO": ("ppo.py", [], (0.02, 0.05, 0.15, 0.5)),
+    "GRPO": ("grpo.py", ["--reward=model"], (0.02, 0.05, 0.15, 0.5)),
+    "DPO": ("dpo.py", [], (0.05, 0.1, 0.3, 1.0)),
 }
 MOST = 16  # SFT samples a prompt, for best-of-n with n = 1, 2, 4, 8, 16
 
@@ -58,23 +57,33 @@ class Config:
 
 
 def train(job, config):
-    """The final metrics of one run, trained now unless its folder holds it already."""
+    """The final metrics of one run, trained now unless its folder holds it already.
+
+    UserError if the folder holds a run with other flags: other prompts, another judge.
+    """
     name, beta, seed = job
-    script, *flags = METHODS[name][0]
+    script, flags, _ = METHODS[name]
     folder = Path(config.out) / f"{name}-beta{beta}-seed{seed}"
     log = folder / "log.jsonl"
+    shared = ("init", "eval_prompts", "temperature", "max_new_tokens", "device")
+    shared += ("data",) if name == "DPO" else ("reward_model", "missing_eos")
+    wanted = dict(beta=beta, seed=seed) | {field: getattr(config, field) for field in shared}
     if not (folder / "model.pt").exists():
-        flags += [f"--beta={beta}", f"--seed={seed}", f"--out={folder}", f"--init={config.init}",
-                  f"--eval_prompts={config.eval_prompts}", f"--device={config.device}",
-                  "--overwrite=true"]
-        flags += [f"--data={config.data}", f"--reference_cache={config.out}/reference_logps"] \
-            if name == "DPO" else [f"--reward_model={config.reward_model}"]
+        flags = [*flags, f"--out={folder}", "--overwrite=true",
+                 *(f"--{field}={value}" for field, value in wanted.items())]
+        if name == "DPO":
+            flags.append(f"--reference_cache={config.out}/reference_logps")
         threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
         done = subprocess.run([sys.executable, str(ROOT / script), *flags], env=threads,
                               capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{script} {' '.join(flags)} failed: {done.stderr[-500:]}")
-    final = json.loads(log.read_text().splitlines()[-1])
+    first, *_, last = log.read_text().splitlines()
+    made, final = json.loads(first)["config"], json.loads(last)
+    for field, value in wanted.items():
+        if made[field] != value:
+            raise UserError(f"{folder} holds a run with --{field}={made[field]}, wanted: {value}. "
+                            "Delete it, or choose another --out")
     print(f"{name} beta={beta} seed={seed}: KL {final['kl']:.2f}, gold {final['gold']:.2f}, "
           f"win rate {final['gold_win_rate']:.1%}", flush=True)
     return final
@@ -105,6 +114,7 @@ def best_of_n_rows(config):
                                 common.generator(device, config.seed, "best of n"),
                                 config.temperature)
     shape = (len(texts), MOST + 1)
+    finished = np.array([s["finished"] for s in drawn]).reshape(shape)
     score = np.where([s["finished"] for s in drawn], score_rows(
         reward_model, *response_rows(ids, drawn), tokenizer.pad, device),
         config.missing_eos).reshape(shape)
@@ -120,8 +130,7 @@ def best_of_n_rows(config):
             method="best of n", beta=n, kl=math.log(n) - (n - 1) / n, kl_range=[0.0, 0.0],
             gold=pick(gold[:, :-1]).mean(), gold_se=se(pick(gold[:, :-1])), gold_range=[],
             win=pick(win).mean(), win_se=se(pick(win)), win_range=[],
-            length=pick(length[:, :-1]).mean(), eos_rate=float(np.mean(
-                [s["finished"] for s in drawn]))))
+            length=pick(length[:, :-1]).mean(), eos_rate=pick(finished[:, :-1]).mean()))
         n *= 2
     return rows
 
@@ -183,12 +192,12 @@ def plot(rows, path):
 def main(config):
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
-    jobs = [(name, beta, seed) for name, (_, betas) in METHODS.items() for beta in betas
+    jobs = [(name, beta, seed) for name, (_, _, betas) in METHODS.items() for beta in betas
             for seed in range(1, config.seeds + 1)]
     with ThreadPoolExecutor(config.workers) as pool:
         finals = dict(zip(jobs, pool.map(lambda job: train(job, config), jobs)))
     rows = best_of_n_rows(config)
-    for name, (_, betas) in METHODS.items():
+    for name, (_, _, betas) in METHODS.items():
         for beta in betas:
             rows.append(summary(name, beta, [f for (n, b, _), f in finals.items()
                                              if (n, b) == (name, beta)]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common import UserError
 from conftest import run_script
 from data.records import write_jsonl
 from data.synthetic.facts import FLATTERY
@@ -83,7 +84,7 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
              ranks=[1, 2], held_out=p.held_out) for p in prompts])
     Path("rankings/card.json").write_text(json.dumps(dict(parents={})))
     monkeypatch.setattr(frontier, "METHODS", {
-        "DPO": (["dpo.py", "--max_new_tokens=8", "--lr=0.01"], (0.7,))})
+        "DPO": ("dpo.py", ["--lr=0.01"], (0.7,))})
     monkeypatch.setattr(frontier, "MOST", 4)
     config = frontier.Config(init="sft", data="rankings/rankings.jsonl", reward_model="reward",
                              out="frontier", seeds=2, eval_prompts=16, max_new_tokens=8, workers=2)
@@ -105,3 +106,6 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
     assert Path("frontier/frontier.md").read_text() in capsys.readouterr().out
     frontier.main(config)  # nothing is missing: nothing is trained
     assert {run: (run / "model.pt").stat().st_mtime_ns for run in times} == times
+    config.temperature = 0.7  # another judge than that of the runs that lie there
+    with pytest.raises(UserError, match="temperature=1.0, wanted: 0.7"):
+        frontier.main(config)
