@@ -8,7 +8,8 @@ worked solution without its calculator marks. The published test set is the held
 
     python -m data.gsm8k                                       # download both parts
     python -m data.gsm8k --source=DIR                          # train.jsonl, test.jsonl from there
-    python grpo.py --data=out/data/gsm8k.jsonl --init=...
+    python sft.py --data=out/data/gsm8k.jsonl --init=... --max_new_tokens=256
+    python grpo.py --data=out/data/gsm8k.jsonl --init=... --max_new_tokens=256   # 48 would cut them
 
 7,473 training and 1,319 test problems; every answer is a whole number.
 Licence of the data: MIT (github.com/openai/grade-school-math).
