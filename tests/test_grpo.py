@@ -220,7 +220,8 @@ def test_prepare_with_kl_in_the_reward(networks):
 
 @torch.no_grad()
 def test_prepare_with_kl_in_the_loss_or_without(networks):
-    # catches a KL that is paid twice, a group kept for its KL alone, a reference pass for nothing
+    # catches a KL that is paid twice, a group kept for its KL alone, a reference pass for nothing,
+    # and advantages of unit size that are made of the KL of equal scores
     batch = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES,
                     settings(kl_in="loss", drop="true"))
     assert batch["reward"].tolist() == batch["score"].tolist() == [2, -4, 1, 1]
@@ -228,6 +229,8 @@ def test_prepare_with_kl_in_the_loss_or_without(networks):
     assert batch["kept"].tolist() == [1, 1, 0, 0] and batch["advantage"].tolist() == [6, -6, 0, 0]
     in_reward = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(drop="true"))
     assert in_reward["kept"].tolist() == [1, 1, 0, 0]
+    published = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(method="grpo"))
+    same(published["advantage"], double(0.5**0.5, -0.5**0.5, 0, 0))
     free = prepare(networks[0], None, TOKENS, ROW_MASK, FINISHED, SCORES, settings(beta=0.0))
     assert free["ref_logp"] is None and free["reward"].tolist() == [2, -4, 1, 1]
 
@@ -480,12 +483,17 @@ def test_real_model_solutions_are_judged_as_published():
 
 
 def test_answer_records():
-    # catches an answer without a number that would make every response wrong
+    # catches an answer without a number that would make every response wrong, and one in
+    # scientific notation, of which the exponent would be read
     assert check_answer(dict(prompt="2 + 2?", answer=4, held_out=True, completion="x")) == \
         dict(prompt="2 + 2?", answer="4", held_out=True)
     assert check_answer(dict(prompt="a", answer="#### -2.5"))["answer"] == "#### -2.5"
+    for number, text in ((1e20, "1" + 20 * "0"), (1e-7, "0.0000001"), (-2.5, "-2.5"),
+                         (10**30, "1" + 30 * "0")):
+        assert check_answer(dict(prompt="a", answer=number))["answer"] == text
     for answer, why in ((None, "expected text"), ("", "is empty"), ("four", "holds no number"),
-                        (True, "expected text")):
+                        (True, "expected text"), (float("nan"), "holds no number"),
+                        (float("inf"), "holds no number")):
         with pytest.raises(DataError, match=why):
             check_answer(dict(prompt="a", answer=answer))
     with pytest.raises(DataError, match="'answer' is missing"):
