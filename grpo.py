@@ -10,7 +10,7 @@ the trained reward model. Two networks with the verifier, policy and reference; 
 
     python grpo.py                               # embedded arithmetic; runs sft.py first if needed
     python grpo.py --reward=model                # all embedded prompts, scored by out/reward
-    python grpo.py --method=grpo --kl_in=loss --kl_estimator=k3 --beta=0.04   # as published
+    python grpo.py --method=grpo --kl_estimator=k3 --beta=0.04   # as published
     python grpo.py --data=out/data/gsm8k.jsonl --init=...
 """
 
@@ -42,11 +42,12 @@ class Config:
     init: str = "out/sft"  # policy to start from; also the reference
     reward: str = "verifier"  # "verifier": 1 for the right number, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
-    method: str = "rloo"  # grpo, dr_grpo, rloo, dapo: sets those of the next four left open
+    method: str = "rloo"  # grpo, dr_grpo, rloo, dapo: sets those of the next five left open
     advantage: str = "auto"  # grpo (over the group's std), dr_grpo (its mean), rloo (the others')
     aggregate: str = "auto"  # sequence (mean of means), constant (length), tokens, sum
-    clip_high: float = 0.0  # upper clip of the ratio; 0 takes the method's
+    clip_high: float = 0.0  # upper clip of the ratio; 0 takes that of dapo, else --clip
     drop: str = "auto"  # true: groups whose scores are all equal leave the loss
+    kl_in: str = "auto"  # "reward": k1 of the sequence; "loss": kl_estimator
     iterations: int = 60
     batch_size: int = 256  # responses an iteration
     k: int = 8  # responses to a prompt: the group
@@ -61,7 +62,6 @@ class Config:
     grad_clip: float = 1.0
     clip: float = 0.2  # lower clip of the ratio
     beta: float = 0.05  # KL coefficient, in units of score per nat; 0 needs no reference
-    kl_in: str = "reward"  # "reward": k1 of the sequence; "loss": kl_estimator
     kl_estimator: str = "k2"  # in the loss: k2 (of the sequence) or k3 (per token, as published)
     ptx_coef: float = 0.0  # weight of the pretraining loss, as in PPO-ptx (InstructGPT eq. 2)
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
@@ -79,14 +79,16 @@ class Config:
 
 METHODS = {  # what --method stands for
     # Shao et al. 2024. Division by the std weighs a prompt more the surer the policy is about it,
-    # division by the length makes a long wrong answer cheap
-    "grpo": dict(advantage="grpo", aggregate="sequence", clip_high=0.2, drop="false"),
+    # division by the length makes a long wrong answer cheap. With the std the KL belongs into the
+    # loss: in the reward it would be divided as well, and in a group of equal scores beta would
+    # cancel, so that noise of the KL made advantages as large as those of right and wrong
+    "grpo": dict(advantage="grpo", aggregate="sequence", drop="false", kl_in="loss"),
     # Liu et al. 2025: neither division
-    "dr_grpo": dict(advantage="dr_grpo", aggregate="constant", clip_high=0.2, drop="false"),
+    "dr_grpo": dict(advantage="dr_grpo", aggregate="constant", drop="false", kl_in="reward"),
     # Ahmadian et al. 2024: REINFORCE with the other answers as baseline; the gradient of J
-    "rloo": dict(advantage="rloo", aggregate="sum", clip_high=0.2, drop="false"),
+    "rloo": dict(advantage="rloo", aggregate="sum", drop="false", kl_in="reward"),
     # Yu et al. 2025: unlikely tokens may rise further, every token counts the same
-    "dapo": dict(advantage="grpo", aggregate="tokens", clip_high=0.28, drop="true"),
+    "dapo": dict(advantage="grpo", aggregate="tokens", clip_high=0.28, drop="true", kl_in="loss"),
 }
 
 
@@ -96,8 +98,8 @@ METHODS = {  # what --method stands for
 def has_signal(score, K):
     """Which groups tell good from bad, (B / K,) bool: not all scores equal.
 
-    score (B,), the K responses to a prompt adjacent. All right or all wrong, a group has advantage
-    0 everywhere and no gradient.
+    score (B,), the K responses to a prompt adjacent. All right or all wrong, a group says nothing
+    about the task: its advantages are 0, or with the KL in the reward those of the KL alone.
     """
     group = score.view(-1, K)
     return group.amax(1) > group.amin(1)
@@ -242,20 +244,23 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
     rng: numpy Generator, for the order of the responses: groups need not stay together, their
     advantages are fixed. text: rows (n, T) of pretraining text. check: assert on the first
     minibatch that ratios are 1 and the KL is 0.
-    Returns means per response token over all epochs (clip_fraction, approx_kl), ratio_max, and
-    the means of the steps' policy_loss, kl_loss and gradient norm before clipping.
+    Returns means per response token over all epochs (clip_fraction, approx_kl) and ratio_max, of
+    the responses that are kept, and the means of the steps' policy_loss, kl_loss and gradient norm
+    before clipping; the last ptx_loss or None.
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
     device, totals, steps, ratio_max, seen, ptx = tokens.device, {}, [], 0.0, 0.0, None
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
-            if kept[rows].sum() == 0:
+            rows = rows[kept[rows] > 0]  # a dropped group costs no forward pass either
+            if len(rows) == 0 and config.ptx_coef == 0:
                 continue  # every group was dropped: there is nothing to learn from
             weights = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
                                   config.max_new_tokens)
             step = torch.zeros(2, device=device)
-            for p, weight in zip(micro_batches(rows, config), micro_batches(weights, config)):
+            parts = zip(micro_batches(rows, config), micro_batches(weights, config))
+            for p, weight in parts if len(rows) else ():
                 with common.autocast(device):
                     logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
                 loss, kl, info = losses(logp, batch, p, config)
@@ -300,7 +305,8 @@ def check_start(logp, batch, p):
 
 def resolve(config):
     """The config with --method's choices where none was made; UserError for an unknown name."""
-    names = dict(reward=("verifier", "model"), method=METHODS, kl_in=("reward", "loss"),
+    names = dict(reward=("verifier", "model"), method=METHODS,
+                 kl_in=("auto", "reward", "loss"),
                  kl_estimator=("k2", "k3"), advantage=("auto", "grpo", "dr_grpo", "rloo"),
                  aggregate=("auto", "sequence", "constant", "tokens", "sum"),
                  drop=("auto", "true", "false"))
@@ -308,13 +314,14 @@ def resolve(config):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name}={getattr(config, name)}: expected one of "
                             + ", ".join(allowed))
-    if config.clip_high < 0:
-        raise UserError(f"--clip_high={config.clip_high}: must not be negative")
+    for name in ("clip_high", "beta", "ptx_coef"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name}={getattr(config, name)}: must not be negative")
     if config.k < 2 or config.batch_size % config.k or config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} must be a multiple of --k={config.k}, "
                         f"at least 2, and of --minibatches={config.minibatches}")
-    return dataclasses.replace(config, **{name: value for name, value in
-                                          METHODS[config.method].items()
+    chosen = dict(clip_high=config.clip) | METHODS[config.method]
+    return dataclasses.replace(config, **{name: value for name, value in chosen.items()
                                           if getattr(config, name) in ("auto", 0.0)})
 
 
@@ -472,7 +479,11 @@ def trace(policy, tokenizer, batch, config):
     what one more step would see, if this group were all of it.
     """
     K = config.k
-    first = int(has_signal(batch["score"], K).float().argmax()) * K  # a group with signal, if any
+    signal = has_signal(batch["score"], K)
+    if not signal.any():
+        raise UserError("--trace=true: every group's scores are all equal, so there is nothing to "
+                        "show; another --seed or a larger --batch_size may have one that differs")
+    first = int(signal.float().argmax()) * K
     p = slice(first, first + K)
     tokens, mask, old_logp = batch["tokens"][p], batch["mask"][p], batch["old_logp"][p]
     with common.autocast(tokens.device):
@@ -517,6 +528,7 @@ def trace(policy, tokenizer, batch, config):
     kl_of = dict(k2="0.5 sum(logp - ref_logp)^2",
                  k3="sum(exp(ref_logp - logp) - 1 + logp - ref_logp)")[config.kl_estimator]
     total = (weight * (policy_sum + kl)).sum().item()
+    on_top = "; the loss of pretraining text comes on top" if config.ptx_coef > 0 else ""
     print(f"""
 the tokens are those of response {shown}; a response without EOS (finished 0) gets a fixed score
 reward    = {reward_of}
@@ -529,7 +541,7 @@ policy    = - sum min(ratio advantage, clipped advantage) over the tokens
         print(f"kl        = beta {kl_of}, beta = {config.beta:.6f}")
     print(f"""weight    = {weight_of}, n = sum(kept)
 loss      = sum weight {"(policy + kl)" if "kl" in table else "policy"} = {total:.6f}
-(a training step takes the weights over its minibatch)""")
+(a training step takes the weights over its minibatch{on_top})""")
 
 
 def accuracies(held_out, drawn, sft, config):

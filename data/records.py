@@ -13,6 +13,7 @@ does not end with the assistant. A pair is read as a ranking of two.
 
 import hashlib
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -113,7 +114,8 @@ def check_answer(record, where="record"):
     """
     answer = record.get("answer")
     if type(answer) in (int, float):
-        record = dict(record, answer=str(answer))
+        # written out: str(1e20) is 1e+20, whose exponent would be read as the number
+        record = dict(record, answer=format(Decimal(str(answer)), "f"))
     answer = _text(record, "answer", where)
     if final_answer(answer) is None:
         _fail(where, "'answer' holds no number")

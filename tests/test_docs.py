@@ -37,6 +37,17 @@ def test_the_numbers_quoted_as_ours_are_the_defaults():
     assert not config.score_scaling
 
 
+def test_the_numbers_of_grpo_quoted_as_ours_are_the_defaults():
+    # catches a default that was changed in the code only
+    from grpo import METHODS, Config
+    config = Config()
+    assert (config.k, config.minibatches, config.epochs, config.warmup) == (8, 2, 1, 5)
+    assert (config.clip, config.missing_eos, config.ptx_coef) == (0.2, -3.0, 0.0)
+    assert config.method == "rloo" and config.kl_estimator == "k2" and "auto" == config.kl_in == \
+        config.advantage == config.aggregate == config.drop
+    assert METHODS["dapo"]["clip_high"] == 0.28
+
+
 def test_the_numbers_of_dpo_quoted_as_ours_are_the_defaults():
     # catches a default that was changed in the code only
     from dpo import Config

@@ -366,7 +366,8 @@ def test_dpo_gradient_vanishes_in_the_network_that_is_the_optimum():
 
 
 def kl_table(problem):
-    """{name: (value / KL, gradient's relative error as a loss, and as a reward)}, of k1, k2, k3.
+    """{name: (value / KL, gradient's relative error as a loss, and as a reward)}, of k1, k2, k3 and
+    of k3 times the ratio to the sampler, which is 1 here but has a gradient.
 
     Of whole sequences (sum over tokens first) and "per token" (estimated at each token, then
     summed), at samples from the policy, exact by enumeration. As a loss: autograd through the
@@ -380,10 +381,12 @@ def kl_table(problem):
     kl = (logp.sum(1).exp() * (logp - ref_logp).sum(1)).sum()
     exact, table = grad(kl), {}
     off = lambda g: ((g - exact).norm() / exact.norm()).item()
-    for unit, estimates in (
-            ("sequence", kl_estimates(logp.sum(1), ref_logp.sum(1))),
-            ("token", [(k * problem.mask).sum(1) for k in kl_estimates(logp, ref_logp)])):
-        for name, k in zip(("k1", "k2", "k3"), estimates):
+    summed = [x.sum(1, keepdim=True) for x in (logp, ref_logp)]
+    for unit, (new, ref) in dict(sequence=summed, token=(logp, ref_logp)).items():
+        estimates = kl_estimates(new, ref)
+        estimates += (estimates[2] * (new - new.detach()).exp(),)
+        for name, k in zip(("k1", "k2", "k3", "k3 x ratio"), estimates):
+            k = k.sum(1)  # off the mask both log-probabilities are 0, and so is each estimate
             table[f"{name} per {unit}"] = (
                 ((weight * k).sum() / kl).item(), off(grad((weight * k).sum())),
                 off(grad((weight * k.detach() * logp.sum(1)).sum())))
@@ -403,6 +406,8 @@ def test_kl_estimators():
         assert table[f"k1 per {unit}"][1] == pytest.approx(1, abs=1e-4)  # in the loss: no gradient
         assert table[f"k3 per {unit}"][1] > 0.05
     assert table["k2 per sequence"][1] <= 1e-4  # in the loss k2 of the whole sequence is right
+    assert table["k3 x ratio per sequence"][1] <= 1e-4  # and so is k3 with its ratio
+    assert table["k3 x ratio per token"][1] == pytest.approx(table["k2 per token"][1], rel=1e-4)
     assert table["k2 per token"][1] > 0.05  # of single tokens it is greedy, see ppo.next_state_kl
 
 

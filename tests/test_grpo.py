@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import common
@@ -22,6 +23,7 @@ from data.verifier import final_answer, is_right, strip_calculator
 from grpo import (
     METHODS,
     Config,
+    accuracies,
     group_advantage,
     has_signal,
     kl_loss,
@@ -153,14 +155,23 @@ def test_aggregations_by_hand(aggregate, all_kept, two_kept):
 def test_methods_are_those_of_the_papers():
     # catches a name that stands for another method, and a single choice that is overruled
     pick = lambda **flags: [getattr(resolve(Config(**flags)), n)
-                            for n in ("advantage", "aggregate", "clip_high", "drop")]
-    assert pick(method="grpo") == ["grpo", "sequence", 0.2, "false"]
-    assert pick(method="dr_grpo") == ["dr_grpo", "constant", 0.2, "false"]
-    assert pick(method="rloo") == ["rloo", "sum", 0.2, "false"]
-    assert pick(method="dapo") == ["grpo", "tokens", 0.28, "true"]
+                            for n in ("advantage", "aggregate", "clip_high", "drop", "kl_in")]
+    assert pick(method="grpo") == ["grpo", "sequence", 0.2, "false", "loss"]
+    assert pick(method="dr_grpo") == ["dr_grpo", "constant", 0.2, "false", "reward"]
+    assert pick(method="rloo") == ["rloo", "sum", 0.2, "false", "reward"]
+    assert pick(method="dapo") == ["grpo", "tokens", 0.28, "true", "loss"]
     for name in METHODS:
-        assert pick(method=name, advantage="dr_grpo", aggregate="tokens", clip_high=0.3,
-                    drop="false") == ["dr_grpo", "tokens", 0.3, "false"]
+        for kl_in in ("reward", "loss"):
+            assert pick(method=name, advantage="dr_grpo", aggregate="tokens", clip_high=0.3,
+                        drop="false", kl_in=kl_in) == ["dr_grpo", "tokens", 0.3, "false", kl_in]
+
+
+@pytest.mark.parametrize("method, high", [("grpo", 0.1), ("dr_grpo", 0.1), ("rloo", 0.1),
+                                          ("dapo", 0.28)])
+def test_the_clip_is_symmetric_but_for_dapo(method, high):
+    # catches --clip that moves the lower side only
+    assert resolve(Config(method=method, clip=0.1)).clip_high == high
+    assert resolve(Config(method=method, clip=0.1, clip_high=0.15)).clip_high == 0.15
 
 
 # --- a whole iteration, on three networks' numbers written out ------------------------------------
@@ -209,7 +220,8 @@ def test_prepare_with_kl_in_the_reward(networks):
 
 @torch.no_grad()
 def test_prepare_with_kl_in_the_loss_or_without(networks):
-    # catches a KL that is paid twice, a group kept for its KL alone, a reference pass for nothing
+    # catches a KL that is paid twice, a group kept for its KL alone, a reference pass for nothing,
+    # and advantages of unit size that are made of the KL of equal scores
     batch = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES,
                     settings(kl_in="loss", drop="true"))
     assert batch["reward"].tolist() == batch["score"].tolist() == [2, -4, 1, 1]
@@ -217,6 +229,8 @@ def test_prepare_with_kl_in_the_loss_or_without(networks):
     assert batch["kept"].tolist() == [1, 1, 0, 0] and batch["advantage"].tolist() == [6, -6, 0, 0]
     in_reward = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(drop="true"))
     assert in_reward["kept"].tolist() == [1, 1, 0, 0]
+    published = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(method="grpo"))
+    same(published["advantage"], double(0.5**0.5, -0.5**0.5, 0, 0))
     free = prepare(networks[0], None, TOKENS, ROW_MASK, FINISHED, SCORES, settings(beta=0.0))
     assert free["ref_logp"] is None and free["reward"].tolist() == [2, -4, 1, 1]
 
@@ -239,23 +253,37 @@ def made_up_batch(networks):
                 old_logp=p + 0.1 * torch.randn(4, 6).double() * ROW_MASK, kept=double(1, 1, 1, 1))
 
 
+TEXT = torch.tensor([[1, 2, 3, 4, 5, 6]] * 4)
+
+
 def step(networks, config, batch):
     """(gradient, metrics) of one call of update, by plain gradient descent, lr 1."""
     policy = copy.deepcopy(networks[0])
     metrics = update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), batch, config,
-                     np.random.default_rng(0))
+                     np.random.default_rng(0), TEXT)
     return flat(a.detach() - b.detach() for a, b in zip(networks[0].parameters(),
                                                         policy.parameters())), metrics
+
+
+def pretraining_loss(policy):
+    """Of TEXT, whose rows are equal, from whole distributions."""
+    return -F.log_softmax(policy.logits(policy(TEXT[:1]))[0, :-1], -1)[range(5), TEXT[0, 1:]].mean()
+
+
+def gradient_of(loss, policy):
+    return flat(torch.autograd.grad(loss, list(policy.parameters()), materialize_grads=True))
 
 
 @pytest.mark.parametrize("options", [
     dict(method="grpo"), dict(method="dr_grpo"), dict(method="rloo"), dict(method="dapo"),
     dict(method="rloo", kl_in="loss"), dict(method="grpo", kl_in="loss", kl_estimator="k3"),
-    dict(method="dapo", kl_in="loss", kl_estimator="k3")])
+    dict(method="dapo", kl_in="loss", kl_estimator="k3"),
+    dict(method="rloo", ptx_coef=0.5, ptx_batch=2)])
 @pytest.mark.parametrize("kept", [(1, 1, 1, 1), (0, 0, 1, 1)])
 def test_update_is_the_gradient_of_the_written_loss(networks, options, kept):
     # catches a term that is dropped or has the wrong sign, weight, temperature or denominator, k2
-    # per token, k1 as a loss: written out from whole distributions, without the clips
+    # per token, k1 as a loss, pretraining text that is logged only: written out from whole
+    # distributions, without the clips
     batch = made_up_batch(networks) | dict(kept=double(*kept))
     config = settings(clip=0.999, clip_high=1e6, **options)
     found, metrics = step(networks, config, batch)
@@ -269,11 +297,12 @@ def test_update_is_the_gradient_of_the_written_loss(networks, options, kept):
         ratio = (logp - batch["old_logp"])[i][m].exp()
         policy = policy - share * batch["advantage"][i] * ratio.sum()
         l = (logp - q)[i][m]
-        if options.get("kl_in") == "loss":
+        if config.kl_in == "loss":
             kl = kl + 0.3 * share * (((-l).exp() - 1 + l).sum() if "kl_estimator" in options
                                      else 0.5 * l.sum() ** 2)
-    expected = flat(torch.autograd.grad(policy + kl, list(networks[0].parameters()),
-                                        materialize_grads=True))
+    ptx = pretraining_loss(networks[0])
+    expected = gradient_of(policy + kl + options.get("ptx_coef", 0.0) * ptx, networks[0])
+    assert metrics["ptx_loss"] == (pytest.approx(ptx.item()) if "ptx_coef" in options else None)
     assert (found - expected).norm() < 1e-4 * expected.norm()
     assert metrics["policy_loss"] == pytest.approx(policy.item(), rel=1e-4)
     assert metrics["kl_loss"] == pytest.approx(kl.item(), rel=1e-4)
@@ -286,17 +315,52 @@ def test_a_step_without_signal_changes_nothing(networks):
     assert (found == 0).all() and metrics["grad_norm"] == 0
 
 
+def test_a_step_without_signal_still_learns_from_text(networks):
+    # catches pretraining text that is skipped together with the dropped groups
+    batch = made_up_batch(networks) | dict(kept=double(0, 0, 0, 0))
+    found, metrics = step(networks, settings(method="dapo", ptx_coef=0.5, ptx_batch=2), batch)
+    ptx = pretraining_loss(networks[0])
+    same(found, gradient_of(0.5 * ptx, networks[0]))
+    assert metrics["ptx_loss"] == pytest.approx(ptx.item()) and metrics["policy_loss"] == 0
+
+
+def test_metrics_are_those_of_the_kept_responses(networks):
+    # catches dropped groups in the sums or in the number of tokens that they are divided by
+    with torch.no_grad():
+        logp = of_tokens(networks[0])
+    batch = made_up_batch(networks) | dict(
+        kept=double(1, 1, 0, 0), advantage=double(1, 1, 0, 0),
+        old_logp=logp - ROW_MASK * double(0.3, 0.3, 0.9, 0.9)[:, None])
+    metrics = step(networks, settings(method="dapo"), batch)[1]
+    assert metrics["clip_fraction"] == pytest.approx(1)
+    assert metrics["approx_kl"] == pytest.approx(math.exp(0.3) - 1 - 0.3, rel=1e-5)
+    assert metrics["ratio_max"] == pytest.approx(math.exp(0.3), rel=1e-5)
+
+
+def test_gradients_are_clipped_before_the_step(networks):
+    # catches a clip before backward or after the step
+    batch = made_up_batch(networks)
+    whole, metrics = step(networks, settings(), batch)
+    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-4) and \
+        whole.norm() > 0.05
+    found, metrics = step(networks, settings(grad_clip=0.01), batch)
+    torch.testing.assert_close(found, whole * 0.01 / whole.norm(), rtol=1e-3, atol=1e-9)
+    assert metrics["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_order_padding_and_micro_batches_change_nothing(networks, method):
     # catches a weight of the micro-batch in place of the step's, and a neighbour's advantage
     batch = made_up_batch(networks) | dict(kept=double(1, 1, 0, 0) if method == "dapo"
                                            else double(1, 1, 1, 1))
-    expected, metrics = step(networks, settings(method=method), batch)
+    ptx = dict(ptx_coef=0.5, ptx_batch=2)
+    expected, metrics = step(networks, settings(method=method, **ptx), batch)
     wide = {k: F.pad(v, (0, 5), value=3) if v.dim() == 2 else v for k, v in batch.items()}
     wide["mask"] = F.pad(ROW_MASK, (0, 5))
     order = {k: v[[2, 0, 3, 1]] for k, v in batch.items()}
     for changed, micro in ((wide, 0), (order, 0), (batch, 1), (batch, 3)):
-        found, found_metrics = step(networks, settings(method=method, micro_batch=micro), changed)
+        found, found_metrics = step(networks, settings(method=method, micro_batch=micro, **ptx),
+                                    changed)
         assert (found - expected).norm() < 1e-6 * expected.norm()
         assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-9)
 
@@ -363,9 +427,7 @@ def test_what_the_other_choices_do_to_the_gradient():
     ("no number", None), ("", None), ("9 eggs\n#### none", None)])
 def test_the_number_that_a_text_ends_on(text, number):
     # catches the first number for the last, strings compared, and what is written around numbers
-    found = final_answer(text)
-    assert found is None if number is None else str(found.normalize()) == number or \
-        found == final_answer(number)
+    assert final_answer(text) == (None if number is None else Decimal(number))
 
 
 def test_right_and_wrong():
@@ -421,12 +483,17 @@ def test_real_model_solutions_are_judged_as_published():
 
 
 def test_answer_records():
-    # catches an answer without a number that would make every response wrong
+    # catches an answer without a number that would make every response wrong, and one in
+    # scientific notation, of which the exponent would be read
     assert check_answer(dict(prompt="2 + 2?", answer=4, held_out=True, completion="x")) == \
         dict(prompt="2 + 2?", answer="4", held_out=True)
     assert check_answer(dict(prompt="a", answer="#### -2.5"))["answer"] == "#### -2.5"
+    for number, text in ((1e20, "1" + 20 * "0"), (1e-7, "0.0000001"), (-2.5, "-2.5"),
+                         (10**30, "1" + 30 * "0")):
+        assert check_answer(dict(prompt="a", answer=number))["answer"] == text
     for answer, why in ((None, "expected text"), ("", "is empty"), ("four", "holds no number"),
-                        (True, "expected text")):
+                        (True, "expected text"), (float("nan"), "holds no number"),
+                        (float("inf"), "holds no number")):
         with pytest.raises(DataError, match=why):
             check_answer(dict(prompt="a", answer=answer))
     with pytest.raises(DataError, match="'answer' is missing"):
@@ -496,7 +563,7 @@ def of(rows, kind):
 
 
 @pytest.mark.parametrize("flags", [
-    VERIFIER, ("--method=dapo", "--beta=0"), ("--method=grpo", "--kl_in=loss"),
+    VERIFIER, ("--method=dapo", "--beta=0"), ("--method=grpo",),
     ("--method=dr_grpo", "--minibatches=2", "--micro_batch=3", "--kl_in=loss",
      "--kl_estimator=k3")])
 def test_runs_log_what_one_needs_to_see(folder, monkeypatch, capsys, flags):
@@ -547,6 +614,49 @@ def test_the_loss_starts_at_zero_where_every_response_counts_once(folder, monkey
     rows = run(folder, monkeypatch, "zero", "--method=grpo", "--iterations=1", "--epochs=1")
     first = of(rows, "step")[0]
     assert abs(first["policy_loss"]) < 1e-5 < 0.01 < first["grad_norm"]
+
+
+def test_logged_numbers(folder, monkeypatch):
+    # catches a share that is its complement, a KL with the wrong sign, a mean over padding
+    right = [1, 0, 0, 1] + [0] * 4 + [1] * 4 + [0] * 4  # one of four groups has a signal
+    cut = torch.tensor([0, 1, 0, 0] + [0] * 8 + [1, 1, 0, 0]).bool()
+    lengths = []
+
+    def spy_generate(*args, real=grpo.generate, **options):
+        tokens, mask, _ = real(*args, **options)
+        lengths.append(mask.sum(1).mean().item())
+        assert mask.mean() < 0.9  # there are other columns
+        return tokens, mask, ~cut
+
+    def spy_prepare(*args, real=prepare):
+        batch = real(*args)  # half a nat a token off the reference
+        return batch | dict(ref_logp=batch["old_logp"] - 0.5 * batch["mask"],
+                            entropy=2.0 * batch["mask"])
+
+    monkeypatch.setattr(grpo, "generate", spy_generate)
+    monkeypatch.setattr(grpo, "prepare", spy_prepare)
+    monkeypatch.setattr(grpo, "check_start", lambda *_: None)
+    monkeypatch.setattr(grpo, "verify", lambda texts, *_: [float(r) for r in right[:len(texts)]])
+    row = of(run(folder, monkeypatch, "logged", *VERIFIER, "--method=dapo", "--beta=0.1",
+                 "--batch_size=16"), "step")[0]
+    expected = dict(
+        score=6 / 16, accuracy=6 / 16, no_signal=0.75, kept=0.25, truncated_rate=3 / 16,
+        eos_rate=13 / 16, kl=0.5 * lengths[0], kl_per_token=0.5, length=lengths[0], entropy=2.0,
+        objective=6 / 16 - 0.1 * 0.5 * lengths[0])
+    assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_accuracies_of_made_up_samples():
+    # catches policy and SFT model swapped, cut answers that count, an error per row, where the
+    # rows of a question are one observation
+    held_out = [(prompt, [], "7") for prompt in ("a", "a", "b", "b", "c", "c")]
+    samples = lambda *texts: [dict(text=t.strip("."), finished=t[-1] == ".") for t in texts]
+    found = accuracies(held_out, samples("7.", "It is 7.", "7.0.", "7.", "7", "8."),
+                       samples("7.", "7", "7.", "6.", "no.", "-7."), Config(data="some.jsonl"))
+    # sums of x - mean over a, b, c: (2, 2, -4) / 3 and (1, 1, -2) / 3
+    assert found == pytest.approx(dict(
+        accuracy=2 / 3, accuracy_se=(24 / 9) ** 0.5 / 6, accuracy_sft=1 / 3,
+        accuracy_sft_se=(6 / 9) ** 0.5 / 6, judged=6, questions=3))
 
 
 def test_without_kl_no_reference_is_asked(folder, monkeypatch):
@@ -640,6 +750,9 @@ def test_resume_is_exact(folder, monkeypatch):
     (["--k=3"], "must be a multiple of --k=3"),
     (["--k=1"], "must be a multiple of --k=1, at least 2"),
     (["--clip_high=-1"], "--clip_high=-1.0: must not be negative"),
+    (["--beta=-1"], "--beta=-1.0: must not be negative"),
+    (["--ptx_coef=-1"], "--ptx_coef=-1.0: must not be negative"),
+    ([*VERIFIER, "--trace=true"], "--trace=true: every group's scores are all equal"),
     (["--reward=verifier"], "pairs.jsonl:1: the field 'answer' is missing"),
     (["--reward_model=sft"], "is a sft checkpoint; needed here: reward"),
     (["--reward_model=nowhere"], "--reward_model=nowhere does not exist: `python reward.py"),

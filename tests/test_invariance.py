@@ -31,7 +31,8 @@ MODULES = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo, grpo=grpo)
 OPTIONS = dict(sft=[], reward=[], dpo=["--nll=0.2"], ppo=[
     "--iterations=2", "--entropy_coef=0.1", "--kl_target=0.5", "--score_scaling=true",
     "--ptx_coef=0.5", "--ptx_batch=4", "--ptx_data=text.txt"], grpo=[
-    "--iterations=2", "--method=grpo", "--kl_in=loss", "--kl_estimator=k3", "--beta=0.3"])
+    "--iterations=2", "--method=grpo", "--kl_in=loss", "--kl_estimator=k3", "--beta=0.3",
+    "--ptx_coef=0.5", "--ptx_batch=4", "--ptx_data=text.txt"])
 EOS, PAD = 0, 13  # of the fixture `tiny`
 
 

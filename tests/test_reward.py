@@ -10,8 +10,10 @@ import reward
 import torch
 import torch.nn.functional as F
 from data.records import merge_rankings, ranking_pairs
+from data.tokenizer import load_tokenizer
 from reward import (
     RewardModel,
+    encode_ranking,
     evaluate,
     interval,
     load_reward_model,
@@ -163,6 +165,14 @@ def test_interval_is_over_prompts():
     values, groups = np.repeat([0.0, 1.0] * 50, 20), np.repeat(np.arange(100), 20)
     low, high = interval(values, groups)
     assert 0.15 < high - low < 0.25  # 2 * 1.96 * 0.5 / sqrt(100)
+
+
+def test_the_answers_of_a_prompt_share_its_ids():
+    # catches a prompt that is cut to make room for its answer, for each answer by another length
+    tokenizer, prompt = load_tokenizer("synthetic"), "Which of them is it? " * 20
+    rows, masks = encode_ranking(tokenizer, dict(prompt=prompt, completions=["No.", "Yes. " * 9]))
+    prompts = [[t for t, m in zip(row, mask) if m == 0] for row, mask in zip(rows, masks)]
+    assert prompts[0] == prompts[1] == tokenizer.encode_prompt(prompt)
 
 
 def test_rankings_of_one_prompt_share_an_element():

@@ -125,7 +125,8 @@ def test_ppo(folder, flags):
 
 @pytest.mark.parametrize("flags", [
     [], ["--method=grpo", "--kl_in=loss", "--kl_estimator=k3", "--temperature=0.7"],
-    ["--method=dapo", "--kl_in=loss", "--seed=4"], ["--method=dr_grpo", "--beta=0"]])
+    ["--method=dapo", "--kl_in=loss", "--seed=4"], ["--method=dr_grpo", "--beta=0",
+                                               "--ptx_coef=0.5", "--ptx_data=text.txt"]])
 def test_grpo(folder, flags):
     # catches a table whose rewards, advantages, weights or losses do not follow from each other
     output = trace(folder, "grpo", *GRPO, "--iterations=3", "--lr=0.05", *flags)
@@ -149,6 +150,7 @@ def test_grpo(folder, flags):
             rloo=K, grpo=K * row["tokens"], dr_grpo=K * 12, dapo=sum(g["tokens"]))[method])
         loss += row["weight"] * (row["policy"] + (row["kl"] if in_loss else 0))
     assert number(output, r"loss      = .* =") == near(loss)
+    assert ("pretraining text comes on top" in output) == ("ptx_coef" in options)
     shown = int(number(output, "those of response"))
     rows = [dict(zip(t, row)) for row in zip(*t.values()) if row[1] == 1.0]
     advantage, policy, log_ratio, k3 = g["advantage"][shown], 0.0, 0.0, 0.0
