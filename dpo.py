@@ -31,10 +31,11 @@ from evaluate import compare, held_out_prompts, sequence_logprobs
 from model import token_logprobs
 from reward import encode_ranking
 
-# beta and learning rate of each loss where the flags leave them at 0: dpo's and ipo's from a sweep on
-# the embedded data, the others at a margin of like size (docs/dpo.md). The units of beta differ: it multiplies nats per sequence in dpo, cdpo and
-# kto, nats per token in dpo_norm and simpo, and the two ipo aim at a margin of 1 / (2 beta). Models
-# of a billion parameters and more take learning rates of 1e-7 to 5e-6.
+# beta and learning rate of each loss where the flags leave them at 0: those of dpo and ipo from a
+# sweep on the embedded data, the others at a margin of like size (docs/dpo.md). The units of beta
+# differ: it multiplies nats per sequence in dpo, cdpo and kto, nats per token in dpo_norm and
+# simpo, and the two ipo aim at a margin of 1 / (2 beta). Models of a billion parameters and more
+# take learning rates of 1e-7 to 5e-6.
 SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
                 dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
 STAGES = ("sft", "dpo", "ppo", "grpo")  # checkpoints that it can start from
