@@ -53,7 +53,7 @@ class Config:
     k: int = 8  # responses to a prompt: the group
     minibatches: int = 2  # optimiser steps an epoch
     epochs: int = 1  # passes over the responses of an iteration
-    micro_batch: int = 0  # responses a forward pass; 0 takes a whole minibatch
+    micro_batch: int = 128  # responses a forward pass, of like length; 0 takes a whole minibatch
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     lr: float = 3e-4  # linear decay to a tenth
@@ -188,10 +188,14 @@ def row_weights(lengths, kept, aggregate, max_length):
 # --- the two halves of an iteration --------------------------------------------------------------
 
 
-def micro_batches(rows, config):
-    """Indices `rows` cut into pieces of at most one forward pass."""
-    minibatch = config.batch_size // config.minibatches
-    return rows.split(min(config.micro_batch or minibatch, minibatch))
+def micro_batches(rows, mask, config):
+    """Indices `rows` by length, cut into pieces of at most one forward pass.
+
+    Most responses are far shorter than the longest: in a piece of like lengths `token_stats` has
+    little padding to run over.
+    """
+    end = (mask[rows] * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+    return rows[end.argsort(stable=True)].split(config.micro_batch or len(rows))
 
 
 def prepare(policy, reference, tokens, mask, finished, score, config):
@@ -204,15 +208,16 @@ def prepare(policy, reference, tokens, mask, finished, score, config):
     """
     device = tokens.device
     with torch.no_grad(), common.autocast(device):
-        parts = micro_batches(torch.arange(len(tokens), device=device), config)
+        parts = micro_batches(torch.arange(len(tokens), device=device), mask, config)
+        back = torch.cat(parts).argsort()  # from the order by length to that of the rows
         # old log-probabilities from the training forward, not from the sampler, see ppo.py
         stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True)
                  for p in parts]
-        old_logp, entropy = (torch.cat(s) for s in list(zip(*stats))[:2])
+        old_logp, entropy = (torch.cat(s)[back] for s in list(zip(*stats))[:2])
         ref_logp = None
         if config.beta > 0:
             ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p],
-                                                 config.temperature) for p in parts])
+                                                 config.temperature) for p in parts])[back]
     # a response cut by the length limit is not judged: for a verifier it is wrong
     missing = config.missing_eos if config.reward == "model" else 0.0
     reward = score = torch.where(finished, score, torch.full_like(score, missing))
@@ -256,11 +261,12 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
             rows = rows[kept[rows] > 0]  # a dropped group costs no forward pass either
             if len(rows) == 0 and config.ptx_coef == 0:
                 continue  # every group was dropped: there is nothing to learn from
-            weights = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
-                                  config.max_new_tokens)
+            weights = torch.zeros_like(kept)
+            weights[rows] = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
+                                        config.max_new_tokens)
             step = torch.zeros(2, device=device)
-            parts = zip(micro_batches(rows, config), micro_batches(weights, config))
-            for p, weight in parts if len(rows) else ():
+            for p in micro_batches(rows, mask, config) if len(rows) else ():
+                weight = weights[p]
                 with common.autocast(device):
                     logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
                 loss, kl, info = losses(logp, batch, p, config)
@@ -413,8 +419,9 @@ def main(config):
             accuracy = score.mean().item()
         else:
             with torch.no_grad(), common.autocast(device):
-                score = torch.cat([reward_model(tokens[p], mask[p]) for p in micro_batches(
-                    torch.arange(len(tokens), device=device), config)])
+                parts = torch.arange(len(tokens), device=device).split(config.micro_batch
+                                                                       or len(tokens))
+                score = torch.cat([reward_model(tokens[p], mask[p]) for p in parts])
         batch = prepare(policy, reference, tokens, mask, finished, score, config)
         clock.append(time.perf_counter())
 

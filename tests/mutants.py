@@ -959,6 +959,9 @@ GRPO = [
            "token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True)",
            "token_stats(policy, tokens[p], mask[p], 1.0, entropy=True)",
            G + "test_prepare_with_kl_in_the_reward", "TRL PR 3029, OpenRLHF PR 857"),
+    Mutant("log_probabilities_left_in_the_order_by_length", "grpo.py",
+           "back = torch.cat(parts).argsort()", "back = torch.arange(len(tokens))",
+           G + "test_prepare_with_kl_in_the_reward", "-"),
     Mutant("no_temperature_in_the_group_reference", "grpo.py",
            "token_logprobs(reference, tokens[p], mask[p],\n"
            "                                                 config.temperature)",

@@ -169,6 +169,19 @@ def test_chunks_change_neither_values_nor_gradients(tiny, chunk):
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+def test_no_forward_pass_over_padding_of_all_rows(tiny):
+    # catches a forward pass that is as wide as the longest response of another micro-batch
+    rows = [[1, 2, 3, 4, 0], [5, 6, 7]]
+    tokens, mask = right_pad(rows), response_mask([2, 1], rows)
+    widths = []
+    tiny.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    expected = token_logprobs(tiny, tokens, mask)
+    wide = token_logprobs(tiny, F.pad(tokens, (0, 9)), F.pad(mask, (0, 9)))
+    assert widths == [5, 5] and wide.shape == (2, 14)
+    torch.testing.assert_close(wide, F.pad(expected, (0, 9)))
+    assert token_logprobs(tiny, tokens, mask * 0).tolist() == [[0] * 5] * 2
+
+
 def test_entropy_and_exact_kl_by_hand(tiny):
     # catches KL(ref || pi) in place of KL(pi || ref)
     torch.manual_seed(1)
