@@ -10,11 +10,11 @@ test; one whose old text is not in its file exactly once no longer applies, and 
 Prints a line for each and last `killed N/N`; exit status 1 unless every one was killed.
 """
 
+import multiprocessing
 import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PROCESSES, TIMEOUT = 2, 120  # the timeout in seconds, for the tests of one mutant
+PROCESSES, TIMEOUT = 2, 240  # the timeout in seconds, for one mutant; all tests before them
 
 
 class Mutant(NamedTuple):
@@ -1054,15 +1054,34 @@ def applied(mutant, source):
     return changed
 
 
+# processes that come from one which has imported torch: half of the time of a mutant is that import
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch"])
+
+
+def run_pytest(folder, tests, output):
+    """In a process of its own: the tests (ids below tests/) of folder, all they print into output.
+    """
+    import pytest
+    os.chdir(folder)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)])
+    sys.stdout.flush()
+    os._exit(status)
+
+
 def pytest(folder, tests):
-    """Exit status and output of the tests (ids below tests/), run in folder."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               *(f"tests/{t}" for t in tests)]
-    # no .pyc: the file changes back and forth within a second, which its time stamp cannot tell
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    result = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=TIMEOUT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return result.returncode, result.stdout
+    """Exit status and output of the tests, run in folder. TimeoutError after TIMEOUT seconds."""
+    output = folder / "output.txt"
+    process = FORKS.Process(target=run_pytest, args=(folder, tests, output))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"not done after {TIMEOUT} seconds")
+    return process.exitcode, output.read_text()
 
 
 def verdict(mutant, folder):
@@ -1075,7 +1094,7 @@ def verdict(mutant, folder):
     try:
         path.write_text(applied(mutant, source))
         status, output = pytest(folder, mutant.tests.split())
-    except (ValueError, SyntaxError, subprocess.TimeoutExpired) as error:
+    except (ValueError, SyntaxError, TimeoutError) as error:
         return f"ERROR: {error}"
     finally:
         path.write_text(source)
@@ -1091,6 +1110,8 @@ def main(names):
     if unknown:
         sys.exit(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not names or m.name in names]
+    # no .pyc: the file changes back and forth within a second, which its time stamp cannot tell
+    os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     with tempfile.TemporaryDirectory() as scratch:
         copies = queue.Queue()
         for i in range(PROCESSES):
