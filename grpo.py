@@ -465,6 +465,9 @@ def main(config):
             for i in range(min(config.k, 4)):  # of one group
                 run.log("sample", step=step, prompt=asked[i][0], response=texts[i],
                         score=score[i].item(), advantage=batch["advantage"][i].item())
+        if kl is not None and kl < -3 * kl_se - 1e-3:
+            print(f"\nwarning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
+                  "samples and log-probabilities disagree")
         bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{kl or 0:.2f}",
                         no_signal=f"{row['no_signal']:.2f}")
 
