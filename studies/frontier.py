@@ -177,10 +177,10 @@ def plot(rows, path):
             part = sorted((r for r in rows if r["method"] == name), key=lambda r: r["kl"])
             x = [max(r["kl"], 0) ** 0.5 for r in part]
             axis.errorbar(x, [r[key] for r in part], [1.96 * r[f"{key}_se"] for r in part],
-                          marker="os^D"[n % 4], ms=5, capsize=2, lw=1.2, label=name)
-            for at, r in zip(x, part):
-                axis.annotate(r["beta"], (at, r[key]), xytext=(4, 4), fontsize=7,
-                              textcoords="offset points")
+                          marker="os^D"[n % 4], ms=5, capsize=2, lw=1.2, label=name, color=f"C{n}")
+            for at, r in zip(x, part):  # above right of its point, or below: the lines are close
+                axis.annotate(r["beta"], (at, r[key]), xytext=(4, -11 if n % 2 else 5), fontsize=7,
+                              textcoords="offset points", color=f"C{n}")
         axis.set_xlabel("sqrt(KL to the SFT model), nats per sequence")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
