@@ -1067,9 +1067,8 @@ def run_pytest(folder, tests, output):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)])
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider",
+                              *(f"tests/{t}" for t in tests)])))
 
 
 def pytest(folder, tests):
