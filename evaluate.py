@@ -5,7 +5,7 @@ model's score, and on the embedded data the gold reward with the win rate (ties 
 with its standard error. `compare` is what every stage calls at its end; as a command it does the
 same for any checkpoint, and adds the gold reward by family of prompts and by part.
 
-    python evaluate.py --policy=out/ppo                      # against out/sft
+    python evaluate.py                       # out/ppo against out/sft; runs what is missing first
     python evaluate.py --policy=out/dpo --reward_model=out/reward --best_of=4
 """
 
@@ -170,7 +170,9 @@ def gold_tables(texts, drawn, sft):
 def main(config):
     device = common.set_up(config)
     stages = ("pretrain", "sft", "ppo", "dpo", "grpo")
+    common.ensure_input(config, "policy", "ppo")
     policy, tokenizer, _ = common.load_policy(config.policy, stages, device)
+    common.ensure_input(config, "reference", "sft")
     reference, ref_tokenizer, _ = common.load_policy(config.reference, stages, device)
     reward_model = None
     if config.reward_model:
