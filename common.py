@@ -168,6 +168,11 @@ def cosine(step, steps, warmup=0):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def linear(step, steps, warmup=0):
+    """Learning-rate factor: linear warm-up from 0, times a linear decay from 1 to a tenth."""
+    return min(1.0, (step + 1) / max(1, warmup)) * (1 - 0.9 * step / steps)
+
+
 # --- sampling text -------------------------------------------------------------------------------
 
 

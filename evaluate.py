@@ -81,6 +81,25 @@ def sequence_logprobs(model, rows, masks, pad, temperature=1.0, batch_size=64, b
     return out
 
 
+def check_start(logp, old_logp, mask, ref_logp=None):
+    """On the first minibatch of a rollout, before any update: ratio 1 and, where a reference is
+    asked, KL 0, or something is wrong. All (B, T), nats per token; the mask is the response's."""
+    ratio_error, kl = ((logp - old_logp) * mask).abs().max().item(), 0.0
+    if ref_logp is not None:
+        kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
+    print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
+    if mask.device.type == "cpu":  # full precision; under autocast the two forwards may round apart
+        assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
+        assert abs(kl) < 1e-4, "the policy does not start from the reference"
+
+
+def warn_of_negative_kl(kl, se):
+    """A mean of k1 may fall below 0 by chance, but not by three of its standard errors."""
+    if kl < -3 * se - 1e-3:
+        print(f"\nwarning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
+              "samples and log-probabilities disagree")
+
+
 def clustered_se(x, clusters):
     """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
     several prompts ask the same question in other words, and a prompt may be sampled twice."""

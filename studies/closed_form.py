@@ -292,14 +292,14 @@ def group_std_limit(problem, draws=2000, iterations=40):
     moves with pi. A pi that gives itself, found by damped iteration over fixed random numbers.
     """
     K, N = grpo.Config.k, len(problem.score)
-    log_pi = problem.ref_logp.sum(1)
+    start = log_pi = problem.ref_logp.sum(1)
     uniform = torch.rand(draws, K - 1, generator=torch.Generator().manual_seed(0))
     for _ in range(iterations):
         others = torch.searchsorted(log_pi.exp().cumsum(0), uniform).clamp(max=N - 1)
         groups = torch.cat([problem.score[:, None, None].expand(N, draws, 1),
                             problem.score[others].expand(N, draws, K - 1)], 2)
         advantage = grpo.group_advantage(groups.flatten(), K, "grpo").view(N, draws, K)[..., 0]
-        following = optimum(problem.ref_logp.sum(1), advantage.mean(1), problem.beta)
+        following = optimum(start, advantage.mean(1), problem.beta)
         log_pi = torch.log_softmax((log_pi + following) / 2, 0)
     return log_pi
 

@@ -115,9 +115,8 @@ def best_of_n_rows(config):
                                 config.temperature)
     shape = (len(texts), MOST + 1)
     finished = np.array([s["finished"] for s in drawn]).reshape(shape)
-    score = np.where([s["finished"] for s in drawn], score_rows(
-        reward_model, *response_rows(ids, drawn), tokenizer.pad, device),
-        config.missing_eos).reshape(shape)
+    score = np.where(finished, score_rows(reward_model, *response_rows(ids, drawn), tokenizer.pad,
+                                          device).reshape(shape), config.missing_eos)
     gold = np.array([gold_reward(texts[i // shape[1]], s["text"])
                      for i, s in enumerate(drawn)]).reshape(shape)
     length = np.array([len(s["ids"]) for s in drawn]).reshape(shape)

@@ -37,7 +37,7 @@ from grpo import (
 from model import GPT
 from studies.closed_form import MISSING_EOS, Problem
 from test_exact import Recorder, close, exact_gradient, flat, moved
-from tiny_runs import FLAGS, make_inputs
+from tiny_runs import FLAGS, make_inputs, spy_temperatures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
@@ -675,20 +675,8 @@ def test_without_kl_no_reference_is_asked(folder, monkeypatch):
 def test_settings_reach_every_function(folder, monkeypatch):
     # catches a temperature that one caller forgets, dropout left on, a lost eps, a reference that
     # shares weights with what is trained, rows of a prompt that are not adjacent
-    temperatures, roles, adam = {}, [], []
-
-    def spy(name, place):
-        real = getattr(grpo, name)
-
-        def call(*args, **options):
-            assert not args[0].training
-            temperatures.setdefault(name, set()).add(args[place] if len(args) > place else 1.0)
-            return real(*args, **options)
-
-        monkeypatch.setattr(grpo, name, call)
-
-    for name, place in (("generate", 4), ("token_stats", 3), ("token_logprobs", 3)):
-        spy(name, place)
+    roles, adam = [], []
+    temperatures = spy_temperatures(monkeypatch, grpo)
 
     def spy_adamw(modules, lr, *args, real=common.adamw, **options):
         adam.append((lr, options.get("eps")))

@@ -30,7 +30,7 @@ from ppo import (
     whiten,
 )
 from reward import RewardModel
-from tiny_runs import FLAGS, make_inputs
+from tiny_runs import FLAGS, make_inputs, spy_temperatures
 
 MASK = torch.tensor([[0., 1, 1, 1, 0], [0., 0, 1, 1, 1]]).double()
 
@@ -336,20 +336,8 @@ def folder(tmp_path_factory):
 def test_settings_reach_every_function(folder, monkeypatch):
     # catches a temperature that one caller forgets, a model with dropout left on, an eps that
     # stays in the config, a critic or reference that shares weights with what is trained
-    temperatures, optimizers, roles = {}, [], []
-
-    def spy(name, place):
-        real = getattr(ppo, name)
-
-        def call(*args, **options):
-            assert not args[0].training
-            temperatures.setdefault(name, set()).add(args[place] if len(args) > place else 1.0)
-            return real(*args, **options)
-
-        monkeypatch.setattr(ppo, name, call)
-
-    for name, place in (("generate", 4), ("token_stats", 3), ("token_logprobs", 3)):
-        spy(name, place)
+    optimizers, roles = [], []
+    temperatures = spy_temperatures(monkeypatch, ppo)
     sample = common.sample_texts
 
     def spy_sample(model, tokenizer, ids, length, rng, temperature=1.0, *rest):

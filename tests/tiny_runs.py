@@ -25,6 +25,26 @@ FLAGS = dict(
           "--max_new_tokens=12", "--lr=0.5", "--warmup=1", "--eval_prompts=4", "--log_every=1"])
 
 
+def spy_temperatures(monkeypatch, stage):
+    """{name: the temperatures that the stage's module calls generate, token_stats and
+    token_logprobs with}, filled as it runs; every model has to be in eval mode."""
+    temperatures = {}
+
+    def spy(name, place):
+        real = getattr(stage, name)
+
+        def call(*args, **options):
+            assert not args[0].training
+            temperatures.setdefault(name, set()).add(args[place] if len(args) > place else 1.0)
+            return real(*args, **options)
+
+        monkeypatch.setattr(stage, name, call)
+
+    for name, place in (("generate", 4), ("token_stats", 3), ("token_logprobs", 3)):
+        spy(name, place)
+    return temperatures
+
+
 def make_inputs(folder, n_embd=16):
     """Write sft/model.pt, reward/model.pt, demos.jsonl, pairs.jsonl and text.txt into folder.
 
