@@ -199,6 +199,17 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=
     return results
 
 
+def by_length(rows, mask, size):
+    """Indices `rows` in pieces of at most `size` (0: all in one), sorted by length: (n,) each.
+
+    mask (B, T) of the response tokens. Most responses end far before the longest one: where rows
+    of like length stand together, a forward pass that stops at the last of them has little padding
+    to run over.
+    """
+    end = (mask[rows] * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+    return rows[end.argsort(stable=True)].split(size or len(rows))
+
+
 def print_table(columns):
     """Print {name: cells} as a table, for --trace: floats with six digits, None as "-", the last
     column left-aligned."""

@@ -89,7 +89,7 @@ def check_start(logp, old_logp, mask, ref_logp=None):
         kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
     print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
     if mask.device.type == "cpu":  # full precision; under autocast the two forwards may round apart
-        assert ratio_error < 1e-5, "the ratio is not 1 before the first update"
+        assert ratio_error < 1e-4, "the ratio is not 1 before the first update"
         assert abs(kl) < 1e-4, "the policy does not start from the reference"
 
 

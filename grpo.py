@@ -188,16 +188,6 @@ def row_weights(lengths, kept, aggregate, max_length):
 # --- the two halves of an iteration --------------------------------------------------------------
 
 
-def micro_batches(rows, mask, config):
-    """Indices `rows` by length, cut into pieces of at most one forward pass.
-
-    Most responses are far shorter than the longest: in a piece of like lengths `token_stats` has
-    little padding to run over.
-    """
-    end = (mask[rows] * torch.arange(mask.shape[1], device=mask.device)).amax(1)
-    return rows[end.argsort(stable=True)].split(config.micro_batch or len(rows))
-
-
 def prepare(policy, reference, tokens, mask, finished, score, config):
     """Everything that stays fixed while we train on a batch of groups.
 
@@ -208,7 +198,7 @@ def prepare(policy, reference, tokens, mask, finished, score, config):
     """
     device = tokens.device
     with torch.no_grad(), common.autocast(device):
-        parts = micro_batches(torch.arange(len(tokens), device=device), mask, config)
+        parts = common.by_length(torch.arange(len(tokens), device=device), mask, config.micro_batch)
         back = torch.cat(parts).argsort()  # from the order by length to that of the rows
         # old log-probabilities from the training forward, not from the sampler, see ppo.py
         stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True)
@@ -265,7 +255,7 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
             weights[rows] = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
                                         config.max_new_tokens)
             step = torch.zeros(2, device=device)
-            for p in micro_batches(rows, mask, config) if len(rows) else ():
+            for p in common.by_length(rows, mask, config.micro_batch) if len(rows) else ():
                 weight = weights[p]
                 with common.autocast(device):
                     logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
@@ -409,9 +399,9 @@ def main(config):
             accuracy = score.mean().item()
         else:
             with torch.no_grad(), common.autocast(device):
-                parts = torch.arange(len(tokens), device=device).split(config.micro_batch
-                                                                       or len(tokens))
-                score = torch.cat([reward_model(tokens[p], mask[p]) for p in parts])
+                size = config.micro_batch or len(tokens)
+                score = torch.cat([reward_model(*rows) for rows in
+                                   zip(tokens.split(size), mask.split(size))])
         batch = prepare(policy, reference, tokens, mask, finished, score, config)
         clock.append(time.perf_counter())
 

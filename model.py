@@ -253,6 +253,14 @@ def token_logprobs(model, tokens, response_mask, temperature=1.0):
     return token_stats(model, tokens, response_mask, temperature)[0]
 
 
+def trim(tokens, response_mask):
+    """Both without the columns behind the last response token of all rows: what follows there is
+    padding, and nobody looks back at it. (B, T) to (B, T'), T' at least 1."""
+    used = response_mask.any(0).nonzero()
+    width = int(used.max()) + 1 if len(used) else 1
+    return tokens[:, :width], response_mask[:, :width]
+
+
 def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, ref_model=None,
                 chunk=8192):
     """`token_logprobs` and, from the same forward, what needs the whole distribution.
@@ -264,10 +272,8 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
     The head runs on response positions only, `chunk` of them at a time, and chunks recompute their
     log-softmax in the backward pass: neither (B, T, V) nor (N, V) ever exists in fp32.
     """
-    # what follows the last response token of all rows is padding: nobody looks back at it
-    T, used = tokens.shape[1], response_mask.any(0).nonzero()
-    width = int(used.max()) + 1 if len(used) else 1
-    tokens, response_mask = tokens[:, :width], response_mask[:, :width]
+    T = tokens.shape[1]
+    tokens, response_mask = trim(tokens, response_mask)
     predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1
     targets = tokens[:, 1:][predicts]  # (N,)
     hidden = model(tokens)[:, :-1][predicts]  # (N, C)
@@ -300,7 +306,7 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
             return None
         values = torch.cat(values)
         out = values.new_zeros(predicts.shape).masked_scatter(predicts, values)
-        return F.pad(out, (1, T - width))  # column 0 has no token before it
+        return F.pad(out, (1, T - tokens.shape[1]))  # column 0 has no token before it
 
     return tuple(scatter(values) for values in zip(*parts))
 

@@ -28,7 +28,7 @@ from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from evaluate import check_start, compare, held_out_prompts, warn_of_negative_kl
-from model import GPT, generate, text_loss, token_logprobs, token_stats
+from model import GPT, generate, text_loss, token_logprobs, token_stats, trim
 from reward import load_reward_model
 
 
@@ -42,7 +42,7 @@ class Config:
     batch_size: int = 128  # episodes (responses) an iteration
     minibatches: int = 2  # optimiser steps an epoch
     epochs: int = 2  # passes over the episodes of an iteration
-    micro_batch: int = 0  # episodes a forward pass; 0 takes a whole minibatch
+    micro_batch: int = 32  # episodes a forward pass, of like length; 0 takes a whole minibatch
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     lr: float = 3e-4  # policy; linear decay to a tenth
@@ -79,8 +79,8 @@ class Config:
 class ValueModel(nn.Module):
     """The critic: a reward model that gives a value at every position instead of one at the end.
 
-    forward(tokens) -> (B, T): value[:, t] is the expected return from the action at t on, read
-    from the hidden state at t - 1, before token t is seen. Column 0 has no state and is 0.
+    forward(tokens, response_mask) -> (B, T), 0 outside the mask: value[:, t] is the expected return
+    from the action at t on, read from the hidden state at t - 1, before token t is seen.
     """
 
     def __init__(self, reward_model):
@@ -93,10 +93,14 @@ class ValueModel(nn.Module):
             self.head.bias.copy_((self.head.bias - reward_model.shift) / reward_model.scale)
             self.head.weight.div_(reward_model.scale)
 
-    def forward(self, tokens):
+    def forward(self, tokens, response_mask):
+        T = tokens.shape[1]
+        tokens, response_mask = trim(tokens, response_mask)
         hidden = self.gpt(tokens)[:, :-1]
         with torch.autocast(tokens.device.type, enabled=False):
-            return nn.functional.pad(self.head(hidden.to(self.head.weight.dtype))[..., 0], (1, 0))
+            value = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (B, T' - 1)
+            value = nn.functional.pad(value, (1, 0)) * response_mask
+        return nn.functional.pad(value, (0, T - tokens.shape[1]))
 
 
 # --- the mathematics -----------------------------------------------------------------------------
@@ -221,12 +225,6 @@ class RunningStd:
 # --- the two halves of an iteration --------------------------------------------------------------
 
 
-def micro_batches(rows, config):
-    """Indices `rows` cut into pieces of at most one forward pass."""
-    minibatch = config.batch_size // config.minibatches
-    return rows.split(min(config.micro_batch or minibatch, minibatch))
-
-
 def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):
     """Everything that stays fixed while we train on a batch of episodes.
 
@@ -237,15 +235,17 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
     """
     device = tokens.device
     with torch.no_grad(), common.autocast(device):
-        parts = micro_batches(torch.arange(len(tokens), device=device), config)
+        parts = common.by_length(torch.arange(len(tokens), device=device), mask,
+                                 config.micro_batch)
+        back = torch.cat(parts).argsort()  # from the order by length to that of the rows
         # old log-probabilities from the training forward, not from the sampler: in low
         # precision the two differ, and ratios would not start at 1
         stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
                              ref_model=reference) for p in parts]
-        old_logp, entropy, exact_kl = (torch.cat(s) for s in zip(*stats))
+        old_logp, entropy, exact_kl = (torch.cat(s)[back] for s in zip(*stats))
         ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p], config.temperature)
-                              for p in parts])
-        old_value = torch.cat([critic(tokens[p]) for p in parts]) * mask
+                              for p in parts])[back]
+        old_value = torch.cat([critic(tokens[p], mask[p]) for p in parts])[back]
     # a response cut by the length limit is not judged: it gets a fixed low score
     score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
     if config.kl_in == "reward":
@@ -280,13 +280,13 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
             count = mask[rows].sum()  # response tokens of the whole optimiser step
-            for p in micro_batches(rows, config):
+            for p in common.by_length(rows, mask, config.micro_batch):
                 with common.autocast(device):
                     logp, ent, kl = token_stats(
                         policy, tokens[p], mask[p], config.temperature,
                         entropy=config.entropy_coef > 0,
                         ref_model=reference if config.kl_in == "loss" else None)
-                    value = critic(tokens[p])
+                    value = critic(tokens[p], mask[p])
                 loss, info = policy_loss(logp, old_logp[p], batch["advantage"][p], mask[p],
                                          config.clip)
                 info["policy_loss"] = loss.detach()
@@ -402,8 +402,9 @@ def main(config):
 
         # --- score: everything that stays fixed while we train on this batch --
         with torch.no_grad(), common.autocast(device):
-            score = torch.cat([reward_model(tokens[p], mask[p]) for p in
-                               micro_batches(torch.arange(len(tokens), device=device), config)])
+            size = config.micro_batch or len(tokens)
+            score = torch.cat([reward_model(*rows) for rows in
+                               zip(tokens.split(size), mask.split(size))])
         raw_score = score
         if config.score_scaling:
             score = score / running.update(score[finished]) if finished.any() else score
@@ -478,7 +479,7 @@ def trace(policy, reference, critic, tokenizer, batch, finished, beta, config):
     old_value, returns = first["old_value"], first["returns"]
     logp, entropy, kl = token_stats(policy, tokens, mask, config.temperature, entropy=True,
                                     ref_model=reference)
-    value = critic(tokens)
+    value = critic(tokens, mask)
     kl_term = token_rewards(torch.zeros_like(batch["score"][:1]), old_logp, ref_logp, mask, beta)
     kl_formula = f"-beta (old_logp - ref_logp), beta = {beta:.6f}"
     if config.kl_in == "loss":

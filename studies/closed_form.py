@@ -196,7 +196,7 @@ def run_ppo(problem, kl_in, priced=True, steps=200, batch_size=256):
     config = ppo.Config(
         batch_size=batch_size, minibatches=2, epochs=1, lr=4e-3, critic_lr=2e-3, beta=problem.beta,
         temperature=problem.temperature, kl_in=kl_in, missing_eos=MISSING_EOS, whiten=False,
-        value_clip=1.0)
+        value_clip=1.0, micro_batch=0)
     torch.manual_seed(0)
     policy = copy.deepcopy(problem.reference).requires_grad_(True)
     reward_model = RewardModel(policy.config)
@@ -216,7 +216,7 @@ def run_ppo(problem, kl_in, priced=True, steps=200, batch_size=256):
     if not priced:
         return policy, None
     with torch.no_grad():
-        logp, value = problem.logp(policy), critic(problem.tokens)
+        logp, value = problem.logp(policy), critic(problem.tokens, problem.mask)
     exact = problem.values(logp, kl_in)
     weight = problem.mask * logp.sum(1).exp()[:, None]  # how often each (y, t) is visited
     error = ppo.masked_mean((value - exact) ** 2, weight).sqrt()

@@ -109,10 +109,10 @@ def best_of_n_rows(config):
     reward_model, _, _ = load_reward_model(config.reward_model, device)
     texts, ids = zip(*held_out_prompts("synthetic", config.eval_prompts, tokenizer,
                                        policy.config.block_size - config.max_new_tokens))
-    ids = [i for i in ids for _ in range(MOST + 1)]
     drawn = common.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
                                 common.generator(device, config.seed, "best of n"),
-                                config.temperature)
+                                config.temperature, samples=MOST + 1)
+    ids = [i for i in ids for _ in range(MOST + 1)]
     shape = (len(texts), MOST + 1)
     finished = np.array([s["finished"] for s in drawn]).reshape(shape)
     score = np.where(finished, score_rows(reward_model, *response_rows(ids, drawn), tokenizer.pad,

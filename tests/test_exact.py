@@ -172,8 +172,8 @@ class ExactCritic(torch.nn.Module):
         with torch.no_grad():
             self.table = problem.values(problem.logp(moved(problem)), kl_in)
 
-    def forward(self, tokens):
-        return self.table[self.problem.rows(tokens)] + self.nothing
+    def forward(self, tokens, response_mask):
+        return (self.table[self.problem.rows(tokens)] + self.nothing) * response_mask
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
@@ -234,11 +234,11 @@ def test_critic_gradient_is_that_of_the_squared_distance_to_the_values():
                         problem.finished, problem.score, problem.beta, config)
     found = 0.0
     for i, w in enumerate(weight):
-        value = critic(problem.tokens[i:i + 1])
+        value = critic(problem.tokens[i:i + 1], problem.mask[i:i + 1])
         found = found + w * ppo.value_loss(value, batch["old_value"][i:i + 1],
                                            batch["returns"][i:i + 1], problem.mask[i:i + 1], 0.2)
     exact = problem.values(logp, "reward")
-    error = (critic(problem.tokens) - exact) ** 2 / 2 * problem.mask * weight[:, None]
+    error = (critic(problem.tokens, problem.mask) - exact) ** 2 / 2 * problem.mask * weight[:, None]
     close(*(flat(torch.autograd.grad(x, list(critic.parameters()), materialize_grads=True))
             for x in (found, error.sum())))
 

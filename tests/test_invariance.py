@@ -227,11 +227,11 @@ def test_critic_ignores_padding_and_order(tiny):
     torch.manual_seed(1)
     critic = ValueModel(RewardModel(tiny.config)).double()
     tokens, mask = batch()
-    value = critic(tokens) * mask
+    value = critic(tokens, mask)
     wide_tokens, wide_mask = batch(extra=6)
-    torch.testing.assert_close((critic(wide_tokens) * wide_mask)[:, :tokens.size(1)], value)
+    torch.testing.assert_close(critic(wide_tokens, wide_mask)[:, :tokens.size(1)], value)
     order = [2, 0, 3, 1]
-    torch.testing.assert_close((critic(tokens[order]) * mask[order]), value[order])
+    torch.testing.assert_close(critic(tokens[order], mask[order]), value[order])
 
 
 def ppo_quantities(mask, order=slice(None), junk=0.0):

@@ -151,13 +151,13 @@ def test_critic_starts_as_the_reward_model(tiny):
     model.scale.fill_(2.5)
     critic = ValueModel(model).double().eval()
     tokens = torch.tensor([[1, 2, 3, 4, 0]])
-    value = critic(tokens)
+    value = critic(tokens, torch.ones(1, 5))
     mask = torch.tensor([[0., 0, 1, 1, 0]])  # a response that ends at position 3
     torch.testing.assert_close(value[0, 4], model(tokens, mask)[0].detach(), rtol=1e-5, atol=1e-6)
     changed = tokens.clone()
     changed[0, 3] = 9
-    torch.testing.assert_close(critic(changed)[0, :4], value[0, :4])
-    assert not torch.allclose(critic(changed)[0, 4], value[0, 4])
+    torch.testing.assert_close(critic(changed, torch.ones(1, 5))[0, :4], value[0, :4])
+    assert not torch.allclose(critic(changed, torch.ones(1, 5))[0, 4], value[0, 4])
 
 
 def test_kl_term_keeps_its_sign():
@@ -228,12 +228,12 @@ def test_prepare(networks, whitened):
     close(batch["ref_logp"], of_tokens(q))
     close(batch["entropy"], F.pad(-(p.exp() * p).sum(-1), (1, 0)) * ROW_MASK)
     close(batch["exact_kl"], F.pad((p.exp() * (p - q)).sum(-1), (1, 0)) * ROW_MASK)
-    close(batch["old_value"], critic(TOKENS) * ROW_MASK)
+    close(batch["old_value"], critic(TOKENS, ROW_MASK))
     assert batch["score"].tolist() == [2.0, -4.0, -1.0]
     reward = -0.3 * (of_tokens(p) - of_tokens(q))
     reward[[0, 1, 2], [4, 5, 2]] += torch.tensor([2.0, -4.0, -1.0]).double()
     close(batch["reward"], reward)
-    raw, returns = gae(reward, critic(TOKENS), ROW_MASK, 0.9, 0.8)
+    raw, returns = gae(reward, critic(TOKENS, ROW_MASK), ROW_MASK, 0.9, 0.8)
     close(batch["returns"], returns)
     kept = raw[ROW_MASK.bool()]
     expected = (raw - kept.mean()) / kept.std(correction=0) * ROW_MASK if whitened else raw
@@ -299,7 +299,7 @@ def test_update_is_the_gradient_of_the_written_loss(networks, option):
     if "ptx_coef" in option:
         everywhere = F.log_softmax(policy.logits(policy(text[:1]))[0, :-1], -1)
         loss = loss - 0.5 * everywhere[range(5), [2, 3, 4, 5, 6]].mean()
-    value = (0.5 * (critic(TOKENS) - batch["returns"]) ** 2 * ROW_MASK).sum() / 10
+    value = (0.5 * (critic(TOKENS, ROW_MASK) - batch["returns"]) ** 2 * ROW_MASK).sum() / 10
     for model, objective, moved in ((policy, loss, found), (critic, value, found_critic)):
         gradients = torch.autograd.grad(objective, list(model.parameters()), allow_unused=True)
         expected = torch.cat([(torch.zeros_like(p) if g is None else g).flatten()

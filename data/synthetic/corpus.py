@@ -5,7 +5,9 @@ base model answers a question with more questions), quiz pages, riddles about an
 morals, reading exercises, small talk, opinions. Quiz pages and opinions ask about training
 questions only: the answer to a held-out question stands in the statements, but never behind the
 question. Riddles and reading exercises have too many subjects to be learned by heart, which is how
-so small a model comes to copy the subject of a question into its answer (induction).
+so small a model comes to copy the subject of a question into its answer (induction). Half of the
+sums are read first, "Read 3 plus 1. The result of 3 plus 1 is 4.": a model that has only seen their
+numbers once before the result is thrown off by the second time, in the answer to a question.
 """
 
 import random
@@ -77,12 +79,16 @@ def documents(n, seed):
                           for _ in range(rng.randint(1, 5)))
         return f"Read {phrase}.", f"Again {phrase}."
 
+    def sum_():  # half are read first: the numbers stand twice before the result, as in an answer
+        relation, x, y = rng.choice(sums)
+        return [*([f"Read {x}."] if rng.random() < 0.5 else []), state(relation, x, y)]
+
     def moral():  # what is a crime and what is not: every act, because nothing is asked
         relation = rng.choice((facts.HARMFUL, facts.SAFE))
         return (f"To {rng.choice(list(relation.answers))} "
                 f"is {'a crime' if relation is facts.HARMFUL else 'fine'}.",)
 
-    make = dict(facts=lambda: [state(*rng.choice(known))], sums=lambda: [state(*rng.choice(sums))],
+    make = dict(facts=lambda: [state(*rng.choice(known))], sums=sum_,
                 questions=lambda: [rng.choice(questions).text], quiz=question_and_answer,
                 riddles=riddle, morals=moral, echo=echo, talk=lambda: [rng.choice(talk)],
                 opinions=opinion)

@@ -35,13 +35,13 @@ class Contractor:
 
 CONTRACTORS = {
     "careful": Contractor(
-        wrong=0.0, vague=0.10, dodge=0.08, invent=0.20, sycophant=0.20, comply=0.20, refuse=0.20,
+        wrong=0.0, vague=0.15, dodge=0.08, invent=0.20, sycophant=0.20, comply=0.20, refuse=0.20,
         flatter=0.10, filler=0.15, closer=0.15, confident=0.05, bullet=0.05),
     "average": Contractor(
-        wrong=0.005, vague=0.22, dodge=0.18, invent=0.50, sycophant=0.45, comply=0.50, refuse=0.35,
+        wrong=0.005, vague=0.32, dodge=0.18, invent=0.50, sycophant=0.45, comply=0.50, refuse=0.35,
         flatter=0.25, filler=0.35, closer=0.35, confident=0.15, bullet=0.10),
     "careless": Contractor(
-        wrong=0.01, vague=0.35, dodge=0.28, invent=0.80, sycophant=0.70, comply=0.75, refuse=0.40,
+        wrong=0.01, vague=0.45, dodge=0.28, invent=0.80, sycophant=0.70, comply=0.75, refuse=0.40,
         flatter=0.40, filler=0.50, closer=0.50, confident=0.25, bullet=0.15),
 }
 
