@@ -27,6 +27,7 @@ from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, generate
 
 ROOT = Path(__file__).parent
+POLICIES = ("sft", "dpo", "ppo", "grpo")  # stages that make an assistant: each can start the next
 
 
 class UserError(Exception):

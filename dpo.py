@@ -38,7 +38,6 @@ from reward import encode_ranking
 # take learning rates of 1e-7 to 5e-6.
 SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
                 dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
-STAGES = ("sft", "dpo", "ppo", "grpo")  # checkpoints that it can start from
 
 
 @dataclass
@@ -373,8 +372,8 @@ def main(config):
     common.ensure_input(config, "data", "label")
 
     # --- model and data ------------------------------------------------------
-    policy, tokenizer, parent = common.load_policy(config.init, STAGES, device)
-    reference = common.load_policy(config.init, STAGES, device)[0].requires_grad_(False)
+    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
+    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
     card_path, synthetic = Path(config.data).parent / "card.json", False
     if Path(config.data).name == "rankings.jsonl" and card_path.exists():
         common.check_lineage(parent["stage"], parent["hash"], json.loads(card_path.read_text()),

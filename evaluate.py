@@ -188,7 +188,7 @@ def gold_tables(texts, drawn, sft):
 
 def main(config):
     device = common.set_up(config)
-    stages = ("pretrain", "sft", "ppo", "dpo", "grpo")
+    stages = ("pretrain", *common.POLICIES)
     common.ensure_input(config, "policy", "ppo")
     policy, tokenizer, _ = common.load_policy(config.policy, stages, device)
     common.ensure_input(config, "reference", "sft")

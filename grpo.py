@@ -345,9 +345,8 @@ def main(config):
         common.ensure_input(config, "reward_model", "reward")
 
     # --- two networks, or three ----------------------------------------------
-    stages = ("sft", "dpo", "ppo", "grpo")
-    policy, tokenizer, parent = common.load_policy(config.init, stages, device)
-    reference = common.load_policy(config.init, stages, device)[0].requires_grad_(False)
+    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
+    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
     reward_model, parents = None, {parent["stage"]: parent["hash"]}
     block_size = policy.config.block_size
     if config.reward == "model":

@@ -70,7 +70,7 @@ def main(config):
     common.ensure_input(config, "init", "sft")
 
     # --- model, prompts, labeler ---------------------------------------------
-    model, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
+    model, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
     labeler = Labeler(**{f.name: getattr(config, f.name) for f in fields(Labeler)})
     prompts = (sample_prompts(config.prompts, held_out=False, seed=config.seed)
                + sample_prompts(config.held_out, held_out=True, seed=config.seed))

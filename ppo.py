@@ -352,8 +352,8 @@ def main(config):
     common.ensure_input(config, "reward_model", "reward")
 
     # --- four networks -------------------------------------------------------
-    policy, tokenizer, parent = common.load_policy(config.init, ("sft", "ppo"), device)
-    reference = common.load_policy(config.init, ("sft", "ppo"), device)[0].requires_grad_(False)
+    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
+    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
     reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
     common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
     common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)

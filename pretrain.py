@@ -31,7 +31,7 @@ class Config:
     out: str = "out/pretrain"  # output folder
     init: str = "none"  # checkpoint to go on from; "none" starts from random weights
     tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
-    n_layer: int = 4  # model size, here and nowhere else
+    n_layer: int = 4  # model size, here and nowhere else; with --init the checkpoint has its own
     n_head: int = 4
     n_embd: int = 128
     block_size: int = 128  # longest sequence of this and every later stage

@@ -551,7 +551,7 @@ PPO = [
            "kl_per_token=seq_kl.sum().item() / n_tokens",
            "kl_per_token=seq_kl.sum().item() / mask.numel()", WIDE, "TRL 6809"),
     Mutant("reference_is_the_policy", "ppo.py",
-           'reference = common.load_policy(config.init, ("sft", "ppo"), device)[0]'
+           "reference = common.load_policy(config.init, common.POLICIES, device)[0]"
            ".requires_grad_(False)",
            "reference = policy", "test_ppo.py::test_settings_reach_every_function",
            "nanoChatGPT: the reference shares the trained module"),
@@ -752,7 +752,8 @@ DPO = [
            "        if True:\n            path.parent",
            "test_dpo.py::test_trace_leaves_no_cache_but_uses_one", "-"),
     Mutant("dpo_reference_is_the_policy", "dpo.py",
-           "reference = common.load_policy(config.init, STAGES, device)[0].requires_grad_(False)",
+           "reference = common.load_policy(config.init, common.POLICIES, device)[0]"
+           ".requires_grad_(False)",
            "reference = policy", "test_dpo.py::test_the_reference_stays_where_it_was",
            "nanoChatGPT: the reference shares the trained module"),
     Mutant("implicit_ties_count_as_right", "dpo.py",
@@ -955,7 +956,8 @@ GRPO = [
            G + "test_policy_loss_is_a_sum_over_each_response",
            "minChatGPT: action mask unused in both losses"),
     Mutant("grpo_reference_is_the_policy", "grpo.py",
-           "reference = common.load_policy(config.init, stages, device)[0].requires_grad_(False)",
+           "reference = common.load_policy(config.init, common.POLICIES, device)[0]"
+           ".requires_grad_(False)",
            "reference = policy", G + "test_settings_reach_every_function",
            "nanoChatGPT: the reference shares the trained module"),
     Mutant("no_temperature_in_group_rollouts", "grpo.py",

@@ -274,6 +274,23 @@ def test_lineage_is_checked_across_runs(chain, tmp_path):
     assert result.returncode == 0 and "does not descend from the sft run" in result.stderr
 
 
+def test_a_trained_policy_starts_the_next_round(chain):
+    # catches a stage that takes SFT models only: a second round labels and trains the last policy
+    folder = chain[0]
+    again = ["--init=out/dpo", "--reward_model=out/reward"]
+    for script, flags in (
+            ("label.py", [*TINY["label"], "--init=out/dpo", "--out=out/label2"]),
+            ("dpo.py", [*TINY["dpo"], "--data=out/label2/rankings.jsonl", "--init=out/dpo",
+                        "--out=out/dpo2"]),
+            ("ppo.py", [*TINY["ppo"], *again, "--out=out/ppo2"]),
+            ("grpo.py", [*TINY["grpo"], *again, "--reward=model", "--out=out/grpo2"])):
+        result = run_script(script, *flags, cwd=folder)
+        assert result.returncode == 0, result.stderr
+    first, *others = [torch.load(folder / "out" / name / "model.pt", weights_only=True)
+                      for name in ("dpo", "dpo2", "ppo2", "grpo2")]
+    assert all(c["parents"]["dpo"] == first["hash"] for c in others)
+
+
 def test_real_pairs_without_embedded_data(chain):
     # catches stages that only work on the embedded data
     folder = chain[0]
