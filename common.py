@@ -99,12 +99,13 @@ def help_text(config_class):
 # --- device, precision, seeds --------------------------------------------------------------------
 
 
-# flags that may be 0 or below; every other number must be positive
+# flags that may be 0, and those that may be below it; every other number must be above 0
 MAY_BE_ZERO = ("micro_batch", "dropout", "weight_decay", "warmup", "pretrain_mix", "quality",
-               "safety", "oversample", "noise", "length", "flattery", "bullets", "confidence",
-               "caution", "seed", "gamma", "lam", "beta", "kl_target", "missing_eos",
-               "entropy_coef", "ptx_coef", "label_smoothing", "simpo_margin", "desirable",
-               "undesirable", "nll", "clip_high")
+               "safety", "oversample", "noise", "seed", "gamma", "lam", "beta", "kl_target",
+               "entropy_coef", "ptx_coef", "label_smoothing", "desirable", "undesirable", "nll",
+               "clip_high")
+ANY_SIGN = ("length", "flattery", "bullets", "confidence", "caution", "missing_eos",
+            "simpo_margin")
 
 
 def set_up(config):
@@ -113,10 +114,14 @@ def set_up(config):
     "auto" takes a GPU where there is one. Called before any earlier stage is run.
     """
     for name, value in dataclasses.asdict(config).items():
-        if type(value) in (int, float) and value <= 0 and name not in MAY_BE_ZERO:
+        if type(value) not in (int, float):
+            continue
+        if not math.isfinite(value):  # every comparison with nan is false: it would pass anything
+            raise UserError(f"--{name}={value}: must be a finite number")
+        if value < 0 and name in MAY_BE_ZERO:
+            raise UserError(f"--{name}={value}: must not be negative")
+        if value <= 0 and name not in MAY_BE_ZERO + ANY_SIGN:
             raise UserError(f"--{name}={value}: must be above 0")
-    if config.seed < 0:
-        raise UserError(f"--seed={config.seed}: must not be negative")
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -205,7 +210,8 @@ def by_length(rows, mask, size):
 
     mask (B, T) of the response tokens. Most responses end far before the longest one: where rows
     of like length stand together, a forward pass that stops at the last of them has little padding
-    to run over.
+    to run over. The price: a row stands beside others in the next forward pass, which may round
+    differently.
     """
     end = (mask[rows] * torch.arange(mask.shape[1], device=mask.device)).amax(1)
     return rows[end.argsort(stable=True)].split(size or len(rows))
@@ -294,6 +300,7 @@ class Run:
 
     def _write(self, row):
         with open(self.folder / "log.jsonl", "a") as f:
+            row = {k: None if v != v else v for k, v in row.items()}  # JSON knows no nan
             f.write(json.dumps(row, default=float) + "\n")
 
     def log(self, kind="step", **row):

@@ -238,10 +238,12 @@ def all_rows(elements):
     return [[x for e in elements for x in getattr(e, name)] for name in ("rows", "masks")]
 
 
-def mismatch(first, second):
-    """(ids, mask): the prompt of the one Element with the first answer to the other, for z0."""
-    head = first.masks[0].index(1)
-    answer = [t for t, m in zip(second.rows[0], second.masks[0]) if m]
+def mismatch(first, second, n):
+    """(ids, mask): the prompt of the one Element with the nth answer to the other, for z0. They
+    take turns (n modulo their number): of a pair the first one is always the chosen one, and
+    training raises just these."""
+    head, i = first.masks[0].index(1), n % len(second.rows)
+    answer = [t for t, m in zip(second.rows[i], second.masks[i]) if m]
     return first.rows[0][:head] + answer, [0] * head + [1] * len(answer)
 
 
@@ -357,9 +359,6 @@ def trace(policy, reference, tokenizer, element, config, device):
 def main(config):
     if config.loss not in SETTINGS:
         raise UserError(f"--loss={config.loss}: expected one of {', '.join(SETTINGS)}")
-    for name in ("beta", "desirable", "undesirable", "nll"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name}={getattr(config, name)}: must not be negative")
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing={config.label_smoothing}: expected 0 to below 0.5")
     if Path(config.reference_cache).is_file():
@@ -443,7 +442,8 @@ def main(config):
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         baseline = 0.0
         if config.loss == "kto":  # z0, of the whole step: each prompt with an answer to the next
-            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]]) for n in chosen]
+            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]], n)
+                      for n in chosen]
             # a long prompt and a long answer that fit apart may not fit together
             others = [o for o in others if len(o[0]) <= policy.config.block_size]
             if others:

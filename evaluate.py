@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_prompt, collate, fits, read_jsonl, split
+from data.records import check_prompt, collate, fits, prompt_key, read_jsonl, split
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from model import token_logprobs
@@ -50,7 +50,11 @@ def held_out_prompts(data, count, tokenizer, room):
     if data == "synthetic":
         prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)]
     else:
-        prompts = [r["prompt"] for r in split(read_jsonl(data, check_prompt))[1]]
+        records = split(read_jsonl(data, check_prompt))[1]
+        first = {}  # several records may share a prompt: it is asked once
+        for record in records:
+            first.setdefault(prompt_key(record), record["prompt"])
+        prompts = list(first.values())
     encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts[:count]]
     kept = fits("held-out prompts", encoded, room, lambda e: len(e[1]))
     if not kept:
@@ -133,9 +137,11 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     rows, masks = response_rows(ids, drawn)
     seq_kl = (sequence_logprobs(policy, rows, masks, tokenizer.pad, config.temperature)
               - sequence_logprobs(reference, rows, masks, tokenizer.pad, config.temperature))
+    cluster = [question(t) if synthetic else str(t) for t in texts]
+    se = lambda x: clustered_se(x, cluster)
     mean = lambda samples, value: float(np.mean([value(s) for s in samples]))
     metrics = dict(
-        kl=seq_kl.mean().item(), kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
+        kl=seq_kl.mean().item(), kl_se=se(seq_kl.numpy()),
         length=mean(drawn, lambda s: len(s["ids"])), length_sft=mean(sft, lambda s: len(s["ids"])),
         eos_rate=mean(drawn, lambda s: s["finished"]),
         eos_rate_sft=mean(sft, lambda s: s["finished"]))
@@ -151,7 +157,6 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
         gold_sft = np.array([[gold_reward(t, s["text"]) for s in sft[i * n:(i + 1) * n]]
                              for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
         gap = gold - gold_sft[:, 0]
-        se = lambda x: clustered_se(x, [question(t) for t in texts])
         metrics |= dict(
             gold=float(gold.mean()), gold_se=se(gold), gold_sft=float(gold_sft[:, 0].mean()),
             gold_gap=float(gap.mean()), gold_gap_se=se(gap),

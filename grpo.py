@@ -53,7 +53,7 @@ class Config:
     k: int = 8  # responses to a prompt: the group
     minibatches: int = 2  # optimiser steps an epoch
     epochs: int = 1  # passes over the responses of an iteration
-    micro_batch: int = 128  # responses a forward pass, of like length; 0 takes a whole minibatch
+    micro_batch: int = 128  # responses a forward pass, of like length; 0 takes all at once
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     lr: float = 3e-4  # linear decay to a tenth
@@ -244,7 +244,8 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
     before clipping; the last ptx_loss or None.
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
-    device, totals, steps, ratio_max, seen, ptx = tokens.device, {}, [], 0.0, 0.0, None
+    device, totals, steps, seen, ptx = tokens.device, {}, [], 0.0, None
+    ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
@@ -262,10 +263,10 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
                 loss, kl, info = losses(logp, batch, p, config)
                 (weight * (loss + kl)).sum().backward()
                 step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])
-                ratio_max = max(ratio_max, info.pop("ratio_max").item())
+                ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
                 for name, value in info.items():
-                    totals[name] = totals.get(name, 0.0) + value.item()
-                seen += mask[p].sum().item()
+                    totals[name] = totals.get(name, 0.0) + value
+                seen = seen + mask[p].sum()
                 if check and not steps:
                     ref_logp = batch["ref_logp"]
                     check_start(logp, batch["old_logp"][p], mask[p],
@@ -281,9 +282,11 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     mean = torch.stack(steps).mean(0).tolist() if steps else [0.0, 0.0, 0.0]
-    return dict(policy_loss=mean[0], kl_loss=mean[1], grad_norm=mean[2], ratio_max=ratio_max,
+    return dict(policy_loss=mean[0], kl_loss=mean[1], grad_norm=mean[2],
+                ratio_max=ratio_max.item(),
                 ptx_loss=ptx.item() if ptx is not None else None,
-                **{k: totals.get(k, 0.0) / max(seen, 1) for k in ("clip_fraction", "approx_kl")})
+                **{k: float(totals.get(k, 0.0) / max(seen, 1))
+                   for k in ("clip_fraction", "approx_kl")})
 
 
 # --- the stage -----------------------------------------------------------------------------------
@@ -300,15 +303,16 @@ def resolve(config):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name}={getattr(config, name)}: expected one of "
                             + ", ".join(allowed))
-    for name in ("clip_high", "beta", "ptx_coef"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name}={getattr(config, name)}: must not be negative")
     if config.k < 2 or config.batch_size % config.k or config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} must be a multiple of --k={config.k}, "
                         f"at least 2, and of --minibatches={config.minibatches}")
     chosen = dict(clip_high=config.clip) | METHODS[config.method]
-    return dataclasses.replace(config, **{name: value for name, value in chosen.items()
-                                          if getattr(config, name) in ("auto", 0.0)})
+    config = dataclasses.replace(config, **{name: value for name, value in chosen.items()
+                                            if getattr(config, name) in ("auto", 0.0)})
+    if config.kl_in == "reward" and config.kl_estimator != "k2":
+        raise UserError(f"--kl_estimator={config.kl_estimator} belongs to --kl_in=loss; in the "
+                        "reward the KL is k1")
+    return config
 
 
 def load_prompts(config, tokenizer, room):

@@ -42,7 +42,7 @@ class Config:
     batch_size: int = 128  # episodes (responses) an iteration
     minibatches: int = 2  # optimiser steps an epoch
     epochs: int = 2  # passes over the episodes of an iteration
-    micro_batch: int = 32  # episodes a forward pass, of like length; 0 takes a whole minibatch
+    micro_batch: int = 32  # episodes a forward pass, of like length; 0 takes all at once
     temperature: float = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
     lr: float = 3e-4  # policy; linear decay to a tenth
@@ -275,7 +275,8 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
     value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
     """
     tokens, mask, old_logp = batch["tokens"], batch["mask"], batch["old_logp"]
-    device, totals, norms, ratio_max, ptx = tokens.device, {}, [], 0.0, None
+    device, totals, norms, ptx = tokens.device, {}, [], None
+    ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
@@ -302,7 +303,7 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                                     config.value_clip)
                 info["value_loss"] = v_loss.detach()
                 ((loss + v_loss) / count).backward()  # separate networks: no weight between
-                ratio_max = max(ratio_max, info.pop("ratio_max").item())
+                ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
                 for k, v in info.items():
                     totals[k] = totals.get(k, 0.0) + v
             if config.ptx_coef > 0:
@@ -318,7 +319,8 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     n_tokens = mask.sum().item()
-    return dict(ratio_max=ratio_max, grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
+    return dict(ratio_max=ratio_max.item(),
+                grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
                 critic_grad_norm=torch.stack([n[1] for n in norms]).mean().item(),
                 ptx_loss=ptx.item() if ptx is not None else None,
                 **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()})

@@ -379,6 +379,8 @@ def main(config):
     names = [n for n in METHODS if config.methods == "all" or n.startswith(config.methods)]
     if not names:
         raise common.UserError(f"--methods={config.methods}: none of {', '.join(METHODS)}")
+    if config.workers < 1:
+        raise common.UserError(f"--workers={config.workers}: must be above 0")
     start, jobs = time.time(), []
     for temperature, count in ((1.0, config.problems), (0.7, config.cold_problems)):
         seeds = [p.seed for p in draw_problems(count, temperature)]

@@ -31,7 +31,7 @@ from reward import load_reward_model, score_rows
 
 # name: (script, flags, beta). In PPO and GRPO beta is in units of the score, in DPO in units of
 # the log-odds of a label: the reward model's output before its stored scale divides it, which is
-# 2.25 for the default run. So these are four times the same objective, up to rounding
+# 2.2 for the default run. So these are four times the same objective, up to rounding
 METHODS = {
     "PPO": ("ppo.py", [], (0.02, 0.05, 0.15, 0.5)),
     "GRPO": ("grpo.py", ["--reward=model"], (0.02, 0.05, 0.15, 0.5)),
@@ -56,10 +56,11 @@ class Config:
     device: str = "auto"  # "auto", "cpu", "cuda"
 
 
-def train(job, config):
+def train(job, config, hashes):
     """The final metrics of one run, trained now unless its folder holds it already.
 
-    UserError if the folder holds a run with other flags: other prompts, another judge.
+    hashes: of the inputs, {"sft", "reward", "data"}. UserError if the folder holds a run with other
+    flags or from other inputs: other prompts, another judge, an SFT model that is gone.
     """
     name, beta, seed = job
     script, flags, _ = METHODS[name]
@@ -84,6 +85,10 @@ def train(job, config):
         if made[field] != value:
             raise UserError(f"{folder} holds a run with --{field}={made[field]}, wanted: {value}. "
                             "Delete it, or choose another --out")
+    for role, found in common.load_checkpoint(folder, (Path(script).stem,))["parents"].items():
+        if found != hashes[role]:
+            raise UserError(f"{folder} was made from another {role} than there is now. Delete it, "
+                            "or choose another --out")
     print(f"{name} beta={beta} seed={seed}: KL {final['kl']:.2f}, gold {final['gold']:.2f}, "
           f"win rate {final['gold_win_rate']:.1%}", flush=True)
     return final
@@ -189,12 +194,16 @@ def plot(rows, path):
 
 
 def main(config):
+    common.set_up(config)  # refuses bad numbers now, not after the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
     jobs = [(name, beta, seed) for name, (_, _, betas) in METHODS.items() for beta in betas
             for seed in range(1, config.seeds + 1)]
+    hashes = dict(sft=common.load_checkpoint(config.init, ("sft",))["hash"],
+                  reward=common.load_checkpoint(config.reward_model, ("reward",))["hash"],
+                  data=common.text_hash(Path(config.data).read_text()))
     with ThreadPoolExecutor(config.workers) as pool:
-        finals = dict(zip(jobs, pool.map(lambda job: train(job, config), jobs)))
+        finals = dict(zip(jobs, pool.map(lambda job: train(job, config, hashes), jobs)))
     rows = best_of_n_rows(config)
     for name, (_, _, betas) in METHODS.items():
         for beta in betas:

@@ -173,9 +173,10 @@ def test_mismatch_is_one_prompt_with_the_answer_to_another():
     # catches a matched answer, a lost EOS, and a prompt that is scored
     first, second = (make_element(tok, dict(prompt=p, completions=[a, "Other."], pairs=[(0, 1)]))
                      for p, a in (("Say one.", "One."), ("Say two or so.", "It is two.")))
-    ids, mask = mismatch(first, second)
-    head, answer = tok.encode_prompt("Say one."), tok.encode_response("It is two.")
-    assert (ids, mask) == (head + answer, [0] * len(head) + [1] * len(answer))
+    for n, text in enumerate(("It is two.", "Other.", "It is two.")):  # chosen and rejected in turn
+        ids, mask = mismatch(first, second, n)
+        head, answer = tok.encode_prompt("Say one."), tok.encode_response(text)
+        assert (ids, mask) == (head + answer, [0] * len(head) + [1] * len(answer))
 
 
 # --- elements ------------------------------------------------------------------------------------
@@ -413,15 +414,15 @@ def test_z0_comes_from_the_answers_to_the_next_prompts(folder, monkeypatch):
     # catches matched answers and a reversal, which leaves the middle one in place
     asked, real = [], dpo.mismatch
 
-    def spy(first, second):
-        asked.append((tuple(first.rows[0]), tuple(second.rows[0])))
-        return real(first, second)
+    def spy(first, second, n):
+        asked.append((tuple(first.rows[0]), tuple(second.rows[0]), n))
+        return real(first, second, n)
 
     monkeypatch.setattr(dpo, "mismatch", spy)
     run(folder, monkeypatch, "rotation", "--loss=kto", "--data=labels.jsonl", "--epochs=1",
         "--batch_size=4")
-    first, second = zip(*asked)
-    assert len(set(first)) == 8 and second == (*first[1:], first[0])
+    first, second, n = zip(*asked)
+    assert len(set(first)) == 8 and second == (*first[1:], first[0]) and n == (*range(8),)
 
 
 def test_z0_leaves_out_what_does_not_fit(folder, monkeypatch):
@@ -708,6 +709,10 @@ def test_trace_leaves_no_cache_but_uses_one(cached, tmp_path):
     (["--label_smoothing=0.5"], "--label_smoothing=0.5: expected 0 to below 0.5"),
     (["--epochs=0"], "--epochs=0: must be above 0"),
     (["--lr=-1"], "--lr=-1.0: must be above 0"),
+    (["--lr=inf"], "--lr=inf: must be a finite number"),
+    (["--beta=nan"], "--beta=nan: must be a finite number"),
+    (["--weight_decay=-1"], "--weight_decay=-1.0: must not be negative"),
+    (["--micro_batch=-1"], "--micro_batch=-1: must not be negative"),
     (["--los=dpo"], "unknown flag --los: did you mean --loss?"),
     (["--init=reward"], "is a reward checkpoint; needed here: sft or dpo or ppo or grpo"),
     (["--init=nowhere"], "--init=nowhere does not exist"),

@@ -4,15 +4,19 @@ import itertools
 import json
 from pathlib import Path
 
+import common
+import evaluate
 import numpy as np
 import pytest
+import torch
 from common import UserError
 from conftest import run_script
 from data.records import write_jsonl
 from data.synthetic.facts import FLATTERY
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
-from evaluate import clustered_se, gold_tables
+from data.tokenizer import load_tokenizer
+from evaluate import clustered_se, gold_tables, held_out_prompts
 from studies import frontier
 from tiny_runs import make_inputs
 
@@ -30,6 +34,33 @@ def test_clustered_standard_error():
     # every question four times: four times the prompts, the same error
     assert clustered_se(np.repeat(x, 4), np.repeat(range(40), 4)) == pytest.approx(alone)
     assert clustered_se(np.repeat(x, 4), range(160)) == pytest.approx(alone / 2)
+
+
+def test_the_error_of_the_kl_is_clustered(folder, monkeypatch):
+    # catches two wordings of a question that are counted as independent
+    config = evaluate.Config(policy="sft", reference="sft", max_new_tokens=8, out=str(folder / "c"))
+    device = common.set_up(config)
+    policy, tokenizer, _ = common.load_policy(str(folder / "sft"), ("sft",), device)
+    texts = [p.text for p in sample_prompts(40, held_out=True, seed=0)] * 2
+    kl = torch.arange(40.0).repeat(2)
+    calls = iter((kl, torch.zeros(80)))
+    monkeypatch.setattr(evaluate, "sequence_logprobs", lambda *a: next(calls))
+    run = common.Run("evaluate", config, device)
+    metrics, _, _ = evaluate.compare(policy, policy, tokenizer,
+                                     [(t, tokenizer.encode_prompt(t)) for t in texts], config, run,
+                                     True)
+    assert metrics["kl_se"] == clustered_se(kl.numpy(), [evaluate.question(t) for t in texts])
+    assert metrics["kl_se"] > 1.3 * float(kl.std()) / 80**0.5
+
+
+def test_a_prompt_is_asked_once(tmp_path):
+    # catches an evaluation on 9 copies of one prompt, as if they were 9 prompts
+    turns = [dict(role="user", content="Say one.")]
+    write_jsonl(tmp_path / "pairs.jsonl", [
+        dict(prompt=p, chosen="Yes.", rejected="No.", held_out=True)
+        for p in ("Say one.", turns, "Say two.", "Say one.", "Say three.")])
+    prompts = held_out_prompts(str(tmp_path / "pairs.jsonl"), 2, load_tokenizer("synthetic"), 99)
+    assert [text for text, _ in prompts] == ["Say one.", "Say two."]
 
 
 def test_gold_tables_add_up():
@@ -108,4 +139,13 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
     assert {run: (run / "model.pt").stat().st_mtime_ns for run in times} == times
     config.temperature = 0.7  # another judge than that of the runs that lie there
     with pytest.raises(UserError, match="temperature=1.0, wanted: 0.7"):
+        frontier.main(config)
+    config.temperature = 1.0
+    write_jsonl("rankings/rankings.jsonl", [  # labelled anew
+        dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
+             ranks=[2, 1], held_out=p.held_out) for p in prompts])
+    with pytest.raises(UserError, match="seed1 was made from another data than there is now"):
+        frontier.main(config)
+    config.workers = 0
+    with pytest.raises(UserError, match="--workers=0: must be above 0"):
         frontier.main(config)

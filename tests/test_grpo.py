@@ -735,6 +735,7 @@ def test_resume_is_exact(folder, monkeypatch):
     (["--method=ppo"], "--method=ppo: expected one of grpo, dr_grpo, rloo, dapo"),
     (["--reward=gold"], "--reward=gold: expected one of verifier, model"),
     (["--drop=yes"], "--drop=yes: expected one of auto, true, false"),
+    (["--kl_estimator=k3"], "--kl_estimator=k3 belongs to --kl_in=loss"),
     (["--k=3"], "must be a multiple of --k=3"),
     (["--k=1"], "must be a multiple of --k=1, at least 2"),
     (["--clip_high=-1"], "--clip_high=-1.0: must not be negative"),

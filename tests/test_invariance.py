@@ -228,6 +228,7 @@ def test_critic_ignores_padding_and_order(tiny):
     critic = ValueModel(RewardModel(tiny.config)).double()
     tokens, mask = batch()
     value = critic(tokens, mask)
+    assert (value[mask == 0] == 0).all()
     wide_tokens, wide_mask = batch(extra=6)
     torch.testing.assert_close(critic(wide_tokens, wide_mask)[:, :tokens.size(1)], value)
     order = [2, 0, 3, 1]

@@ -251,7 +251,7 @@ class Answers:
         order = [(e, n) for n in (0, 1) for e in self.elements]  # theirs: all chosen, all rejected
         self.tokens, self.mask = collate([e.rows[n] for e, n in order],
                                          [e.masks[n] for e, n in order], 61)
-        others = [mismatch(e, f) for e, f in zip(self.elements, self.elements[1:]
+        others = [mismatch(e, f, 0) for e, f in zip(self.elements, self.elements[1:]
                                                  + self.elements[:1])]
         self.kl_tokens, self.kl_mask = collate(*zip(*others), 61)
 
