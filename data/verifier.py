@@ -27,7 +27,7 @@ def final_answer(text: str):
 
     Reads over commas between thousands, currency, percent, units, a full stop behind the number
     and calculator marks; 12, 12.00 and $12 are equal. A ratio 3/4 counts as its last number, and
-    so does the power of ten of 1e+20: exponents are not read.
+    so do the power of ten of 1e+20 and the 2 of "18 m2": exponents are not read.
     """
     text = strip_calculator(text)
     found = list(NUMBER.finditer(text.rsplit("####", 1)[-1]))
