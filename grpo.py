@@ -390,7 +390,7 @@ def main(config):
             tokens, mask, finished = generate(
                 policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
                 config.temperature, common.generator(device, config.seed, step), samples=config.k)
-        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
+        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
         asked = [train[i] for i in chosen for _ in range(config.k)]
         clock.append(time.perf_counter())
 
@@ -482,7 +482,7 @@ def trace(policy, tokenizer, batch, config):
     policy_sum, kl, _ = losses(logp, batch, p, config)
     weight = row_weights(mask.sum(1), batch["kept"][p], config.aggregate, config.max_new_tokens)
     reward, advantage = batch["reward"][p], batch["advantage"][p]
-    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
+    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
     table = dict(response=range(K), finished=batch["finished"][p].int().tolist(),
                  score=batch["score"][p].tolist())
     if config.beta > 0:

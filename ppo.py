@@ -446,7 +446,7 @@ def main(config):
             explained_variance=explained.item(), **trained,
             **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
                zip(("generate", "score", "train"), clock, clock[1:])})
-        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens, mask.bool())]
+        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
         if config.data == "synthetic":  # for the log only: training never sees the gold reward
             row["gold"] = float(np.mean([gold_reward(train[i][0], t)
                                          for i, t in zip(chosen, texts)]))
