@@ -111,8 +111,11 @@ def clustered_se(x, clusters):
     return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
 
 
-def question(prompt):
-    """What an embedded prompt asks, whatever its wording: the cluster that it belongs to."""
+def question(prompt, synthetic=True):
+    """The cluster that a prompt belongs to: what an embedded one asks, whatever its wording; of
+    other data the prompt itself."""
+    if not synthetic:
+        return str(prompt)
     return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
 
 
@@ -137,7 +140,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     rows, masks = response_rows(ids, drawn)
     seq_kl = (sequence_logprobs(policy, rows, masks, tokenizer.pad, config.temperature)
               - sequence_logprobs(reference, rows, masks, tokenizer.pad, config.temperature))
-    cluster = [question(t) if synthetic else str(t) for t in texts]
+    cluster = [question(t, synthetic) for t in texts]
     se = lambda x: clustered_se(x, cluster)
     mean = lambda samples, value: float(np.mean([value(s) for s in samples]))
     metrics = dict(

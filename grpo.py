@@ -538,7 +538,7 @@ loss      = sum weight {"(policy + kl)" if "kl" in table else "policy"} = {total
 def accuracies(held_out, drawn, sft, config):
     """Held-out accuracy of policy and SFT model, one response a row; standard errors over the
     questions, which are asked in several wordings and several times."""
-    cluster = [question(p) if config.data == "synthetic" else str(p) for p, _, _ in held_out]
+    cluster = [question(p, config.data == "synthetic") for p, _, _ in held_out]
     result = {}
     for name, samples in (("accuracy", drawn), ("accuracy_sft", sft)):
         right = np.array(verify([s["text"] for s in samples], [s["finished"] for s in samples],

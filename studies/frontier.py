@@ -106,10 +106,9 @@ def best_of_n(score, value, n):
     return np.take_along_axis(value, order, 1) @ weight
 
 
-def best_of_n_rows(config):
+def best_of_n_rows(config, device):
     """A row of figures for every n, from MOST + 1 SFT samples a prompt: the last one is the
     opponent in the win rate."""
-    device = common.set_up(config)
     policy, tokenizer, _ = common.load_policy(config.init, ("sft",), device)
     reward_model, _, _ = load_reward_model(config.reward_model, device)
     texts, ids = zip(*held_out_prompts("synthetic", config.eval_prompts, tokenizer,
@@ -194,7 +193,7 @@ def plot(rows, path):
 
 
 def main(config):
-    common.set_up(config)  # refuses bad numbers now, not after the runs
+    device = common.set_up(config)  # refuses bad numbers now, not after the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
     jobs = [(name, beta, seed) for name, (_, _, betas) in METHODS.items() for beta in betas
@@ -204,7 +203,7 @@ def main(config):
                   data=common.text_hash(Path(config.data).read_text()))
     with ThreadPoolExecutor(config.workers) as pool:
         finals = dict(zip(jobs, pool.map(lambda job: train(job, config, hashes), jobs)))
-    rows = best_of_n_rows(config)
+    rows = best_of_n_rows(config, device)
     for name, (_, _, betas) in METHODS.items():
         for beta in betas:
             rows.append(summary(name, beta, [f for (n, b, _), f in finals.items()
