@@ -17,8 +17,10 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1084,6 +1086,9 @@ def applied(mutant, source):
 # processes that come from one which has imported torch: half of the time of a mutant is that import
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch"])
+# start() asks every child for its status, and a status can be read once: when the thread that waits
+# for the child asks at the same moment, one of the two finds nothing and reports 255
+STATUS = threading.Lock()
 
 
 def run_pytest(folder, tests, output):
@@ -1102,12 +1107,13 @@ def pytest(folder, tests):
     """Exit status and output of the tests, run in folder. TimeoutError after TIMEOUT seconds."""
     output = folder / "output.txt"
     process = FORKS.Process(target=run_pytest, args=(folder, tests, output))
-    process.start()
-    process.join(TIMEOUT)
-    if process.is_alive():
+    with STATUS:
+        process.start()
+    if not wait([process.sentinel], TIMEOUT):
         process.kill()
         raise TimeoutError(f"not done after {TIMEOUT} seconds")
-    return process.exitcode, output.read_text()
+    with STATUS:
+        return process.exitcode, output.read_text()
 
 
 def verdict(mutant, folder):
