@@ -239,13 +239,18 @@ def token_texts(tokenizer, ids):
 class Run:
     """An output folder: log.jsonl, state.pt while the run goes on, model.pt at its end.
 
-    First row of the log: config, versions, device. Then a row per logged step; their keys are
-    frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row: final.
+    First row of the log: config, parents, versions, device. Then a row per logged step; their keys
+    are frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row:
+    final. parents: {stage: hash} of the checkpoints that the run starts from; the hash of its data
+    file is added, and save_checkpoint takes them from here.
     """
 
-    def __init__(self, stage, config, device, result="model.pt"):
+    def __init__(self, stage, config, device, parents=None, result="model.pt"):
         self.stage, self.config, self.device = stage, config, device
-        self.folder = Path(config.out)
+        self.folder, self.parents = Path(config.out), dict(parents or {})
+        data = getattr(config, "data", None)  # a file, or a name such as "synthetic"
+        if data and Path(data).is_file():
+            self.parents["data"] = text_hash(Path(data).read_text())
         self.keys, self.start = {}, time.time()
         self.settings = dataclasses.asdict(config)
         if self.settings.get("trace"):  # shows one example and stops: writes to a folder that goes
@@ -277,6 +282,9 @@ class Run:
             if changed:
                 raise UserError(f"--resume=true: {self.folder} was started with "
                                 + ", ".join(f"--{k}={old.get(k)}" for k in changed))
+            if before["parents"] != self.parents:  # trained again, or edited, in the meantime
+                raise UserError(f"--resume=true: {self.folder} was started from "
+                                f"{before['parents']}, but here are now {self.parents}")
         elif before:  # an earlier run of this stage: its files go, and nothing else
             for name in (result, "model.pt", "state.pt", "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -286,8 +294,9 @@ class Run:
         if not self.resuming:
             versions = dict(python=sys.version.split()[0], torch=torch.__version__)
             name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-            self._write(dict(kind="config", stage=stage, config=self.settings, versions=versions,
-                             device=name, threads=torch.get_num_threads()))
+            self._write(dict(kind="config", stage=stage, config=self.settings,
+                             parents=self.parents, versions=versions, device=name,
+                             threads=torch.get_num_threads()))
         print(f"{stage}: " + " ".join(f"{k}={v}" for k, v in self.settings.items()), flush=True)
 
     def _first_row(self):

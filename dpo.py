@@ -388,7 +388,7 @@ def main(config):
         train, held_out = train[:20 * config.batch_size], held_out[:1]
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
-    run = common.Run("dpo", config, device)
+    run = common.Run("dpo", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(e.pairs) for e in train)
     print(f"{policy.num_params():,} parameters, {len(train)} prompts, {pairs} pairs, "
           f"{len(held_out)} prompts held out")
@@ -412,8 +412,7 @@ def main(config):
 
     def save(name, metrics):
         common.save_checkpoint(run.folder / name, policy, "dpo", tokenizer, config, metrics,
-                               parents={parent["stage"]: parent["hash"],
-                                        "data": common.text_hash(Path(config.data).read_text())})
+                               parents=run.parents)
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([policy], config.lr, config.weight_decay)

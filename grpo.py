@@ -363,7 +363,7 @@ def main(config):
     text = None  # rows of pretraining text, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
-    run = common.Run("grpo", config, device)
+    run = common.Run("grpo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters; {len(train)} prompts, {len(held_out)} held "
           f"out")
 
@@ -457,7 +457,7 @@ def main(config):
     if config.reward == "verifier":
         metrics |= accuracies(held_out, drawn, sft, config)
     common.save_checkpoint(run.folder / "model.pt", policy, "grpo", tokenizer, config, metrics,
-                           parents=parents)
+                           parents=run.parents)
     run.finish(**metrics)
 
 

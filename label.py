@@ -78,7 +78,8 @@ def main(config):
     if longest + config.max_new_tokens > model.config.block_size:
         raise UserError(f"--max_new_tokens={config.max_new_tokens} and the longest prompt of "
                         f"{longest} do not fit the context of {model.config.block_size}")
-    run = common.Run("label", config, device, result="rankings.jsonl")
+    run = common.Run("label", config, device, {parent["stage"]: parent["hash"]},
+                     result="rankings.jsonl")
     print(labeler.card())
 
     # --- sample and rank -----------------------------------------------------
@@ -120,7 +121,8 @@ def main(config):
         prompts=len(records), skipped=skipped, pairs=len(pairs),
         agreement=agreement([r["ranks"] for r in records], [r["second"] for r in records]),
         # how far gold itself gets on these labels: the ceiling for an unbiased reward model
-        gold_accuracy=float(np.mean([r["gold"][i] > r["gold"][j] for r, i, j in unequal])),
+        gold_accuracy=float(np.mean([r["gold"][i] > r["gold"][j] for r, i, j in unequal]))
+        if unequal else float("nan"),
         longer_preferred=float(np.mean([len(r["completions"][i]) > len(r["completions"][j])
                                         for r, i, j in pairs])),
         gold=float(np.mean([g for r in records for g in r["gold"]])),
@@ -128,7 +130,7 @@ def main(config):
     for r in records[:6]:
         run.log("sample", **{k: r[k] for k in ("prompt", "completions", "ranks", "gold")})
     card = dict(card=labeler.card(), labeler=asdict(labeler),
-                parents={parent["stage"]: parent["hash"]}, metrics=metrics)
+                parents=run.parents, metrics=metrics)
     (run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     write_jsonl(run.folder / "rankings.jsonl", records)
     run.finish(**metrics)

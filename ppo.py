@@ -367,7 +367,8 @@ def main(config):
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
-    run = common.Run("ppo", config, device)
+    run = common.Run("ppo", config, device,
+                     {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
     print(f"policy {policy.num_params():,} parameters, reward model and critic "
           f"{reward_model.gpt.num_params():,} each; {len(train)} prompts, {len(held_out)} held out")
 
@@ -464,7 +465,7 @@ def main(config):
                             config.data == "synthetic", reward_model, config.best_of)
     metrics["beta"] = beta
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
-                           parents={parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
+                           parents=run.parents)
     run.finish(**metrics)
 
 

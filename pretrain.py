@@ -110,6 +110,7 @@ def main(config):
     device = common.set_up(config)
 
     # --- model and data ------------------------------------------------------
+    parents = {}
     if config.init == "none":
         tokenizer = common.tokenizer_of(config.tokenizer)
         try:
@@ -119,14 +120,15 @@ def main(config):
             raise UserError(str(error)) from None
         model = GPT(size).to(device)
     else:
-        model, tokenizer, _ = common.load_policy(config.init, ("pretrain",), device)
+        model, tokenizer, parent = common.load_policy(config.init, ("pretrain",), device)
+        parents = dict(pretrain=parent["hash"])
     if config.seq_len > model.config.block_size:
         raise UserError(f"--seq_len={config.seq_len} is longer than the context of "
                         f"{model.config.block_size}")
     rows = text_rows(config.data, tokenizer, config.seq_len + 1, config.documents, config.seed)
     n_held_out = max(1, min(256, len(rows) // 50))
     train, held_out = rows[:-n_held_out], rows[-n_held_out:].to(device)
-    run = common.Run("pretrain", config, device)
+    run = common.Run("pretrain", config, device, parents)
     print(f"{model.num_params():,} parameters, {train.numel():,} tokens of text")
 
     @torch.no_grad()
@@ -186,7 +188,8 @@ def main(config):
     model.eval()
     if config.data == "synthetic":
         metrics.update(base_gold(model, tokenizer, config, run, device))
-    common.save_checkpoint(run.folder / "model.pt", model, "pretrain", tokenizer, config, metrics)
+    common.save_checkpoint(run.folder / "model.pt", model, "pretrain", tokenizer, config, metrics,
+                           parents=run.parents)
     run.finish(**metrics)
 
 

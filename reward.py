@@ -250,7 +250,7 @@ def main(config):
     if len(complete) < 2:
         raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
                         f"within {config.max_new_tokens} tokens: too few to measure the scale on")
-    run = common.Run("reward", config, device)
+    run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(r["pairs"]) for _, _, r in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} prompts, "
           f"{pairs} pairs, {len(held_out)} prompts held out")
@@ -328,8 +328,7 @@ def main(config):
                     sft_score=float((sample_scores.mean() - model.shift.item())
                                     / model.scale.item()))
     common.save_checkpoint(run.folder / "model.pt", model, "reward", tokenizer, config, metrics,
-                           parents={parent["stage"]: parent["hash"],
-                                    "data": common.text_hash(Path(config.data).read_text())})
+                           parents=run.parents)
     run.finish(**metrics)
 
 

@@ -123,7 +123,7 @@ def main(config):
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no held-out prompt leaves "
                         f"that much room in the context of {model.config.block_size}")
     prompts, ids = zip(*fitting)
-    run = common.Run("sft", config, device)
+    run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
     print(f"{model.num_params():,} parameters, {len(train)} dialogues, {len(held_out)} held out")
 
     def batch(rows):
@@ -157,7 +157,7 @@ def main(config):
 
     def save(name, metrics):
         common.save_checkpoint(run.folder / name, model, "sft", tokenizer, config, metrics,
-                               parents={parent["stage"]: parent["hash"]})
+                               parents=run.parents)
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)

@@ -125,6 +125,30 @@ def test_resume_needs_the_same_settings(tmp_path):
     common.Run("x", Config(out=str(tmp_path), steps=5, resume=True), torch.device("cpu"))
 
 
+def test_resume_needs_the_same_inputs(tmp_path):
+    # catches a run that goes on from an SFT model that was trained again, or with edited data
+    @dataclass
+    class WithData(Config):
+        data: str = str(tmp_path / "data.jsonl")
+
+    def go_on(resume=True, **parents):
+        return common.Run("x", WithData(out=str(tmp_path / "run"), resume=resume),
+                          torch.device("cpu"), parents)
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+    run = go_on(resume=False, sft="abc")
+    run.save_state(step=1)
+    assert run.parents == dict(sft="abc", data=common.text_hash("one"))
+    assert go_on(sft="abc").load_state()["step"] == 1
+    with pytest.raises(UserError, match="started from .*abc.* are now .*def"):
+        go_on(sft="def")
+    data.write_text("two")
+    with pytest.raises(UserError, match=f"are now .*{common.text_hash('two')}"):
+        go_on(sft="abc")
+    assert (run.folder / "state.pt").exists()
+
+
 def test_log_keys_are_frozen(tmp_path):
     # catches a typo in a metric's name
     run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))

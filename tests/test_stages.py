@@ -23,6 +23,9 @@ TINY = dict(
          "--max_new_tokens=80"],
     grpo=["--iterations=2", "--batch_size=8", "--k=4", "--eval_prompts=8", "--max_new_tokens=80"])
 
+PARENTS = dict(pretrain=set(), sft={"pretrain"}, label={"sft"}, reward={"sft", "data"},
+               dpo={"sft", "data"}, ppo={"sft", "reward"}, grpo={"sft"})
+
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
@@ -50,9 +53,12 @@ def test_every_stage_writes_what_it_promises(chain):
         assert len(final) == 1 and "seconds" in final[0] and "done." in outputs[stage]
         assert rows(folder, stage, "config")[0]["config"]["seed"] == 1
         assert not (out / "state.pt").exists()
+        parents = rows(folder, stage, "config")[0]["parents"]
+        assert set(parents) == PARENTS[stage]
         if stage != "label":
             content = torch.load(out / "model.pt", weights_only=True)
             assert content["stage"] == stage and content["tokenizer"] == "synthetic"
+            assert content["parents"] == parents
     card = json.loads((folder / "out" / "label" / "card.json").read_text())
     sft = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
     assert card["parents"]["sft"] == sft["hash"]
