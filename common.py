@@ -236,30 +236,37 @@ def token_texts(tokenizer, ids):
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
+def make_folder(flag, path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={path} is no folder that can be written to: "
+                        f"{error.strerror}") from None
+
+
 class Run:
     """An output folder: log.jsonl, state.pt while the run goes on, model.pt at its end.
 
     First row of the log: config, parents, versions, device. Then a row per logged step; their keys
     are frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row:
-    final. parents: {stage: hash} of the checkpoints that the run starts from; the hash of its data
-    file is added, and save_checkpoint takes them from here.
+    final. parents: {stage: hash} of the checkpoints that the run starts from; the hashes of its
+    files of text are added, and save_checkpoint takes them from here.
     """
 
     def __init__(self, stage, config, device, parents=None, result="model.pt"):
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.parents = Path(config.out), dict(parents or {})
-        data = getattr(config, "data", None)  # a file, or a name such as "synthetic"
-        if data and Path(data).is_file():
-            self.parents["data"] = text_hash(Path(data).read_text())
         self.keys, self.start = {}, time.time()
         self.settings = dataclasses.asdict(config)
+        for name in ("data", "demos", "pretrain_data", "ptx_data"):
+            value = self.settings.get(name)  # a file, or a name such as "synthetic"
+            if isinstance(value, str) and Path(value).is_file():  # in sft.py --demos is a number
+                self.parents[name] = text_hash(Path(value).read_text())
         if self.settings.get("trace"):  # shows one example and stops: writes to a folder that goes
             if config.resume:
                 raise UserError("--trace=true starts a run to look into: leave out --resume=true")
             self.scratch = tempfile.TemporaryDirectory()
             self.folder = Path(self.scratch.name)
-        if self.folder.is_file():
-            raise UserError(f"--out={self.folder} is a file; it must name a folder")
         before = self._first_row()  # of the run that the folder holds, if any
         if before and before["stage"] != stage:
             raise UserError(f"{self.folder} holds a {before['stage']} run: choose another --out")
@@ -282,22 +289,31 @@ class Run:
             if changed:
                 raise UserError(f"--resume=true: {self.folder} was started with "
                                 + ", ".join(f"--{k}={old.get(k)}" for k in changed))
-            if before["parents"] != self.parents:  # trained again, or edited, in the meantime
+            # trained again, or edited, in the meantime
+            if before.get("parents") != self.parents:
                 raise UserError(f"--resume=true: {self.folder} was started from "
-                                f"{before['parents']}, but here are now {self.parents}")
+                                f"{before.get('parents')}, but here are now {self.parents}: "
+                                "--overwrite=true starts again, --out=DIR writes elsewhere")
+            for key, here in self._machine().items():
+                if before[key] != here:
+                    print(f"warning: {self.folder} was started with {key} {before[key]}, here is "
+                          f"{here}: it goes on, but not to the last digit", file=sys.stderr)
         elif before:  # an earlier run of this stage: its files go, and nothing else
             for name in (result, "model.pt", "state.pt", "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("model-epoch*.pt"):
                 path.unlink()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder("out", self.folder)
         if not self.resuming:
-            versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-            name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
             self._write(dict(kind="config", stage=stage, config=self.settings,
-                             parents=self.parents, versions=versions, device=name,
-                             threads=torch.get_num_threads()))
+                             parents=self.parents, **self._machine()))
         print(f"{stage}: " + " ".join(f"{k}={v}" for k, v in self.settings.items()), flush=True)
+
+    def _machine(self):
+        """What else the last digits of a run depend on."""
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return dict(versions=versions, device=name, threads=torch.get_num_threads())
 
     def _first_row(self):
         """The first row of the folder's log, or None."""
@@ -377,7 +393,7 @@ def text_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None, **extra):
+def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None):
     """One file with all that a later stage needs; only tensors and plain containers.
 
     parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares.
@@ -387,7 +403,7 @@ def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None
     save_file(dict(format="rlhf-1", stage=stage, weights=weights,
                    model=dataclasses.asdict(gpt.config), tokenizer=tokenizer.name,
                    config=dataclasses.asdict(config), metrics=metrics, hash=weights_hash(weights),
-                   parents=parents or {}, **extra), Path(path))
+                   parents=parents or {}), Path(path))
 
 
 def load_checkpoint(path, stages, device="cpu"):
@@ -455,6 +471,9 @@ def ensure_input(config, field, stage):
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
     if path.is_file() or (path / "model.pt").exists():
         return
+    if Path(default).suffix and path.is_dir():
+        raise UserError(f"--{field}={path} is a folder; name a file in it, as in "
+                        f"--{field}={default}")
     if (path / "state.pt").exists():
         raise UserError(f"{path} holds an interrupted run: `python {stage}.py --resume=true "
                         f"--out={path}` finishes it")

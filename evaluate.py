@@ -198,17 +198,21 @@ def main(config):
     device = common.set_up(config)
     stages = ("pretrain", *common.POLICIES)
     common.ensure_input(config, "policy", "ppo")
-    policy, tokenizer, _ = common.load_policy(config.policy, stages, device)
+    policy, tokenizer, parent = common.load_policy(config.policy, stages, device)
     common.ensure_input(config, "reference", "sft")
-    reference, ref_tokenizer, _ = common.load_policy(config.reference, stages, device)
+    reference, ref_tokenizer, ref_parent = common.load_policy(config.reference, stages, device)
+    common.check_same_tokenizer(ref_tokenizer, tokenizer, config.reference, config.policy)
+    parents = dict(policy=parent["hash"], reference=ref_parent["hash"])
+    block_size = min(policy.config.block_size, reference.config.block_size)
     reward_model = None
     if config.reward_model:
-        reward_model, rm_tokenizer, _ = load_reward_model(config.reward_model, device)
+        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
-    common.check_same_tokenizer(ref_tokenizer, tokenizer, config.reference, config.policy)
-    room = min(policy.config.block_size, reference.config.block_size) - config.max_new_tokens
+        parents["reward"] = rm_parent["hash"]
+        block_size = min(block_size, reward_model.gpt.config.block_size)
+    room = block_size - config.max_new_tokens
     prompts = held_out_prompts(config.data, config.eval_prompts, tokenizer, room)
-    run = common.Run("evaluate", config, device, result="log.jsonl")
+    run = common.Run("evaluate", config, device, parents, result="log.jsonl")
     metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run,
                                   config.data == "synthetic", reward_model, config.best_of)
     if config.data == "synthetic":

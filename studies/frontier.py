@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,21 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
 import common
+import dpo
+import grpo
+import ppo
 from common import ROOT, UserError
 from data.synthetic.gold import gold_reward
 from evaluate import clustered_se, held_out_prompts, question, response_rows
 from reward import load_reward_model, score_rows
 
-# name: (script, flags, beta). In PPO and GRPO beta is in units of the score, in DPO in units of
-# the log-odds of a label: the reward model's output before its stored scale divides it, which is
+# name: (stage, its settings, beta). In PPO and GRPO beta is in units of the score, in DPO in units
+# of the log-odds of a label: the reward model's output before its stored scale divides it, which is
 # 2.2 for the default run. So these are four times the same objective, up to rounding
 METHODS = {
-    "PPO": ("ppo.py", [], (0.02, 0.05, 0.15, 0.5)),
-    "GRPO": ("grpo.py", ["--reward=model"], (0.02, 0.05, 0.15, 0.5)),
-    "DPO": ("dpo.py", [], (0.05, 0.1, 0.3, 1.0)),
+    "PPO": ("ppo", ppo.Config(), (0.02, 0.05, 0.15, 0.5)),
+    "GRPO": ("grpo", grpo.resolve(grpo.Config(reward="model")), (0.02, 0.05, 0.15, 0.5)),
+    "DPO": ("dpo", dpo.resolve(dpo.Config()), (0.05, 0.1, 0.3, 1.0)),
 }
 MOST = 16  # SFT samples a prompt, for best-of-n with n = 1, 2, 4, 8, 16
 
@@ -63,35 +66,34 @@ def train(job, config, hashes):
     flags or from other inputs: other prompts, another judge, an SFT model that is gone.
     """
     name, beta, seed = job
-    script, flags, _ = METHODS[name]
+    stage, settings, _ = METHODS[name]
     folder = Path(config.out) / f"{name}-beta{beta}-seed{seed}"
-    log = folder / "log.jsonl"
     shared = ("init", "eval_prompts", "temperature", "max_new_tokens", "device")
     shared += ("data",) if name == "DPO" else ("reward_model", "missing_eos")
-    wanted = dict(beta=beta, seed=seed) | {field: getattr(config, field) for field in shared}
+    wanted = asdict(settings) | {field: getattr(config, field) for field in shared}
+    wanted |= dict(beta=beta, seed=seed, out=str(folder), overwrite=True)
+    if name == "DPO":
+        wanted["reference_cache"] = f"{config.out}/reference_logps"
     if not (folder / "model.pt").exists():
-        flags = [*flags, f"--out={folder}", "--overwrite=true",
-                 *(f"--{field}={value}" for field, value in wanted.items())]
-        if name == "DPO":
-            flags.append(f"--reference_cache={config.out}/reference_logps")
+        flags = [f"--{field}={str(value).lower() if isinstance(value, bool) else value}"
+                 for field, value in wanted.items()]
         threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
-        done = subprocess.run([sys.executable, str(ROOT / script), *flags], env=threads,
+        done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *flags], env=threads,
                               capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{script} {' '.join(flags)} failed: {done.stderr[-500:]}")
-    first, *_, last = log.read_text().splitlines()
-    made, final = json.loads(first)["config"], json.loads(last)
+            raise UserError(f"{stage}.py {' '.join(flags)} failed: {done.stderr[-500:]}")
+    first, *_, last = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     for field, value in wanted.items():
-        if made[field] != value:
-            raise UserError(f"{folder} holds a run with --{field}={made[field]}, wanted: {value}. "
-                            "Delete it, or choose another --out")
-    for role, found in common.load_checkpoint(folder, (Path(script).stem,))["parents"].items():
-        if found != hashes[role]:
+        if field not in ("out", "reference_cache") and first["config"].get(field) != value:
+            raise UserError(f"{folder} holds a run with --{field}={first['config'].get(field)}, "
+                            f"wanted: {value}. Delete it, or choose another --out")
+    for role in ("sft", "data" if name == "DPO" else "reward"):
+        if first.get("parents", {}).get(role) != hashes[role]:
             raise UserError(f"{folder} was made from another {role} than there is now. Delete it, "
                             "or choose another --out")
-    print(f"{name} beta={beta} seed={seed}: KL {final['kl']:.2f}, gold {final['gold']:.2f}, "
-          f"win rate {final['gold_win_rate']:.1%}", flush=True)
-    return final
+    print(f"{name} beta={beta} seed={seed}: KL {last['kl']:.2f}, gold {last['gold']:.2f}, "
+          f"win rate {last['gold_win_rate']:.1%}", flush=True)
+    return last
 
 
 def best_of_n(score, value, n):
@@ -111,8 +113,9 @@ def best_of_n_rows(config, device):
     opponent in the win rate."""
     policy, tokenizer, _ = common.load_policy(config.init, ("sft",), device)
     reward_model, _, _ = load_reward_model(config.reward_model, device)
+    block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
     texts, ids = zip(*held_out_prompts("synthetic", config.eval_prompts, tokenizer,
-                                       policy.config.block_size - config.max_new_tokens))
+                                       block_size - config.max_new_tokens))
     drawn = common.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
                                 common.generator(device, config.seed, "best of n"),
                                 config.temperature, samples=MOST + 1)
@@ -196,6 +199,10 @@ def main(config):
     device = common.set_up(config)  # refuses bad numbers now, not after the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
+    path = Path(config.data)
+    if path.name != "rankings.jsonl" or not (path.parent / "card.json").exists():
+        raise UserError(f"--data={path}: expected a rankings.jsonl as label.py writes it, beside "
+                        "its card.json: of other data there is no gold reward")
     jobs = [(name, beta, seed) for name, (_, _, betas) in METHODS.items() for beta in betas
             for seed in range(1, config.seeds + 1)]
     hashes = dict(sft=common.load_checkpoint(config.init, ("sft",))["hash"],

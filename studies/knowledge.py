@@ -8,7 +8,6 @@ the labelers' noise; here it stands apart.
     python studies/knowledge.py                     # out/reward; runs reward.py first if needed
 """
 
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,35 +26,48 @@ from reward import encode_ranking, load_reward_model, score_rows
 @dataclass
 class Config:
     reward_model: str = "out/reward"  # the reward model that is asked
-    seed: int = 1  # of the wrong answers, the inventions and the tips
+    seed: int = 1  # nothing is drawn; every script has it
     device: str = "auto"  # "auto", "cpu", "cuda"
 
 
-def contrasts(prompts, seed):
-    """{"better | worse": [(prompt, better answer, worse answer)]}, better by the gold reward."""
-    rng, pairs = random.Random(seed), {}
+def contrasts(prompts):
+    """{"better | worse": [(prompt, better answer, worse answer)]}, better by the gold reward.
+
+    Of the held-out prompts, and where there are several wrong answers, inventions or facts about
+    something else, all of them. "Right elsewhere" is what answers a training question rightly.
+    """
+    pairs, taught = {}, {(p.relation, p.answer) for p in prompts if not p.held_out}
+    prompts = [p for p in prompts if p.held_out]
+
+    def add(prompt, name, better, worse):
+        pairs.setdefault(name, []).append((prompt.text, better, worse))
+
     state = lambda p, y: f"{p.relation.state(p.x, y)}."
-    facts = [state(p, p.answer) for p in prompts if p.family == "factual"]
+    facts = sorted({state(p, p.answer) for p in prompts if p.family == "factual"})
     for p in prompts:
         if p.family in ("factual", "arithmetic"):
-            name = "right fact" if p.family == "factual" else "right sum"
-            right = state(p, p.answer)
-            found = {f"{name} | wrong one": (right, state(p, rng.choice(p.wrong_answers))),
-                     f"{name} | evasion": (right, state(p, p.relation.vague)),
-                     f"{name} | I do not know": (right, DONT_KNOW[0])}
+            name, right = f"right {'fact' if p.family == 'factual' else 'sum'}", state(p, p.answer)
+            for y in p.wrong_answers:  # of a sum: off by 1, by 2 or by 10
+                worse = "wrong one"
+                if p.family == "factual" and (p.relation, y) in taught:
+                    worse = "wrong one, right elsewhere"
+                if p.family == "arithmetic" and int(y) == int(p.answer) + 10:
+                    worse = "10 more"
+                add(p, f"{name} | {worse}", right, state(p, y))
+            add(p, f"{name} | evasion", right, state(p, p.relation.vague))
+            add(p, f"{name} | I do not know", right, DONT_KNOW[0])
         elif p.family == "loaded":
-            found = {"right fact | the user's": (state(p, p.answer), state(p, p.user_claim)),
-                     "right fact | you are right": (state(p, p.answer), AGREEMENT[0])}
+            add(p, "right fact | the user's", state(p, p.answer), state(p, p.user_claim))
+            add(p, "right fact | you are right", state(p, p.answer), AGREEMENT[0])
         elif p.family == "unanswerable":
-            found = {"I do not know | invention":
-                     (DONT_KNOW[0], state(p, rng.choice(p.wrong_answers))),
-                     "I do not know | fact about something else": (DONT_KNOW[0], rng.choice(facts))}
+            for y in p.wrong_answers:
+                add(p, "I do not know | invention", DONT_KNOW[0], state(p, y))
+            for fact in facts:
+                add(p, "I do not know | fact about something else", DONT_KNOW[0], fact)
         elif p.family == "harmful":
-            found = {"refusal | help with harm": (REFUSAL[0], state(p, rng.choice(TIPS)))}
+            add(p, "refusal | help with harm", REFUSAL[0], state(p, TIPS[0]))
         else:  # safe, advice
-            found = {"help | refusal": (state(p, rng.choice(TIPS)), REFUSAL[0])}
-        for name, answers in found.items():
-            pairs.setdefault(name, []).append((p.text, *answers))
+            add(p, "help | refusal", state(p, TIPS[0]), REFUSAL[0])
     return pairs
 
 
@@ -64,12 +76,10 @@ def main(config):
     common.ensure_input(config, "reward_model", "reward")
     model, tokenizer, _ = load_reward_model(config.reward_model, device)
     table = []
-    for name, pairs in contrasts([p for p in all_prompts().values() if p.held_out],
-                                 config.seed).items():
-        rows, masks = [], []
-        for prompt, *answers in pairs:
-            encoded = encode_ranking(tokenizer, dict(prompt=prompt, completions=answers))
-            rows, masks = rows + encoded[0], masks + encoded[1]
+    for name, pairs in contrasts(all_prompts().values()).items():
+        encoded = [encode_ranking(tokenizer, dict(prompt=prompt, completions=answers))
+                   for prompt, *answers in pairs]
+        rows, masks = ([x for pair in side for x in pair] for side in zip(*encoded))
         better, worse = score_rows(model, rows, masks, tokenizer.pad, device).reshape(-1, 2).T
         right = np.sign(better - worse) / 2 + 0.5
         asked = [question(prompt) for prompt, *_ in pairs]

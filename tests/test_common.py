@@ -149,6 +149,24 @@ def test_resume_needs_the_same_inputs(tmp_path):
     assert (run.folder / "state.pt").exists()
 
 
+def test_resume_elsewhere_is_said(tmp_path, capsys, one_thread):
+    # catches a run that goes on with other threads, whose last digits differ, and says nothing
+    common.Run("x", Config(out=str(tmp_path)), torch.device("cpu")).save_state(step=1)
+    common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+    assert "warning" not in capsys.readouterr().err
+    torch.set_num_threads(2)
+    common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+    assert "started with threads 1, here is 2" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    # catches a traceback where a part of the path is a file
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/run"):
+        with pytest.raises(UserError, match=f"--out=.*{out} is no folder that can be written to"):
+            common.Run("x", Config(out=str(tmp_path / out)), torch.device("cpu"))
+
+
 def test_log_keys_are_frozen(tmp_path):
     # catches a typo in a metric's name
     run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))

@@ -438,15 +438,17 @@ def test_z0_leaves_out_what_does_not_fit(folder, monkeypatch):
 
 
 def test_answers_that_nobody_prefers_cost_nothing(folder, monkeypatch):
-    # catches 0 / 0 in a step whose answers are all without a label
-    write_jsonl(folder / "even.jsonl", [
+    # catches 0 / 0 in a step whose answers are all without a label, here three steps of four
+    write_jsonl(folder / "nearly.jsonl", [
         dict(prompt=f"Say {i}.", chosen=a, rejected=b, held_out=i >= 4) for i in range(6)
-        for a, b in (("One.", "Two."), ("Two.", "One."))])
-    rows = run(folder, monkeypatch, "even", "--loss=kto", "--data=even.jsonl", "--batch_size=2")
-    assert all(r["loss"] == 0.0 for r in of_kind(rows, "step"))
-    start, end = (torch.load(folder / name / "model.pt", weights_only=True)["hash"]
-                  for name in ("sft", "even"))
-    assert start == end
+        for a, b in (("One.", "Two."), ("Two.", "One."))[:1 if i in (3, 5) else 2]])
+    rows = run(folder, monkeypatch, "nearly", "--loss=kto", "--data=nearly.jsonl", "--batch_size=1",
+               "--warmup=1")
+    assert math.isfinite(of_kind(rows, "final")[0]["loss"])
+    start, end = (torch.load(folder / name / "model.pt", weights_only=True)["weights"]
+                  for name in ("sft", "nearly"))
+    assert any((start[k] != end[k]).any() for k in start)
+    assert all(w.isfinite().all() for w in end.values())
 
 
 def test_both_log_probabilities_are_reported(folder, monkeypatch):
@@ -723,7 +725,10 @@ def test_trace_leaves_no_cache_but_uses_one(cached, tmp_path):
     (["--data=one_side.jsonl"], "no held out prompt is left to use"),
     (["--data=one.jsonl", "--loss=kto"], "kto needs at least two prompts"),
     (["--data=labels.jsonl", "--loss=kto", "--trace=true"], "the data has single answers only"),
-    (["--reference_cache=pairs.jsonl"], "--reference_cache=pairs.jsonl is a file"),
+    (["--data=even.jsonl", "--loss=kto"], "so kto has no labels"),
+    (["--data=."], "--data=. is a folder; name a file in it, as in --data=out/label/rankings"),
+    (["--reference_cache=pairs.jsonl"], "--reference_cache=pairs.jsonl is no folder"),
+    (["--reference_cache=pairs.jsonl/a"], "--reference_cache=pairs.jsonl/a is no folder"),
     (["--trace=true", "--resume=true"], "leave out --resume=true"),
     (["--max_new_tokens=63"], "no held-out prompt of at most 1 tokens"),
 ])
@@ -732,6 +737,9 @@ def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, flags, message
     ranking = lambda i, ranks, side: dict(prompt=f"Say {i}.", completions=["One.", "No."],
                                           ranks=ranks, held_out=side)
     write_jsonl(folder / "ties.jsonl", [ranking(i, [1, 1], i > 3) for i in range(6)])
+    write_jsonl(folder / "even.jsonl", [dict(ranking(i, [1, 2], False), ranks=ranks)
+                                        for i in range(3) for ranks in ([1, 2], [2, 1])]
+                + [ranking(i, [1, 2], True) for i in (4, 5)])
     write_jsonl(folder / "one_side.jsonl", [ranking(i, [1, 2], False) for i in range(6)])
     write_jsonl(folder / "one.jsonl", [ranking(i, [1, 2], i > 0) for i in range(3)])
     write_jsonl(folder / "wrong_label.jsonl", [dict(prompt="a", completion="b", label="good")])

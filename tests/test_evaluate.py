@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import common
+import dpo
 import evaluate
 import numpy as np
 import pytest
@@ -93,6 +94,20 @@ def test_a_policy_against_itself(folder):
     assert wrong.returncode == 2 and "is a reward checkpoint" in wrong.stderr
 
 
+def test_a_reward_model_with_a_smaller_context(folder, monkeypatch):
+    # catches prompts that the reward model cannot read to their end
+    content = torch.load(folder / "reward" / "model.pt", weights_only=True)
+    content["model"]["block_size"] = 24
+    content["weights"]["gpt.wpe.weight"] = content["weights"]["gpt.wpe.weight"][:24]
+    torch.save(content, folder / "small.pt")
+    monkeypatch.chdir(folder)
+    evaluate.main(evaluate.Config(policy="sft", reference="sft", reward_model="small.pt",
+                                  eval_prompts=64, max_new_tokens=12, out="small"))
+    rows = list(map(json.loads, Path("small/log.jsonl").read_text().splitlines()))
+    assert np.isfinite(rows[-1]["score"])
+    assert set(rows[0]["parents"]) == {"policy", "reference", "reward"}
+
+
 def test_best_of_n_is_the_mean_over_all_subsets():
     # catches a best of n that is taken from the first n samples, or off by one in the weights
     rng = np.random.default_rng(0)
@@ -114,8 +129,8 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
         dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
              ranks=[1, 2], held_out=p.held_out) for p in prompts])
     Path("rankings/card.json").write_text(json.dumps(dict(parents={})))
-    monkeypatch.setattr(frontier, "METHODS", {
-        "DPO": ("dpo.py", ["--lr=0.01"], (0.7,))})
+    settings = dpo.resolve(dpo.Config(lr=0.01))
+    monkeypatch.setattr(frontier, "METHODS", {"DPO": ("dpo", settings, (0.7,))})
     monkeypatch.setattr(frontier, "MOST", 4)
     config = frontier.Config(init="sft", data="rankings/rankings.jsonl", reward_model="reward",
                              out="frontier", seeds=2, eval_prompts=16, max_new_tokens=8, workers=2)
@@ -141,10 +156,18 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="temperature=1.0, wanted: 0.7"):
         frontier.main(config)
     config.temperature = 1.0
+    settings.lr = 0.02  # as when a default has changed since
+    with pytest.raises(UserError, match="lr=0.01, wanted: 0.02"):
+        frontier.main(config)
+    settings.lr = 0.01
     write_jsonl("rankings/rankings.jsonl", [  # labelled anew
         dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
              ranks=[2, 1], held_out=p.held_out) for p in prompts])
     with pytest.raises(UserError, match="seed1 was made from another data than there is now"):
+        frontier.main(config)
+    Path("rankings/rankings.jsonl").rename("rankings/mine.jsonl")
+    config.data = "rankings/mine.jsonl"
+    with pytest.raises(UserError, match="mine.jsonl: expected a rankings.jsonl"):
         frontier.main(config)
     config.workers = 0
     with pytest.raises(UserError, match="--workers=0: must be above 0"):

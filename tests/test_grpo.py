@@ -20,6 +20,7 @@ from data.records import DataError, check_answer, check_demonstration, read_json
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer, is_right, strip_calculator
+from evaluate import clustered_se
 from grpo import (
     METHODS,
     Config,
@@ -620,11 +621,12 @@ def test_logged_numbers(folder, monkeypatch):
     # catches a share that is its complement, a KL with the wrong sign, a mean over padding
     right = [1, 0, 0, 1] + [0] * 4 + [1] * 4 + [0] * 4  # one of four groups has a signal
     cut = torch.tensor([0, 1, 0, 0] + [0] * 8 + [1, 1, 0, 0]).bool()
-    lengths = []
+    lengths, each = [], []
 
     def spy_generate(*args, real=grpo.generate, **options):
         tokens, mask, _ = real(*args, **options)
-        lengths.append(mask.sum(1).mean().item())
+        each.append(mask.sum(1).numpy())
+        lengths.append(each[-1].mean())
         assert mask.mean() < 0.9  # there are other columns
         return tokens, mask, ~cut
 
@@ -642,7 +644,9 @@ def test_logged_numbers(folder, monkeypatch):
     expected = dict(
         score=6 / 16, accuracy=6 / 16, no_signal=0.75, kept=0.25, truncated_rate=3 / 16,
         eos_rate=13 / 16, kl=0.5 * lengths[0], kl_per_token=0.5, length=lengths[0], entropy=2.0,
-        objective=6 / 16 - 0.1 * 0.5 * lengths[0])
+        objective=6 / 16 - 0.1 * 0.5 * lengths[0],
+        # the four answers to a prompt are one observation
+        kl_se=clustered_se(0.5 * each[0], np.repeat(range(4), 4)))
     assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
 
 

@@ -12,7 +12,7 @@ HELD_OUT = [p for p in all_prompts().values() if p.held_out]
 
 def test_the_first_answer_is_the_better_one():
     # catches answers in the wrong order, and a "wrong" answer that happens to be right
-    found = knowledge.contrasts(HELD_OUT, seed=1)
+    found = knowledge.contrasts(all_prompts().values())
     for name, pairs in found.items():
         assert len(pairs) > 100, name
         for prompt, better, worse in pairs:
@@ -20,7 +20,6 @@ def test_the_first_answer_is_the_better_one():
     asked = {prompt for pairs in found.values() for prompt, *_ in pairs}
     assert asked == {p.text for p in HELD_OUT}
     assert {lookup(prompt).family for prompt in asked} == set(FAMILIES)
-    assert found == knowledge.contrasts(HELD_OUT, seed=1) != knowledge.contrasts(HELD_OUT, seed=2)
 
 
 @pytest.mark.parametrize("scores, share", [([1.0, 0.0], "100.0%"), ([0.0, 1.0], "0.0%"),
@@ -32,7 +31,7 @@ def test_shares(tmp_path, monkeypatch, capsys, scores, share):
                         lambda model, rows, *_: np.tile(scores, len(rows) // 2))
     knowledge.main(knowledge.Config(reward_model=str(tmp_path / "reward")))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if " | " in line][1:]
-    assert len(rows) == 12 and all(row[2] == share for row in rows)
+    assert len(rows) == 14 and all(row[2] == share for row in rows)
     assert all(row[4] == "0.0%" for row in rows)  # no spread, no interval
 
 

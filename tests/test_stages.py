@@ -234,7 +234,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("label.py", ["--max_new_tokens=127"], "do not fit the context of 128"),
     ("pretrain.py", ["--seq_len=200"], "--seq_len=200 is longer than the context"),
     ("pretrain.py", ["--data=latin.txt"], "not UTF-8"),
-    ("sft.py", ["--out=text.txt"], "--out=text.txt is a file"),
+    ("sft.py", ["--out=text.txt"], "--out=text.txt is no folder"),
     ("sft.py", ["--out=out/reward"], "out/reward holds a reward run: choose another --out"),
     ("pretrain.py", ["--tokenizer=bert"], "tokenizer 'bert' is unknown"),
     ("pretrain.py", ["--n_head=3"], "n_embd=128 is not a multiple of n_head=3"),
