@@ -250,7 +250,7 @@ class Run:
     First row of the log: config, parents, versions, device. Then a row per logged step; their keys
     are frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row:
     final. parents: {stage: hash} of the checkpoints that the run starts from; the hashes of its
-    files of text are added, and save_checkpoint takes them from here.
+    data files are added, and save_checkpoint takes them from here.
     """
 
     def __init__(self, stage, config, device, parents=None, result="model.pt"):
@@ -261,7 +261,7 @@ class Run:
         for name in ("data", "demos", "pretrain_data", "ptx_data"):
             value = self.settings.get(name)  # a file, or a name such as "synthetic"
             if isinstance(value, str) and Path(value).is_file():  # in sft.py --demos is a number
-                self.parents[name] = text_hash(Path(value).read_text())
+                self.parents[name] = file_hash(value)
         if self.settings.get("trace"):  # shows one example and stops: writes to a folder that goes
             if config.resume:
                 raise UserError("--trace=true starts a run to look into: leave out --resume=true")
@@ -391,6 +391,10 @@ def weights_hash(weights):
 
 def text_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None):

@@ -84,9 +84,10 @@ def train(job, config, hashes):
             raise UserError(f"{stage}.py {' '.join(flags)} failed: {done.stderr[-500:]}")
     first, *_, last = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     for field, value in wanted.items():
-        if field not in ("out", "reference_cache") and first["config"].get(field) != value:
-            raise UserError(f"{folder} holds a run with --{field}={first['config'].get(field)}, "
-                            f"wanted: {value}. Delete it, or choose another --out")
+        made = first["config"].get(field)
+        if made != value and field not in ("out", "overwrite", "resume", "reference_cache"):
+            raise UserError(f"{folder} holds a run with --{field}={made}, wanted: {value}. Delete "
+                            "it, or choose another --out")
     for role in ("sft", "data" if name == "DPO" else "reward"):
         if first.get("parents", {}).get(role) != hashes[role]:
             raise UserError(f"{folder} was made from another {role} than there is now. Delete it, "
@@ -207,7 +208,7 @@ def main(config):
             for seed in range(1, config.seeds + 1)]
     hashes = dict(sft=common.load_checkpoint(config.init, ("sft",))["hash"],
                   reward=common.load_checkpoint(config.reward_model, ("reward",))["hash"],
-                  data=common.text_hash(Path(config.data).read_text()))
+                  data=common.file_hash(config.data))
     with ThreadPoolExecutor(config.workers) as pool:
         finals = dict(zip(jobs, pool.map(lambda job: train(job, config, hashes), jobs)))
     rows = best_of_n_rows(config, device)

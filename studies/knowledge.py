@@ -34,7 +34,8 @@ def contrasts(prompts):
     """{"better | worse": [(prompt, better answer, worse answer)]}, better by the gold reward.
 
     Of the held-out prompts, and where there are several wrong answers, inventions or facts about
-    something else, all of them. "Right elsewhere" is what answers a training question rightly.
+    something else, all of them. A fact is "taught" where its answer is right to a training
+    question; the wrong ones may stand there as what a user believes.
     """
     pairs, taught = {}, {(p.relation, p.answer) for p in prompts if not p.held_out}
     prompts = [p for p in prompts if p.held_out]
@@ -47,13 +48,13 @@ def contrasts(prompts):
     for p in prompts:
         if p.family in ("factual", "arithmetic"):
             name, right = f"right {'fact' if p.family == 'factual' else 'sum'}", state(p, p.answer)
-            for y in p.wrong_answers:  # of a sum: off by 1, by 2 or by 10
-                worse = "wrong one"
-                if p.family == "factual" and (p.relation, y) in taught:
-                    worse = "wrong one, right elsewhere"
-                if p.family == "arithmetic" and int(y) == int(p.answer) + 10:
-                    worse = "10 more"
-                add(p, f"{name} | {worse}", right, state(p, y))
+            kind = lambda y, p=p: "taught" if (p.relation, y) in taught else "new"
+            for y in p.wrong_answers:
+                if p.family == "factual":
+                    add(p, f"{name}, {kind(p.answer)} | wrong one, {kind(y)}", right, state(p, y))
+                else:
+                    far = int(y) == int(p.answer) + 10
+                    add(p, f"{name} | {'10 more' if far else 'off by 1 or 2'}", right, state(p, y))
             add(p, f"{name} | evasion", right, state(p, p.relation.vague))
             add(p, f"{name} | I do not know", right, DONT_KNOW[0])
         elif p.family == "loaded":

@@ -35,6 +35,7 @@ def test_clustered_standard_error():
     # every question four times: four times the prompts, the same error
     assert clustered_se(np.repeat(x, 4), np.repeat(range(40), 4)) == pytest.approx(alone)
     assert clustered_se(np.repeat(x, 4), range(160)) == pytest.approx(alone / 2)
+    assert np.isnan(clustered_se(x, [7] * 40))  # one cluster: no error, and no warning of it
 
 
 def test_the_error_of_the_kl_is_clustered(folder, monkeypatch):
