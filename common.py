@@ -466,6 +466,15 @@ def check_lineage(role, expected, checkpoint, path):
               f"from {found or checkpoint['parents']}", file=sys.stderr)
 
 
+def label_card(data):
+    """The card that label.py wrote beside its rankings, or None: `data` is not of the embedded
+    world, so that there is no gold reward."""
+    card = Path(data).parent / "card.json"
+    if Path(data).name != "rankings.jsonl" or not card.exists():
+        return None
+    return json.loads(card.read_text())
+
+
 # --- the stage before ----------------------------------------------------------------------------
 
 

@@ -383,11 +383,10 @@ def main(config):
     # --- model and data ------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
     reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
-    card_path, synthetic = Path(config.data).parent / "card.json", False
-    if Path(config.data).name == "rankings.jsonl" and card_path.exists():
-        common.check_lineage(parent["stage"], parent["hash"], json.loads(card_path.read_text()),
-                             config.data)
-        synthetic = True
+    card = common.label_card(config.data)
+    synthetic = card is not None
+    if synthetic:
+        common.check_lineage(parent["stage"], parent["hash"], card, config.data)
     train, held_out = load_data(config, tokenizer, policy.config.block_size)
     prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
                                tokenizer, policy.config.block_size - config.max_new_tokens)

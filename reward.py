@@ -15,10 +15,8 @@ beta, the missing-EOS penalty and the critic mean the same in every run.
     python reward.py --data=out/data/hh_rlhf.jsonl --init=...     # any file of pairs or rankings
 """
 
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -217,9 +215,8 @@ def main(config):
     policy, tokenizer, parent = common.load_policy(config.init, ("sft", "pretrain"), device)
     model = RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
-    card_path, noise = Path(config.data).parent / "card.json", None
-    if Path(config.data).name == "rankings.jsonl" and card_path.exists():
-        card = json.loads(card_path.read_text())
+    card, noise = common.label_card(config.data), None
+    if card is not None:
         noise = card["labeler"]["noise"]
         common.check_lineage(parent["stage"], parent["hash"], card, config.data)
     sides = []

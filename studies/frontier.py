@@ -75,8 +75,7 @@ def train(job, config, hashes):
     if name == "DPO":
         wanted["reference_cache"] = f"{config.out}/reference_logps"
     if not (folder / "model.pt").exists():
-        flags = [f"--{field}={str(value).lower() if isinstance(value, bool) else value}"
-                 for field, value in wanted.items()]
+        flags = [f"--{field}={value}" for field, value in wanted.items()]
         threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
         done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *flags], env=threads,
                               capture_output=True, text=True)
@@ -200,10 +199,9 @@ def main(config):
     device = common.set_up(config)  # refuses bad numbers now, not after the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
-    path = Path(config.data)
-    if path.name != "rankings.jsonl" or not (path.parent / "card.json").exists():
-        raise UserError(f"--data={path}: expected a rankings.jsonl as label.py writes it, beside "
-                        "its card.json: of other data there is no gold reward")
+    if common.label_card(config.data) is None:
+        raise UserError(f"--data={config.data}: expected a rankings.jsonl as label.py writes it, "
+                        "beside its card.json: of other data there is no gold reward")
     jobs = [(name, beta, seed) for name, (_, _, betas) in METHODS.items() for beta in betas
             for seed in range(1, config.seeds + 1)]
     hashes = dict(sft=common.load_checkpoint(config.init, ("sft",))["hash"],
