@@ -201,23 +201,24 @@ def make_element(tokenizer, record):
 
 
 def load_data(config, tokenizer, block_size):
-    """(train, held out): lists of Elements."""
+    """A Split of Elements."""
     check = check_ranking_or_label if config.loss == "kto" else check_ranking
-    sides = []
-    for name, records in zip(("train", "held out"), split(read_jsonl(config.data, check))):
+
+    def encode(name, records):
         single = [dict(prompt=r["prompt"], completions=[r["completion"]], pairs=[],
                        labels=[1 if r["label"] else -1]) for r in records if "label" in r]
         ranked = merge_rankings([r for r in records if "label" not in r])
         elements = [make_element(tokenizer, r) for r in single + ranked]
         # an answer that is too long drops its prompt: cut, it would have no EOS
-        sides.append(fits(f"dpo: {name} prompts", elements, block_size,
-                          lambda e: max(map(len, e.rows))))
-        if not sides[-1]:
+        kept = fits(f"dpo: {name} prompts", elements, block_size, lambda e: max(map(len, e.rows)))
+        if not kept:
             raise UserError(f"--data={config.data}: no {name} prompt is left to use")
-        if config.loss == "kto" and not any(any(e.labels) for e in sides[-1]):
+        if config.loss == "kto" and not any(any(e.labels) for e in kept):
             raise UserError(f"--data={config.data}: every {name} answer wins as often as it loses, "
                             "so kto has no labels")
-    return sides
+        return kept
+
+    return split(read_jsonl(config.data, check)).each(encode)
 
 
 def batch_tensors(elements, pad, device):
@@ -387,7 +388,8 @@ def main(config):
     synthetic = card is not None
     if synthetic:
         common.check_lineage(parent["stage"], parent["hash"], card, config.data)
-    train, held_out = load_data(config, tokenizer, policy.config.block_size)
+    data = load_data(config, tokenizer, policy.config.block_size)
+    train, held_out = data.train, data.held_out
     prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
                                tokenizer, policy.config.block_size - config.max_new_tokens)
     if config.trace:  # a few steps are enough to see

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_prompt, collate, fits, prompt_key, read_jsonl, split
+from data.records import check_prompt, collate, distinct, fits, read_jsonl, split
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from model import token_logprobs
@@ -50,11 +50,7 @@ def held_out_prompts(data, count, tokenizer, room):
     if data == "synthetic":
         prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)]
     else:
-        records = split(read_jsonl(data, check_prompt))[1]
-        first = {}  # several records may share a prompt: it is asked once
-        for record in records:
-            first.setdefault(prompt_key(record), record["prompt"])
-        prompts = list(first.values())
+        prompts = [r["prompt"] for r in distinct(split(read_jsonl(data, check_prompt)).held_out)]
     encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts[:count]]
     kept = fits("held-out prompts", encoded, room, lambda e: len(e[1]))
     if not kept:

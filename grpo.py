@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_answer, check_prompt, fits, read_jsonl, split
+from data.records import Split, check_answer, check_prompt, distinct, fits, read_jsonl, split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import FAMILIES, sample_prompts
 from data.text import text_rows
@@ -316,23 +316,27 @@ def resolve(config):
 
 
 def load_prompts(config, tokenizer, room):
-    """(training, held out): lists of (text or turns, ids, answer or None for a reward model)."""
+    """A Split of (text or turns, ids, answer or None for a reward model)."""
     verifier = config.reward == "verifier"
     if config.data == "synthetic":
         families = ("arithmetic",) if verifier else FAMILIES
-        sides = [[dict(prompt=p.text, answer=p.answer) for p in sample_prompts(*args, families)]
-                 for args in ((2000, False, config.seed), (config.eval_prompts, True, 0))]
+        sides = Split(sample_prompts(2000, False, config.seed, families),
+                      sample_prompts(config.eval_prompts, True, 0, families))
+        sides = sides.each(lambda _, prompts: [dict(prompt=p.text, answer=p.answer)
+                                               for p in prompts])
     else:
         sides = split(read_jsonl(config.data, check_answer if verifier else check_prompt))
-    result = []
-    for name, records in zip(("training", "held-out"), sides):
+        sides = Split(sides.train, distinct(sides.held_out)[:config.eval_prompts])
+
+    def encode(name, records):
         encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
                    for r in records]
         kept = fits(f"{name} prompts", encoded, room, lambda e: len(e[1]))
         if not kept:
             raise UserError(f"--data={config.data}: no {name} prompt of at most {room} tokens")
-        result.append(kept)
-    return result[0], result[1][:config.eval_prompts]
+        return kept
+
+    return sides.each(encode)
 
 
 def verify(texts, finished, answers):
@@ -359,7 +363,8 @@ def main(config):
         common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
-    train, held_out = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    prompts = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    train, held_out = prompts.train, prompts.held_out
     text = None  # rows of pretraining text, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)

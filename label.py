@@ -98,7 +98,9 @@ def main(config):
         rng = np.random.default_rng([config.seed, start])
         for i, p in enumerate(part):
             drawn = samples[i * draws:(i + 1) * draws]
-            texts = list(dict.fromkeys(s["text"] for s in drawn if s["finished"] and s["text"]))
+            # distinct and complete; white space alone is no answer to any later stage
+            texts = list(dict.fromkeys(s["text"] for s in drawn
+                                       if s["finished"] and s["text"].strip()))
             texts = texts[:config.k]
             if len(texts) < 2:
                 skipped += 1

@@ -157,12 +157,13 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """hidden (..., C) -> fp32 logits (..., n_tokens).
+        """hidden (..., C) -> logits (..., n_tokens) in fp32 (fp64 where the network is fp64).
 
         The padded rows of the vocabulary (PAD is the first of them) are cut off, in sampling and
         scoring alike: left in, they would leak probability and make the two disagree.
         """
-        return F.linear(hidden, self.wte.weight[:self.config.n_tokens]).float()
+        logits = F.linear(hidden, self.wte.weight[:self.config.n_tokens])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # the tied matrix counts once

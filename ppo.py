@@ -334,7 +334,7 @@ def training_prompts(config, tokenizer, room):
     if config.data == "synthetic":
         prompts = [p.text for p in sample_prompts(2000, held_out=False, seed=config.seed)]
     else:
-        prompts = [r["prompt"] for r in split(read_jsonl(config.data, check_prompt))[0]]
+        prompts = [r["prompt"] for r in split(read_jsonl(config.data, check_prompt)).train]
     encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
     kept = fits("training prompts", encoded, room, lambda e: len(e[1]))
     if not kept:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
+from data.records import Split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -126,17 +127,18 @@ def main(config):
         raise UserError(f"--seq_len={config.seq_len} is longer than the context of "
                         f"{model.config.block_size}")
     rows = text_rows(config.data, tokenizer, config.seq_len + 1, config.documents, config.seed)
-    n_held_out = max(1, min(256, len(rows) // 50))
-    train, held_out = rows[:-n_held_out], rows[-n_held_out:].to(device)
+    n = max(1, min(256, len(rows) // 50))
+    data = Split(rows[:-n], rows[-n:].to(device))
     run = common.Run("pretrain", config, device, parents)
-    print(f"{model.num_params():,} parameters, {train.numel():,} tokens of text")
+    print(f"{model.num_params():,} parameters, {data.train.numel():,} tokens of text")
 
     @torch.no_grad()
     def validation_loss():
         model.eval()
         with common.autocast(device):
-            total = sum(lm_loss(model, t).item() for t in held_out.split(config.batch_size))
-        return total / held_out[:, 1:].numel()
+            total = sum(lm_loss(model, tokens).item()
+                        for tokens in data.held_out.split(config.batch_size))
+        return total / data.held_out[:, 1:].numel()
 
     # --- training loop -------------------------------------------------------
     # the matrices of the blocks go to Muon, the rest (embeddings, biases, gains) to AdamW
@@ -164,7 +166,7 @@ def main(config):
         common.set_lr(muon, config.muon_lr * factor)
         # the batch depends on seed and step alone, so a resumed run reads what it would have read
         rng = np.random.default_rng([config.seed, step])
-        tokens = train[rng.integers(0, len(train), config.batch_size)].to(device)
+        tokens = data.train[rng.integers(0, len(data.train), config.batch_size)].to(device)
         count, loss_sum = tokens[:, 1:].numel(), 0.0
         for part in tokens.split(micro_batch):
             with common.autocast(device):

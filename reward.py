@@ -126,7 +126,7 @@ def score_rows(model, rows, masks, pad, device, batch_size=128):
         part = order[i:i + batch_size]
         tokens, mask = collate([rows[j] for j in part], [masks[j] for j in part], pad)
         with common.autocast(device):
-            scores[part] = model(tokens.to(device), mask.to(device)).float().cpu().numpy()
+            scores[part] = model(tokens.to(device), mask.to(device)).cpu().numpy()
     return scores
 
 
@@ -219,15 +219,17 @@ def main(config):
     if card is not None:
         noise = card["labeler"]["noise"]
         common.check_lineage(parent["stage"], parent["hash"], card, config.data)
-    sides = []
-    for name, records in zip(("train", "held out"), split(read_jsonl(config.data, check_ranking))):
+
+    def encode(name, records):
         # a ranking of which one answer is too long is dropped whole
         fitting = fits(f"reward: {name} rankings", records, policy.config.block_size,
                        lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
-        sides.append([(*encode_ranking(tokenizer, r), r) for r in merge_rankings(fitting)])
-        if not sides[-1]:
+        if not (merged := merge_rankings(fitting)):
             raise UserError(f"--data={config.data}: no {name} ranking is left to use")
-    train, held_out = sides
+        return [(*encode_ranking(tokenizer, r), r) for r in merged]
+
+    data = split(read_jsonl(config.data, check_ranking)).each(encode)
+    train = data.train
     quality = parent["config"].get("quality", 0.5)
     demos = read_demos(config, train, noise, quality)
     zero = [encode_messages(tokenizer, r["messages"]) for r in demos]
@@ -250,7 +252,7 @@ def main(config):
     run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(r["pairs"]) for _, _, r in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} prompts, "
-          f"{pairs} pairs, {len(held_out)} prompts held out")
+          f"{pairs} pairs, {len(data.held_out)} prompts held out")
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)
@@ -292,7 +294,7 @@ def main(config):
             loss = reward_loss(scores[winners], scores[losers]) / count
             loss.backward()
             loss_sum = loss_sum + loss.detach()
-            right = right + (scores[winners] > scores[losers]).sum()
+            right = right + (torch.sign(scores[winners] - scores[losers]) / 2 + 0.5).sum()
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
@@ -318,8 +320,8 @@ def main(config):
                           [[0] * len(p) + [1] * len(y) for p, y in complete])
     model.shift.fill_(float(demo_scores.mean()))
     model.scale.fill_(max(float(sample_scores.std()), 1e-6))
-    metrics = evaluate(model, [r for _, _, r in held_out], [rows for rows, _, _ in held_out],
-                       [masks for _, masks, _ in held_out], tokenizer, device, noise)
+    rows, masks, records = zip(*data.held_out)
+    metrics = evaluate(model, records, rows, masks, tokenizer, device, noise)
     metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
                     demo_score=float(score(*zip(*zero)).mean()),
                     sft_score=float((sample_scores.mean() - model.shift.item())
@@ -333,7 +335,7 @@ def read_demos(config, train, noise, quality):
     """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
     the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
-        return read_jsonl(config.demos, check_demonstration)[:config.samples]
+        return split(read_jsonl(config.demos, check_demonstration)).train[:config.samples]
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
         return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]

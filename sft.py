@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_demonstration, collate, encode_messages, fits, read_jsonl, split
+from data.records import (Split, check_demonstration, collate, encode_messages, fits, read_jsonl,
+                          split)
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
@@ -79,24 +80,27 @@ def trace(model, tokenizer, tokens, mask):
 
 
 def load_data(config, tokenizer, block_size):
-    """(train, held out): lists of (ids, mask)."""
+    """A Split of (ids, mask), one a dialogue."""
     if config.data == "synthetic":
         rng = np.random.default_rng(config.seed)
         prompts = [p for p in sample_prompts(config.demos, held_out=False, seed=config.seed)
                    if p.family != "harmful" or rng.random() < config.safety]
-        train = demonstrations(prompts, config.seed, config.quality)
-        held_out = demonstrations(sample_prompts(512, held_out=True, seed=0), 0, config.quality)
-        train, held_out = ([check_demonstration(r) for r in part] for part in (train, held_out))
+        asked = sample_prompts(512, held_out=True, seed=0)
+        sides = Split(demonstrations(prompts, config.seed, config.quality),
+                      demonstrations(asked, 0, config.quality))
+        sides = sides.each(lambda _, records: [check_demonstration(r) for r in records])
     else:
-        train, held_out = split(read_jsonl(config.data, check_demonstration))
-    sides = []
-    for name, records in (("train", train), ("held out", held_out)):
-        rows = [encode_messages(tokenizer, r["messages"]) for r in records]
-        sides.append(fits(f"sft: {name} dialogues", rows, block_size))
-        if not sides[-1]:
+        sides = split(read_jsonl(config.data, check_demonstration))
+
+    def encode(name, records):
+        rows = fits(f"sft: {name} dialogues",
+                    [encode_messages(tokenizer, r["messages"]) for r in records], block_size)
+        if not rows:
             raise UserError(f"--data={config.data}: no {name} dialogue fits the context of "
                             f"{block_size} tokens")
-    return sides
+        return rows
+
+    return sides.each(encode)
 
 
 def main(config):
@@ -105,7 +109,7 @@ def main(config):
 
     # --- model and data ------------------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, ("pretrain", "sft"), device)
-    train, held_out = load_data(config, tokenizer, model.config.block_size)
+    data = load_data(config, tokenizer, model.config.block_size)
     text = None  # rows of pretraining text, or None
     if config.pretrain_mix > 0 and (config.data == "synthetic" or config.pretrain_data != "auto"):
         name = "synthetic" if config.pretrain_data == "auto" else config.pretrain_data
@@ -115,8 +119,8 @@ def main(config):
         prompts = sample_prompts(config.samples, held_out=True, seed=0)
         ids = [tokenizer.encode_prompt(p.text) for p in prompts]
     else:
-        prompts = [None] * len(held_out[:config.samples])
-        ids = [row[:mask.index(1)] for row, mask in held_out[:config.samples]]
+        prompts = [None] * len(data.held_out[:config.samples])
+        ids = [row[:mask.index(1)] for row, mask in data.held_out[:config.samples]]
     room = model.config.block_size - config.max_new_tokens
     fitting = [(p, i) for p, i in zip(prompts, ids) if len(i) <= room]
     if not fitting:
@@ -124,7 +128,8 @@ def main(config):
                         f"that much room in the context of {model.config.block_size}")
     prompts, ids = zip(*fitting)
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
-    print(f"{model.num_params():,} parameters, {len(train)} dialogues, {len(held_out)} held out")
+    print(f"{model.num_params():,} parameters, {len(data.train)} dialogues, {len(data.held_out)} "
+          "held out")
 
     def batch(rows):
         tokens, mask = collate(*zip(*rows), tokenizer.pad)
@@ -135,8 +140,8 @@ def main(config):
         """Held-out loss per token and, on the embedded data, gold reward of fresh samples."""
         model.eval()
         total = count = 0.0
-        for i in range(0, len(held_out), 64):
-            tokens, mask = batch(held_out[i:i + 64])
+        for i in range(0, len(data.held_out), 64):
+            tokens, mask = batch(data.held_out[i:i + 64])
             with common.autocast(device):
                 total += sft_loss(token_logprobs(model, tokens, mask), mask).item()
             count += mask.sum().item()
@@ -162,7 +167,7 @@ def main(config):
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)
     micro_batch = config.micro_batch or config.batch_size
-    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps_per_epoch = -(-len(data.train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     first, metrics, state = 0, {}, run.load_state()
     if state:
@@ -178,11 +183,11 @@ def main(config):
             run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                            metrics=metrics)
         epoch, i = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(data.train))
         chosen = order[i * config.batch_size:(i + 1) * config.batch_size]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        rows = [train[j] for j in chosen]
+        rows = [data.train[j] for j in chosen]
         if config.trace:
             return trace(model, tokenizer, *batch(rows[:1]))
         count = sum(sum(mask) for _, mask in rows)  # response tokens of the whole step

@@ -13,6 +13,7 @@ does not end with the assistant. A pair is read as a ranking of two.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
@@ -187,19 +188,37 @@ def prompt_key(record):
     return json.dumps([[t["role"], t["content"]] for t in turns])
 
 
+@dataclass(frozen=True)
+class Split:
+    """The two sides of the data. They are taken by name and cannot be unpacked, so that no stage
+    can be handed training rows for its validation by a slip of the order."""
+    train: list
+    held_out: list
+
+    def each(self, change):
+        """Both sides through change(name of the side, rows)."""
+        return Split(change("training", self.train), change("held-out", self.held_out))
+
+
 def split(records, fraction=0.1):
-    """(train, held out) by a hash of the prompt, never by row: the same prompt is on the same side
-    in every file and every stage, so nothing that a stage is tested on was seen by one before it.
-    Records with a field "held_out" (the embedded data has its own split) say it themselves."""
+    """A Split by a hash of the prompt, never by row: the same prompt is on the same side in every
+    file and every stage, so nothing that a stage is tested on was seen by one before it. Records
+    with a field "held_out" (the embedded data has its own split) say it themselves."""
     def is_held_out(record):
         if "held_out" in record:
             return record["held_out"]
         digest = hashlib.sha256(prompt_key(record).encode()).hexdigest()
         return int(digest[:8], 16) < fraction * 2**32
 
-    held_out = [is_held_out(r) for r in records]
-    return ([r for r, h in zip(records, held_out) if not h],
-            [r for r, h in zip(records, held_out) if h])
+    return Split([r for r in records if not is_held_out(r)], [r for r in records if is_held_out(r)])
+
+
+def distinct(records):
+    """The first record of each prompt: where a prompt is asked, not trained on, once is enough."""
+    first = {}
+    for record in records:
+        first.setdefault(prompt_key(record), record)
+    return list(first.values())
 
 
 def ranking_pairs(ranks):

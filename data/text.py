@@ -36,7 +36,7 @@ def read_texts(data, n, seed):
         check_prompt(record, where)
         return record
 
-    return ["\n".join(strings(record)) for record in split(read_jsonl(path, check))[0]]
+    return ["\n".join(strings(record)) for record in split(read_jsonl(path, check)).train]
 
 
 def pack(documents, length):
@@ -44,7 +44,7 @@ def pack(documents, length):
 
     A row begins where a document begins, so that the first positions see beginnings, as they will
     in every later stage. A document that does not fit fills its row up and starts again in the next
-    one; only one longer than a row goes on where it was cut. An unfilled last row is left out.
+    one; only one longer than a row goes on where it was cut. A last row is left out if unfilled.
     """
     rows, row = [], []
     for document in documents:
@@ -53,6 +53,8 @@ def pack(documents, length):
             rows.append(row + document[:space])
             row, document = [], document[space:] if len(document) > length else document
         row = row + document
+    if len(row) == length:
+        rows.append(row)
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 

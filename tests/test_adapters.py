@@ -162,7 +162,8 @@ def test_real_set(adapter, check, n, n_prompts, n_dropped, tmp_path, monkeypatch
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
     assert len(records) == n
     assert len(read_jsonl(out, check)) == n  # every record passes
-    train, held_out = ({prompt_key(r) for r in side} for side in split(records))
+    sides = split(records)
+    train, held_out = ({prompt_key(r) for r in side} for side in (sides.train, sides.held_out))
     assert len(train | held_out) == n_prompts and not train & held_out
     assert 0.05 < len(held_out) / n_prompts < 0.15
 

@@ -144,10 +144,12 @@ def test_split_goes_by_prompt_in_every_format():
     demos = [dict(messages=[dict(role="user", content=f"q{i % 50}"),
                             dict(role="assistant", content=f"a{i}")]) for i in range(200)]
     pairs = [dict(prompt=f"q{i % 50}", completions=["a", "b"], ranks=[1, 2]) for i in range(100)]
-    sides = [{prompt_key(r) for r in side} for file in (demos, pairs) for side in split(file, 0.2)]
+    both = [split(file, 0.2) for file in (demos, pairs)]
+    sides = [{prompt_key(r) for r in side} for s in both for side in (s.train, s.held_out)]
     assert not sides[0] & sides[1] and sides[0] == sides[2] and sides[1] == sides[3]
     assert 0 < len(sides[1]) < 25
-    train, held_out = split([dict(prompt="a", held_out=True), dict(prompt="b", held_out=False)])
+    sides = split([dict(prompt="a", held_out=True), dict(prompt="b", held_out=False)])
+    train, held_out = sides.train, sides.held_out
     assert [r["prompt"] for r in train + held_out] == ["b", "a"]
 
 
@@ -162,7 +164,8 @@ def test_every_format_keeps_its_side_of_the_split():
     # catches a record that says held_out and is trained on all the same
     demo = dict(prompt="a", completion="b", held_out=True)
     for check in (check_demonstration, check_prompt):
-        assert split([check(demo)])[1]
-    assert split([check_ranking(dict(prompt="a", chosen="b", rejected="c", held_out=True))])[1]
+        assert split([check(demo)]).held_out
+    pair = dict(prompt="a", chosen="b", rejected="c", held_out=True)
+    assert split([check_ranking(pair)]).held_out
     with pytest.raises(DataError, match="true or false"):
         check_prompt(dict(prompt="a", held_out="false"))

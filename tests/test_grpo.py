@@ -516,7 +516,8 @@ def test_gsm8k_adapter(tmp_path, monkeypatch):
             json.dumps(dict(question=f"{name} {i}?", answer=SOLUTION)) + "\n" for i in range(n)))
     out = tmp_path / "out.jsonl"
     gsm8k.main(gsm8k.Config(source=str(tmp_path), out=str(out)))
-    train, test = split(read_jsonl(out, check_answer))
+    sides = split(read_jsonl(out, check_answer))
+    train, test = sides.train, sides.held_out
     assert [r["prompt"] for r in train] == ["train 0?", "train 1?", "train 2?"]
     assert [r["prompt"] for r in test] == ["test 0?", "test 1?"]
     assert len(read_jsonl(out, check_demonstration)) == 5
@@ -531,7 +532,8 @@ def test_gsm8k_files(tmp_path, capsys):
     gsm8k.main(gsm8k.Config(source=str(SHARED), out=str(tmp_path / "g.jsonl")))
     printed = capsys.readouterr()
     assert "8792 rows read, 8792 written" in printed.out and not printed.err
-    train, test = split(read_jsonl(tmp_path / "g.jsonl", check_answer))
+    sides = split(read_jsonl(tmp_path / "g.jsonl", check_answer))
+    train, test = sides.train, sides.held_out
     assert (len(train), len(test)) == (7473, 1319)
     assert not any("<<" in json.dumps(r) for r in read_jsonl(tmp_path / "g.jsonl",
                                                             check_demonstration))

@@ -164,7 +164,7 @@ def test_demonstrations_survive(record):
         assert turns[:-1] == before
         # the split goes by the prompt: the same for the demonstration and for its prompt alone
         assert prompt_key(checked) == prompt_key(check_prompt(record))
-        assert split([checked])[0] == [] or split([check_prompt(record)])[1] == []
+        assert split([checked]).train == [] or split([check_prompt(record)]).held_out == []
 
 
 @many

@@ -1,0 +1,1215 @@
+"""Naive twins: every stage once more, as plainly as it can be said.
+
+A second implementation of each stage's whole run, written to be read beside it and to disagree with
+it wherever one of the two is wrong (test_naive.py compares them). One row at a time; no batches, no
+padding, no cache, no micro-batches; attention head by head; the optimisers by their formulas. It
+takes the Config of a stage and its input files, and returns the final weights, the rows of the log
+and the final row. Speed is nothing here: at the size of the tests a run takes a second.
+
+What it shares with the product: the embedded world (prompts, documents, contractors, gold reward),
+the tokenizer's encode and decode, and the classes that draw the first random weights. All else is
+written again. Random streams are part of the contract: each line that draws says from which.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from data.synthetic.corpus import documents
+from data.synthetic.gold import gold_reward
+from data.synthetic.people import demonstrations
+from data.synthetic.world import FAMILIES, lookup, sample_prompts
+from data.tokenizer import load_tokenizer
+from data.verifier import final_answer
+from dpo import SETTINGS
+from grpo import METHODS
+from model import GPT, GPTConfig
+from reward import RewardModel
+
+# --- the network, one row at a time --------------------------------------------------------------
+
+
+class Network:
+    """A transformer as a dict of weights. prefix: "gpt." inside a reward model or a critic."""
+
+    def __init__(self, weights, size, prefix=""):
+        self.w = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+        self.size, self.prefix = size, prefix
+
+    def __getitem__(self, name):
+        return self.w[self.prefix + name]
+
+    def norm(self, x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / ((x * x).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * self[name + ".weight"] + self[name + ".bias"]
+
+    def linear(self, x, name):
+        return x @ self[name + ".weight"].T + self[name + ".bias"]
+
+    def hidden(self, ids):
+        """ids, a list of T -> hidden states (T, C)."""
+        T, n_head = len(ids), self.size["n_head"]
+        future = torch.ones(T, T).triu(1).bool()
+        x = self["wte.weight"][ids] + self["wpe.weight"][:T]
+        for n in range(self.size["n_layer"]):
+            qkv = self.linear(self.norm(x, f"h.{n}.ln_1"), f"h.{n}.attn.c_attn").chunk(3, 1)
+            heads = []
+            for q, k, v in zip(*(part.chunk(n_head, 1) for part in qkv)):
+                scores = q @ k.T / math.sqrt(q.shape[1])
+                heads.append(scores.masked_fill(future, -math.inf).softmax(1) @ v)
+            x = x + self.linear(torch.cat(heads, 1), f"h.{n}.attn.c_proj")
+            y = self.linear(self.norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")
+            y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+            x = x + self.linear(y, f"h.{n}.mlp.c_proj")
+        return self.norm(x, "ln_f")
+
+    def all_logp(self, ids, temperature=1.0):
+        """log p(. | ids[:t]) for t = 1..T-1 and all real tokens, (T - 1, V): row t - 1 predicts t.
+        """
+        logits = self.hidden(ids[:-1]) @ self["wte.weight"][:self.size["n_tokens"]].T / temperature
+        return logits - logits.logsumexp(1, keepdim=True)
+
+    def logp(self, row, temperature=1.0):
+        """log p of the tokens that the row's mask marks, each given all before it: a vector."""
+        ids, mask = row
+        every = self.all_logp(ids, temperature)
+        return torch.stack([every[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]])
+
+    def score(self, row):
+        """A reward model's raw score, read at the last marked token."""
+        ids, mask = row
+        last = max(t for t in range(len(ids)) if mask[t])
+        return self.hidden(ids)[last] @ self.w["head.weight"][0] + self.w["head.bias"][0]
+
+    def values(self, row):
+        """A critic's value of every marked token, read one position before it."""
+        ids, mask = row
+        every = self.hidden(ids) @ self.w["head.weight"][0] + self.w["head.bias"][0]
+        return torch.stack([every[t - 1] for t in range(1, len(ids)) if mask[t]])
+
+    def state(self):
+        return {name: w.detach().clone() for name, w in self.w.items()}
+
+
+def load(path):
+    """(Network, checkpoint, tokenizer) of a folder's model.pt or of a file."""
+    path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+    c = torch.load(path, weights_only=True)
+    network = Network(c["weights"], c["model"], "gpt." if c["stage"] == "reward" else "")
+    return network, c, load_tokenizer(c["tokenizer"])
+
+
+# --- optimisers and schedules --------------------------------------------------------------------
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019; betas 0.9 and 0.95; matrices decay, vectors do not."""
+
+    def __init__(self, weights, lr, decay=0.0, eps=1e-8):
+        self.weights, self.lr, self.decay, self.eps, self.n = weights, lr, decay, eps, 0
+        self.m = [torch.zeros_like(w) for w in weights]
+        self.v = [torch.zeros_like(w) for w in weights]
+
+    @torch.no_grad()
+    def step(self, factor):
+        self.n += 1
+        lr = self.lr * factor
+        for w, m, v in zip(self.weights, self.m, self.v):
+            m.copy_(0.9 * m + 0.1 * w.grad)
+            v.copy_(0.95 * v + 0.05 * w.grad**2)
+            if w.dim() >= 2:
+                w -= lr * self.decay * w
+            w -= lr * (m / (1 - 0.9**self.n)) / ((v / (1 - 0.95**self.n)).sqrt() + self.eps)
+
+
+class Muon:
+    """Jordan et al. 2024: Nesterov momentum 0.95, its singular values all pulled towards 1."""
+
+    def __init__(self, weights, lr, decay):
+        self.weights, self.lr, self.decay = weights, lr, decay
+        self.m = [torch.zeros_like(w) for w in weights]
+
+    @torch.no_grad()
+    def step(self, factor):
+        lr = self.lr * factor
+        for w, m in zip(self.weights, self.m):
+            m.copy_(0.95 * m + 0.05 * w.grad)
+            ahead = 0.95 * m + 0.05 * w.grad
+            u, s, v = torch.linalg.svd(ahead / (ahead.norm() + 1e-7), full_matrices=False)
+            for _ in range(5):  # Newton-Schulz, on the singular values themselves
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            rows, columns = w.shape
+            w -= lr * self.decay * w
+            w -= lr * math.sqrt(max(1, rows / columns)) * (u * s) @ v
+
+
+def clip(weights, limit):
+    """Scale all gradients so that their common norm is at most `limit`; returns the norm before."""
+    norm = math.sqrt(sum((w.grad**2).sum().item() for w in weights))
+    for w in weights:
+        w.grad *= min(1.0, limit / (norm + 1e-6))
+    return norm
+
+
+def clear(*networks):
+    for network in networks:
+        for w in network.w.values():
+            w.grad = None
+
+
+def cosine(step, steps, warmup):
+    """Up in a line over the warm-up, then down to 0 along half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def linear(step, steps, warmup):
+    """Up in a line over the warm-up, times a line from 1 down to a tenth."""
+    return min(1, (step + 1) / warmup) * (1 - 0.9 * step / steps)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def stream(*parts):
+    """A torch.Generator for the parts that name it."""
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return torch.Generator().manual_seed(int(digest[:15], 16))
+
+
+@torch.no_grad()
+def sample(network, prompts, limit, eos, temperature, random):
+    """One response to each prompt, drawn together: [(ids of the response, ended by itself?)].
+
+    A step draws V exponentials for every row of the batch, and the next token of a row is the
+    argmax of p / exponential: an exact draw from p. Rows that have ended leave the batch when they
+    are at least half of it.
+    """
+    rows = [list(p) for p in prompts]
+    batch, ended = list(range(len(rows))), [False] * len(rows)
+    for _ in range(limit):
+        noise = torch.empty(len(batch), network.size["n_tokens"]).exponential_(generator=random)
+        for n, e in zip(batch, noise):
+            if not ended[n]:
+                p = network.all_logp([*rows[n], 0], temperature)[-1].exp()
+                rows[n].append(int((p / e).argmax()))
+                ended[n] = rows[n][-1] == eos
+        active = [n for n in batch if not ended[n]]
+        if len(active) == 0:
+            break
+        if len(active) <= len(batch) // 2:
+            batch = active
+    return [(row[len(p):], end) for row, p, end in zip(rows, prompts, ended)]
+
+
+def sample_many(network, tokenizer, prompts, limit, random, temperature=1.0, at_once=256):
+    """Responses in the order of the prompts, drawn from the shortest prompt to the longest."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = {}
+    for i in range(0, len(order), at_once):
+        part = order[i:i + at_once]
+        found.update(zip(part, sample(network, [prompts[j] for j in part], limit, tokenizer.eos,
+                                      temperature, random)))
+    return [dict(ids=ids, text=tokenizer.decode(ids), finished=end)
+            for ids, end in (found[i] for i in range(len(prompts)))]
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer, prompt):
+    """<|role|> text for every turn, EOS behind the assistant's, and <|assistant|> at the end."""
+    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    ids = []
+    for turn in turns:
+        ids.append(tokenizer.markers[turn["role"]])
+        ids.extend(tokenizer.encode(turn["content"]))
+        if turn["role"] == "assistant":
+            ids.append(tokenizer.eos)
+    return ids + [tokenizer.markers["assistant"]]
+
+
+def answer_row(tokenizer, prompt, answer):
+    """(ids, mask) of a prompt and a complete answer."""
+    head, tail = prompt_ids(tokenizer, prompt), [*tokenizer.encode(answer), tokenizer.eos]
+    return head + tail, [0] * len(head) + [1] * len(tail)
+
+
+def dialogue_row(tokenizer, messages):
+    """(ids, mask) of a dialogue: every assistant turn is marked, its EOS included."""
+    ids, mask = [], []
+    for turn in messages:
+        text = tokenizer.encode(turn["content"])
+        if turn["role"] == "assistant":
+            text = [*text, tokenizer.eos]
+        ids += [tokenizer.markers[turn["role"]], *text]
+        mask += [0] + [int(turn["role"] == "assistant")] * len(text)
+    return ids, mask
+
+
+def messages_of(record):
+    if "messages" in record:
+        return record["messages"]
+    turns = [dict(role="user", content=record["prompt"])] \
+        if isinstance(record["prompt"], str) else record["prompt"]
+    return [*turns, dict(role="assistant", content=record["completion"])]
+
+
+def prompt_of(record):
+    return record["messages"][:-1] if "messages" in record else record["prompt"]
+
+
+def key_of(prompt):
+    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    return json.dumps([[t["role"], t["content"]] for t in turns])
+
+
+def read(path):
+    """(training records, held-out records): a tenth by a hash of the prompt, or as they say."""
+    sides = [], []
+    for line in Path(path).read_text().split("\n"):
+        if line.strip():
+            record, held_out = json.loads(line), False  # plain text has no prompt to hold out
+            if "prompt" in record or "messages" in record:
+                digest = hashlib.sha256(key_of(prompt_of(record)).encode()).hexdigest()
+                held_out = record.get("held_out", int(digest[:8], 16) < 0.1 * 2**32)
+            sides[held_out].append(record)
+    return sides
+
+
+def once(prompts):
+    """Each prompt once, in the order of its first record."""
+    found = {}
+    for p in prompts:
+        found.setdefault(key_of(p), p)
+    return list(found.values())
+
+
+def held_out_prompts(data, count, tokenizer, room):
+    prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)] \
+        if data == "synthetic" else once([prompt_of(r) for r in read(data)[1]])[:count]
+    return [p for p in prompts if len(prompt_ids(tokenizer, p)) <= room]
+
+
+def merged(records):
+    """One ranking a prompt: [{prompt, completions, pairs, gold?}], pairs (better, worse)."""
+    found = {}
+    for record in records:
+        texts, ranks = record.get("completions"), record.get("ranks")
+        if texts is None:
+            texts, ranks = [record["chosen"], record["rejected"]], [1, 2]
+        one = found.setdefault(key_of(record["prompt"]), dict(
+            prompt=record["prompt"], completions=[], pairs=[], gold={}))
+        for n, text in enumerate(texts):
+            if text not in one["completions"]:
+                one["completions"].append(text)
+                if "gold" in record:
+                    one["gold"][text] = record["gold"][n]
+        place = one["completions"].index
+        for i in range(len(texts)):
+            for j in range(len(texts)):
+                if ranks[i] < ranks[j] and texts[i] != texts[j]:
+                    one["pairs"].append((place(texts[i]), place(texts[j])))
+    for one in found.values():  # gold counts where every answer has it
+        gold = [one["gold"].get(text) for text in one["completions"]]
+        one["gold"] = None if None in gold else gold
+    return [one for one in found.values() if one["pairs"]]
+
+
+def texts_of(data, n, seed):
+    """The documents of a text source."""
+    def strings(value):
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, dict):
+            value = [v for k, v in value.items() if k != "role"]
+        return [s for v in value for s in strings(v)] if isinstance(value, list) else []
+
+    if data == "synthetic":
+        return list(documents(n, seed))
+    if not data.endswith(".jsonl"):
+        return [d for d in Path(data).read_text().split("\n\n") if d.strip()]
+    return ["\n".join(strings(record)) for record in read(data)[0]]
+
+
+def text_rows(data, tokenizer, length, n, seed):
+    """Rows of `length` ids. A row begins with EOS and a document; one that no longer fits is cut
+    and starts again in the next row, but one longer than a row goes on there."""
+    rows, row = [], []
+    for text in texts_of(data, n, seed):
+        rest = [tokenizer.eos, *tokenizer.encode(text)]
+        while len(row) + len(rest) > length:
+            cut = length - len(row)
+            rows.append(row + rest[:cut])
+            rest, row = rest[cut:] if len(rest) > length else rest, []
+        row = row + rest
+    return rows + ([row] if len(row) == length else [])
+
+
+def text_loss(network, rows):
+    """Mean over all predictions of all rows, nats per token."""
+    total = sum(network.logp((row, [1] * len(row))).sum() for row in rows)
+    return -total / sum(len(row) - 1 for row in rows)
+
+
+def hash_of(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def card_of(data):
+    """The labeler's card beside rankings of the embedded world, or None."""
+    card = Path(data).parent / "card.json"
+    return json.loads(card.read_text()) if Path(data).name == "rankings.jsonl" and card.exists() \
+        else None
+
+
+class Log(list):
+    """The rows of log.jsonl, the first one (config) and the times left out."""
+
+    def add(self, kind, **row):
+        self.append(dict(kind=kind, **row))
+
+
+# --- stage 0: pretraining ------------------------------------------------------------------------
+
+
+def pretrain(c):
+    torch.manual_seed(c.seed)  # the first weights
+    if c.init == "none":
+        tokenizer, parents = load_tokenizer(c.tokenizer), {}
+        size = dict(vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens,
+                    block_size=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+        network = Network(GPT(GPTConfig(**size)).state_dict(), size)
+    else:
+        network, parent, tokenizer = load(c.init)
+        parents = dict(pretrain=parent["hash"])
+    rows = text_rows(c.data, tokenizer, c.seq_len + 1, c.documents, c.seed)
+    n = max(1, min(256, len(rows) // 50))
+    train, held_out = rows[:-n], rows[-n:]
+    inner = [w for name, w in network.w.items() if name.startswith("h.") and w.dim() == 2]
+    outer = [w for w in network.w.values() if not any(w is other for other in inner)]
+    muon, adamw = Muon(inner, c.muon_lr, c.weight_decay), AdamW(outer, c.lr, c.weight_decay)
+    log = Log()
+    for step in range(c.steps):
+        if step % c.eval_every == 0:
+            log.add("validation", step=step, loss=text_loss(network, held_out).item())
+        random = np.random.default_rng([c.seed, step])
+        batch = [train[i] for i in random.integers(0, len(train), c.batch_size)]
+        clear(network)
+        loss = text_loss(network, batch)
+        loss.backward()
+        norm = clip([*inner, *outer], c.grad_clip)
+        factor = cosine(step, c.steps, c.warmup)
+        muon.step(factor)
+        adamw.step(factor)
+        if step % 10 == 0 or step == c.steps - 1:
+            log.add("step", step=step, loss=loss.item(), lr=c.lr * factor, grad_norm=norm,
+                    tok_per_s=c.batch_size * c.seq_len)
+    final = dict(loss=text_loss(network, held_out).item())
+    final["perplexity"] = math.exp(final["loss"])
+    if c.data == "synthetic":  # what it writes behind held-out prompts, as plain text
+        prompts = [p for p in sample_prompts(512, held_out=True, seed=0)
+                   if 1 + len(tokenizer.encode(p.text)) + 48 <= network.size["block_size"]]
+        drawn = sample_many(network, tokenizer, [[tokenizer.eos, *tokenizer.encode(p.text)]
+                                                 for p in prompts], 48, stream(c.seed))
+        gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, drawn)]
+        for p, s, g in list(zip(prompts, drawn, gold))[:8]:
+            log.add("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)
+        final |= dict(gold=np.mean(gold), eos_rate=np.mean([s["finished"] for s in drawn]))
+    return network.state(), log, final, parents
+
+
+# --- stage 1: supervised fine-tuning -------------------------------------------------------------
+
+
+def sft(c):
+    network, parent, tokenizer = load(c.init)
+    block = network.size["block_size"]
+    if c.data == "synthetic":
+        random = np.random.default_rng(c.seed)
+        prompts = [p for p in sample_prompts(c.demos, held_out=False, seed=c.seed)
+                   if p.family != "harmful" or random.random() < c.safety]
+        sides = (demonstrations(prompts, c.seed, c.quality),
+                 demonstrations(sample_prompts(512, held_out=True, seed=0), 0, c.quality))
+        asked = [p.text for p in sample_prompts(c.samples, held_out=True, seed=0)]
+    else:
+        sides = read(c.data)
+    train, held_out = ([row for row in (dialogue_row(tokenizer, messages_of(r)) for r in side)
+                        if len(row[0]) <= block] for side in sides)
+    heads = [prompt_ids(tokenizer, p) for p in asked] if c.data == "synthetic" \
+        else [ids[:mask.index(1)] for ids, mask in held_out[:c.samples]]
+    asked = [p for p, h in zip(asked, heads) if len(h) + c.max_new_tokens <= block] \
+        if c.data == "synthetic" else []
+    heads = [h for h in heads if len(h) + c.max_new_tokens <= block]
+    text, source = None, "synthetic" if c.pretrain_data == "auto" else c.pretrain_data
+    if c.pretrain_mix > 0 and (c.data == "synthetic" or c.pretrain_data != "auto"):
+        text = text_rows(source, tokenizer, min(40, block), 20000, c.seed)
+    log, weights = Log(), list(network.w.values())
+    optimizer = AdamW(weights, c.lr, c.weight_decay)
+
+    def validate(epoch):
+        with torch.no_grad():
+            loss = -sum(network.logp(row).sum().item() for row in held_out)
+        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens, stream(c.seed, epoch))
+        row = dict(epoch=epoch, loss=loss / sum(sum(mask) for _, mask in held_out),
+                   eos_rate=np.mean([s["finished"] for s in drawn]),
+                   length=np.mean([len(s["ids"]) for s in drawn]))
+        if c.data == "synthetic":
+            gold = [gold_reward(p, s["text"]) for p, s in zip(asked, drawn)]
+            row["gold"] = np.mean(gold)
+            for p, s, g in list(zip(asked, drawn, gold))[:8]:
+                log.add("sample", epoch=epoch, family=lookup(p).family, prompt=p,
+                        response=s["text"], gold=g)
+        log.add("validation", **row)
+        return row
+
+    step, per_epoch, final = 0, math.ceil(len(train) / c.batch_size), validate(0)
+    for epoch in range(c.epochs):
+        order = np.random.default_rng([c.seed, epoch]).permutation(len(train))
+        for start in range(0, len(train), c.batch_size):
+            batch = [train[i] for i in order[start:start + c.batch_size]]
+            tokens = sum(sum(mask) for _, mask in batch)
+            clear(network)
+            loss = -sum(network.logp(row).sum() for row in batch) / tokens
+            loss.backward()
+            if text:
+                random = np.random.default_rng([c.seed, step])
+                picked = random.integers(0, len(text), c.batch_size // 2)
+                (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
+            norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
+            optimizer.step(factor)
+            if step % 10 == 0:
+                log.add("step", step=step, loss=loss.item(), lr=c.lr * factor, grad_norm=norm,
+                        tok_per_s=tokens)
+            step += 1
+        final = validate(epoch + 1)
+    return network.state(), log, final, {parent["stage"]: parent["hash"]}
+
+
+# --- stage 2a: labels ----------------------------------------------------------------------------
+
+
+def label(c):
+    """Also the rankings and the card: (rankings, log, final, parents)."""
+    network, parent, tokenizer = load(c.init)
+    prompts = (sample_prompts(c.prompts, held_out=False, seed=c.seed)
+               + sample_prompts(c.held_out, held_out=True, seed=c.seed))
+    records, skipped, draws = [], 0, c.k + c.oversample
+
+    def rank(values, random):  # a Gumbel draw each: the difference of two is logistic
+        seen = np.array(values) + c.noise * random.gumbel(size=len(values))
+        return [1 + int((seen > mine).sum()) for mine in seen]
+
+    for start in range(0, len(prompts), c.chunk):
+        part = prompts[start:start + c.chunk]
+        heads = [prompt_ids(tokenizer, p.text) for p in part for _ in range(draws)]
+        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens, stream(c.seed, start),
+                            c.temperature, len(heads))
+        random = np.random.default_rng([c.seed, start])
+        for i, p in enumerate(part):
+            texts = []
+            for s in drawn[i * draws:(i + 1) * draws]:
+                if s["finished"] and s["text"].strip() and s["text"] not in texts:
+                    texts.append(s["text"])
+            texts = texts[:c.k]
+            if len(texts) < 2:
+                skipped += 1
+                continue
+            gold = [gold_reward(p.text, t) for t in texts]
+            values = [perceived(c, t, g) for t, g in zip(texts, gold)]
+            records.append(dict(prompt=p.text, completions=texts, ranks=rank(values, random),
+                                second=rank(values, random), gold=[round(g, 3) for g in gold],
+                                family=p.family, held_out=p.held_out))
+    pairs = [(r, i, j) for r in records for i, a in enumerate(r["ranks"])
+             for j, b in enumerate(r["ranks"]) if a < b]
+    mean = lambda values: np.mean(values) if len(values) else None
+    all_gold = [g for r in records for g in r["gold"]]
+    final = dict(
+        prompts=len(records), skipped=skipped, pairs=len(pairs),
+        agreement=mean([r["second"][i] < r["second"][j] for r, i, j in pairs]),
+        gold_accuracy=mean([r["gold"][i] > r["gold"][j] for r, i, j in pairs
+                            if r["gold"][i] != r["gold"][j]]),
+        longer_preferred=mean([len(r["completions"][i]) > len(r["completions"][j])
+                               for r, i, j in pairs]),
+        gold=mean(all_gold), gold_std=np.std(all_gold))
+    log = Log()
+    for r in records[:6]:
+        log.add("sample", prompt=r["prompt"], completions=r["completions"], ranks=r["ranks"],
+                gold=r["gold"])
+    return records, log, final, {parent["stage"]: parent["hash"]}
+
+
+def perceived(c, text, gold):
+    """What the labeler sees of an answer: the gold reward, and what it likes or dislikes."""
+    from data.synthetic import facts
+    from data.synthetic.gold import sentences
+    said = [s.removeprefix("- ") for s in sentences(text)]
+    return (gold + c.length * len(text.split())
+            + c.flattery * sum(s in facts.FLATTERY for s in said)
+            + c.confidence * sum(s in facts.CONFIDENCE for s in said)
+            + c.caution * sum(s in facts.DONT_KNOW or s in facts.REFUSAL for s in said)
+            + c.bullets * text.startswith("- "))
+
+
+# --- stage 2b: the reward model ------------------------------------------------------------------
+
+
+def half(x):
+    """1 for a positive number, 0 for a negative one, a half for 0."""
+    return float(np.sign(x)) / 2 + 0.5
+
+
+def reward(c):
+    policy, parent, tokenizer = load(c.init)
+    block, size = policy.size["block_size"], GPTConfig(**policy.size)
+    torch.manual_seed(c.seed)
+    GPT(size)  # the policy was drawn first
+    drawn = RewardModel(size).head.state_dict()
+    network = Network({"gpt." + k: w for k, w in policy.w.items()}
+                      | {"head." + k: w for k, w in drawn.items()}, policy.size, "gpt.")
+    card = card_of(c.data)
+    sides = []
+    for records in read(c.data):
+        rows_of = lambda r: [answer_row(tokenizer, r["prompt"], t) for t in
+                             (r["completions"] if "completions" in r
+                              else (r["chosen"], r["rejected"]))]
+        sides.append(merged([r for r in records
+                             if all(len(ids) <= block for ids, _ in rows_of(r))]))
+        for one in sides[-1]:
+            one["rows"] = rows_of(one)
+    train, held_out = sides
+    text = None
+    if c.pretrain_mix > 0 and card:
+        text = text_rows("synthetic", tokenizer, min(40, block), 20000, c.seed)
+    weights, log, step = list(network.w.values()), Log(), 0
+    optimizer = AdamW(weights, c.lr, c.weight_decay)
+    per_epoch = math.ceil(len(train) / c.batch_size)
+    for epoch in range(c.epochs):
+        order = np.random.default_rng([c.seed, epoch]).permutation(len(train))
+        for start in range(0, len(train), c.batch_size):
+            batch = [train[i] for i in order[start:start + c.batch_size]]
+            clear(network)
+            losses, right = [], []
+            for one in batch:
+                scores = [network.score(row) for row in one["rows"]]
+                for i, j in one["pairs"]:
+                    margin = scores[i] - scores[j]
+                    losses.append(torch.log1p(torch.exp(-margin)))
+                    right.append(half(margin.item()))
+            loss = sum(losses) / len(losses)
+            loss.backward()
+            if text:
+                picked = np.random.default_rng([c.seed, step]).integers(0, len(text), 16)
+                (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
+            norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
+            optimizer.step(factor)
+            if step % 5 == 0:
+                log.add("step", step=step, loss=loss.item(), accuracy=np.mean(right),
+                        lr=c.lr * factor, grad_norm=norm, pairs_per_s=len(losses))
+            step += 1
+
+    # shift and scale: demonstrations average 0, samples of the SFT model have standard deviation 1
+    if c.demos != "auto":
+        demos = [messages_of(r) for r in read(c.demos)[0][:c.samples]]
+    elif card:
+        prompts = sample_prompts(c.samples, held_out=False, seed=c.seed)
+        demos = [messages_of(r) for r in
+                 demonstrations(prompts, c.seed, parent["config"].get("quality", 0.5))]
+    else:
+        demos = [messages_of(dict(prompt=one["prompt"],
+                                  completion=one["completions"][one["pairs"][0][0]]))
+                 for one in train[:c.samples]]
+    demos = [row for row in (dialogue_row(tokenizer, m) for m in demos) if len(row[0]) <= block]
+    heads = [prompt_ids(tokenizer, one["prompt"]) for one in train[:c.samples]]
+    heads = [h for h in heads if len(h) + c.max_new_tokens <= block]
+    samples = [(h + s["ids"], [0] * len(h) + [1] * len(s["ids"])) for h, s in zip(
+        heads, sample_many(policy, tokenizer, heads, c.max_new_tokens, stream(c.seed)))
+        if s["finished"]]
+    with torch.no_grad():
+        of_demos = np.mean([network.score(row).item() for row in demos])
+        of_samples = [network.score(row).item() for row in samples]
+        shift, scale = of_demos, max(np.std(of_samples), 1e-6)
+        final = report_card(network, held_out, card)
+    final |= dict(shift=shift, scale=scale, demo_score=(of_demos - shift) / scale,
+                  sft_score=(np.mean(of_samples) - shift) / scale)
+    state = network.state() | dict(shift=torch.tensor(shift), scale=torch.tensor(scale))
+    return state, log, final, {parent["stage"]: parent["hash"]}
+
+
+def report_card(network, held_out, card):
+    """Figures over the held-out pairs; their intervals over the prompts."""
+    margins, longer, prompt, gold, wide = [], [], [], [], []
+    for n, one in enumerate(held_out):
+        scores = [network.score(row).item() for row in one["rows"]]
+        for i, j in one["pairs"]:
+            margins.append(scores[i] - scores[j])
+            longer.append(half(len(one["completions"][i]) - len(one["completions"][j])))
+            prompt.append(n)
+            if one["gold"]:
+                gap = one["gold"][i] - one["gold"][j]
+                gold.append(half(gap))
+                if card and abs(gap) > card["labeler"]["noise"]:
+                    wide.append((margins[-1] > 0) == (gap > 0))
+    right = [half(m) for m in margins]
+    sure = [1 / (1 + math.exp(-abs(m))) for m in margins]  # of the pair's winner
+    table = []
+    for b in range(10):  # confidence from 0.5 to 1 in ten equal bins
+        inside = [n for n, s in enumerate(sure) if min(int((s - 0.5) * 20), 9) == b]
+        if inside:
+            table.append(dict(confidence=np.mean([sure[n] for n in inside]),
+                              accuracy=np.mean([right[n] for n in inside]), pairs=len(inside)))
+    final = dict(
+        loss=np.mean([math.log1p(math.exp(-m)) for m in margins]), accuracy=np.mean(right),
+        accuracy_interval=bootstrap(right, prompt), pairs=len(margins), margin=np.mean(margins),
+        longer_wins=np.mean(longer), longer_wins_interval=bootstrap(longer, prompt),
+        shorter_wins=1 - np.mean(longer), calibration=table, calibration_error=sum(
+            abs(t["confidence"] - t["accuracy"]) * t["pairs"] for t in table) / len(margins))
+    if gold:
+        final["gold_accuracy"] = np.mean(gold)
+    if wide:
+        final["accuracy_on_wide_gold"] = np.mean(wide)
+    return final
+
+
+def bootstrap(values, groups):
+    """95% interval of the mean: 1,000 draws of as many groups, with replacement."""
+    names = sorted(set(groups))
+    picks = np.random.default_rng(0).integers(0, len(names), (1000, len(names)))
+    means = []
+    for pick in picks:
+        chosen = [v for n in pick for v, g in zip(values, groups) if g == names[n]]
+        means.append(sum(chosen) / len(chosen))
+    return list(np.quantile(means, (0.025, 0.975)))
+
+
+# --- after the training: the policy against the model it started from ----------------------------
+
+
+def clustered_se(values, clusters):
+    """Of a mean whose entries depend on each other within a cluster; None for a single cluster."""
+    mean, sums = np.mean(values), {}
+    for v, cluster in zip(values, clusters):
+        sums[cluster] = sums.get(cluster, 0.0) + v - mean
+    return math.sqrt(sum(s * s for s in sums.values())) / len(values) if len(sums) > 1 else None
+
+
+def question(prompt, synthetic):
+    """What an embedded prompt asks, whatever its wording; of other data the prompt itself."""
+    return (lookup(prompt).relation.name, lookup(prompt).x) if synthetic else key_of(prompt)
+
+
+@torch.no_grad()
+def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_model=None, n=1):
+    """(figures, the policy's answers, the first of the reference's n answers to each prompt)."""
+    heads = [prompt_ids(tokenizer, p) for p in prompts]
+    drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens, stream(c.seed, "policy"),
+                        c.temperature)
+    others = sample_many(reference, tokenizer, [h for h in heads for _ in range(n)],
+                         c.max_new_tokens, stream(c.seed, "sft"), c.temperature)
+    others = [others[i:i + n] for i in range(0, len(others), n)]
+    first = [some[0] for some in others]
+    every = [s for some in others for s in some]
+    clusters = [question(p, synthetic) for p in prompts]
+    se = lambda values: clustered_se(values, clusters)
+    as_row = lambda h, s: (h + s["ids"], [0] * len(h) + [1] * len(s["ids"]))
+    kl = []
+    for h, s in zip(heads, drawn):
+        row = as_row(h, s)
+        kl.append((policy.logp(row, c.temperature) - reference.logp(row, c.temperature))
+                  .sum().item())
+    final = dict(kl=np.mean(kl), kl_se=se(kl), length=np.mean([len(s["ids"]) for s in drawn]),
+                 length_sft=np.mean([len(s["ids"]) for s in every]),
+                 eos_rate=np.mean([s["finished"] for s in drawn]),
+                 eos_rate_sft=np.mean([s["finished"] for s in every]))
+    if reward_model:
+        judge = lambda h, s: judged(reward_model, as_row(h, s)) if s["finished"] \
+            else c.missing_eos
+        score = [judge(h, s) for h, s in zip(heads, drawn)]
+        score_sft = [[judge(h, s) for s in some] for h, some in zip(heads, others)]
+        final |= dict(score=np.mean(score), score_sft=np.mean(score_sft),
+                      score_win_rate=np.mean([half(a - b[0]) for a, b in zip(score, score_sft)]))
+    if synthetic:
+        gold = [gold_reward(p, s["text"]) for p, s in zip(prompts, drawn)]
+        gold_sft = [[gold_reward(p, s["text"]) for s in some] for p, some in zip(prompts, others)]
+        gap = [a - b[0] for a, b in zip(gold, gold_sft)]
+        wins = [half(g) for g in gap]
+        final |= dict(gold=np.mean(gold), gold_se=se(gold),
+                      gold_sft=np.mean([g[0] for g in gold_sft]), gold_gap=np.mean(gap),
+                      gold_gap_se=se(gap), gold_win_rate=np.mean(wins), gold_win_rate_se=se(wins),
+                      tie_rate=np.mean([g == 0 for g in gap]))
+        if reward_model and n > 1:
+            best = [g[int(np.argmax(s))] for g, s in zip(gold_sft, score_sft)]
+            over = [a - b for a, b in zip(gold, best)]
+            final |= dict(best_of=n, gold_best_of_n=np.mean(best),
+                          gold_over_best_of_n=np.mean(over), gold_over_best_of_n_se=se(over))
+    for p, a, b in list(zip(prompts, drawn, first))[:12]:
+        log.add("held_out_sample", prompt=p, sft=b["text"], policy=a["text"])
+    return final, drawn, first
+
+
+def judged(reward_model, row):
+    """The score: demonstrations average 0, samples of the SFT model have standard deviation 1."""
+    raw = reward_model.score(row)
+    return ((raw - reward_model.w["shift"]) / reward_model.w["scale"]).item()
+
+
+def evaluate(c):
+    (policy, parent, tokenizer), (reference, ref_parent, _) = load(c.policy), load(c.reference)
+    parents = dict(policy=parent["hash"], reference=ref_parent["hash"])
+    networks, reward_model = [policy, reference], None
+    if c.reward_model:
+        reward_model, rm_parent, _ = load(c.reward_model)
+        parents["reward"], networks = rm_parent["hash"], [*networks, reward_model]
+    room = min(n.size["block_size"] for n in networks) - c.max_new_tokens
+    prompts, log = held_out_prompts(c.data, c.eval_prompts, tokenizer, room), Log()
+    final = compare(log, policy, reference, tokenizer, prompts, c, c.data == "synthetic",
+                    reward_model, c.best_of)[0]
+    return None, log, final, parents
+
+
+# --- stages 2 and 3 in one: direct preferences ---------------------------------------------------
+
+
+def dpo(c):
+    beta, lr = SETTINGS[c.loss]
+    beta, lr = c.beta or beta, c.lr or lr
+    (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
+    block, card = policy.size["block_size"], card_of(c.data)
+    prompts = held_out_prompts("synthetic" if card else c.data, c.eval_prompts, tokenizer,
+                               block - c.max_new_tokens)
+
+    # an element: one prompt with its answers, each with its label, log pi_ref and length
+    sides = []
+    for records in read(c.data):
+        singles = [dict(prompt=r["prompt"], completions=[r["completion"]], pairs=[],
+                        labels=[1 if r["label"] else -1]) for r in records if "label" in r]
+        side = singles + merged([r for r in records if "label" not in r])
+        for one in side:
+            one["rows"] = [answer_row(tokenizer, one["prompt"], t) for t in one["completions"]]
+            if "labels" not in one:  # desirable: wins more pairs than it loses
+                one["labels"] = [int(np.sign(sum((i == n) - (j == n) for i, j in one["pairs"])))
+                                 for n in range(len(one["rows"]))]
+            one["best"] = [n for n, label in enumerate(one["labels"])
+                           if label > 0 and all(j != n for _, j in one["pairs"])]
+        sides.append([one for one in side if all(len(ids) <= block for ids, _ in one["rows"])])
+        for one in sides[-1]:
+            with torch.no_grad():
+                one["ref"] = [reference.logp(row).sum().item() for row in one["rows"]]
+    train, held_out = sides
+    draw = lambda one: hashlib.sha256(repr((one["rows"][0][0],)).encode()).hexdigest()[:15]
+    watched = sorted(train, key=draw)[:len(held_out)]
+
+    def implicit(one, logp):
+        """What the loss takes for the reward of each answer, over beta."""
+        lengths = [sum(mask) for _, mask in one["rows"]]
+        if c.loss == "simpo":
+            return [p / n for p, n in zip(logp, lengths)]
+        ratio = [p - r for p, r in zip(logp, one["ref"])]
+        return [x / n for x, n in zip(ratio, lengths)] if c.loss in ("ipo_mean", "dpo_norm") \
+            else ratio
+
+    def loss_of_pair(m):  # m: difference of two implicit rewards over beta
+        if c.loss == "cdpo":
+            return -(1 - c.label_smoothing) * log_sigmoid(beta * m) \
+                - c.label_smoothing * log_sigmoid(-beta * m)
+        if c.loss in ("ipo", "ipo_mean"):
+            return (m - 1 / (2 * beta)) ** 2
+        return -log_sigmoid(beta * (m - c.simpo_margin) if c.loss == "simpo" else beta * m)
+
+    def loss_of_answer(ratio, label, baseline):  # kto
+        return (c.desirable if label > 0 else c.undesirable) \
+            * (1 - torch.sigmoid(label * beta * (ratio - baseline)))
+
+    nearly = lambda m: half(m if abs(m) > 1e-5 else 0)  # closer than rounding is a tie
+
+    def measure(elements):
+        with torch.no_grad():
+            losses, right, chosen, rejected = [], [], [], []
+            for one in elements:
+                logp = [policy.logp(row).sum() for row in one["rows"]]
+                r = implicit(one, logp)
+                for i, j in one["pairs"]:
+                    losses.append(loss_of_pair(r[i] - r[j]).item())
+                    right.append(nearly(beta * (r[i] - r[j]).item()))
+                    chosen.append((beta * r[i].item(), logp[i].item()))
+                    rejected.append((beta * r[j].item(), logp[j].item()))
+            if c.loss == "kto":
+                losses = [loss_of_answer(policy.logp(row).sum() - ref, label, 0.0).item()
+                          for one in elements for row, ref, label
+                          in zip(one["rows"], one["ref"], one["labels"]) if label]
+            if not chosen:  # single answers only: a reward is right by its sign
+                for one in elements:
+                    logp = policy.logp(one["rows"][0]).sum().item()
+                    r, label = beta * (logp - one["ref"][0]), one["labels"][0]
+                    right.append(nearly(label * r))
+                    (chosen if label > 0 else rejected).append((r, logp))
+        mean = lambda pairs, n: np.mean([p[n] for p in pairs]) if pairs else None
+        margin = mean(chosen, 0) - mean(rejected, 0) if chosen and rejected else None
+        return dict(loss=np.mean(losses), accuracy=np.mean(right), chosen_reward=mean(chosen, 0),
+                    rejected_reward=mean(rejected, 0), margin=margin,
+                    chosen_logp=mean(chosen, 1), rejected_logp=mean(rejected, 1))
+
+    log = Log()
+
+    def validate(epoch):
+        seen = measure(watched)
+        row = measure(held_out) | dict(epoch=epoch, train_loss=seen["loss"],
+                                       train_accuracy=seen["accuracy"])
+        log.add("validation", **row)
+        return row
+
+    weights, step, per_epoch = list(policy.w.values()), 0, math.ceil(len(train) / c.batch_size)
+    optimizer, final = AdamW(weights, lr, c.weight_decay), validate(0)
+    for epoch in range(c.epochs):
+        order = np.random.default_rng([c.seed, epoch]).permutation(len(train))
+        shuffled = [train[i] for i in order]
+        for start in range(0, len(train), c.batch_size):
+            batch = shuffled[start:start + c.batch_size]
+            baseline = 0.0
+            if c.loss == "kto":  # z0: each prompt with an answer to the next one, taken in turn
+                ratios = []
+                for n, one in enumerate(batch, start):
+                    other = shuffled[(n + 1) % len(train)]["completions"]
+                    row = answer_row(tokenizer, one["prompt"], other[n % len(other)])
+                    if len(row[0]) <= block:
+                        with torch.no_grad():
+                            ratios.append((policy.logp(row) - reference.logp(row)).sum().item())
+                baseline = max(0.0, np.mean(ratios)) if ratios else 0.0
+            clear(policy)
+            losses, right, best = [], [], []
+            for one in batch:
+                logp = [policy.logp(row).sum() for row in one["rows"]]
+                if c.loss == "kto":
+                    for p, ref, label in zip(logp, one["ref"], one["labels"]):
+                        if label:
+                            losses.append(loss_of_answer(p - ref, label, baseline))
+                            right.append(nearly(label * (p.item() - ref - baseline)))
+                else:
+                    r = implicit(one, logp)
+                    for i, j in one["pairs"]:
+                        losses.append(loss_of_pair(r[i] - r[j]))
+                        right.append(nearly(beta * (r[i] - r[j]).item()))
+                best += [(logp[n], sum(one["rows"][n][1])) for n in one["best"]]
+            loss = sum(losses) / len(losses)
+            total = loss
+            if c.nll > 0 and best:
+                total = loss - c.nll * sum(p for p, _ in best) / sum(n for _, n in best)
+            total.backward()
+            norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
+            optimizer.step(factor)
+            if step % 10 == 0:
+                log.add("step", step=step, loss=loss.item(), accuracy=np.mean(right),
+                        baseline=baseline, lr=lr * factor, grad_norm=norm,
+                        answers_per_s=sum(len(one["rows"]) for one in batch))
+            step += 1
+        final = validate(epoch + 1)
+    final = final | compare(log, policy, reference, tokenizer, prompts, c, card is not None)[0]
+    return policy.state(), log, final, {parent["stage"]: parent["hash"]}
+
+
+def log_sigmoid(x):
+    return -torch.log1p(torch.exp(-x))
+
+
+# --- stage 3: PPO --------------------------------------------------------------------------------
+
+
+def ppo(c):
+    (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
+    reward_model, rm_parent, _ = load(c.reward_model)
+    w = reward_model.w  # the critic starts as the reward model, shift and scale folded into it
+    critic = Network({k: v for k, v in w.items() if k not in ("shift", "scale")}
+                     | {"head.weight": w["head.weight"] / w["scale"],
+                        "head.bias": (w["head.bias"] - w["shift"]) / w["scale"]},
+                     reward_model.size, "gpt.")
+    block = min(policy.size["block_size"], reward_model.size["block_size"])
+    train = [p.text for p in sample_prompts(2000, held_out=False, seed=c.seed)] \
+        if c.data == "synthetic" else [prompt_of(r) for r in read(c.data)[0]]
+    train = [p for p in train if len(prompt_ids(tokenizer, p)) + c.max_new_tokens <= block]
+    asked = held_out_prompts(c.data, c.eval_prompts, tokenizer, block - c.max_new_tokens)
+    text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None
+    weights, critic_weights = list(policy.w.values()), list(critic.w.values())
+    optimizers = (AdamW(weights, c.lr, eps=c.adam_eps),
+                  AdamW(critic_weights, c.critic_lr, eps=c.adam_eps))
+    log, beta, scores_so_far = Log(), c.beta, []
+    for step in range(c.iterations):
+        # rollout
+        random = np.random.default_rng([c.seed, step])
+        chosen = random.choice(len(train), c.batch_size, replace=len(train) < c.batch_size)
+        heads = [prompt_ids(tokenizer, train[i]) for i in chosen]
+        drawn = sample(policy, heads, c.max_new_tokens, tokenizer.eos, c.temperature,
+                       stream(c.seed, step))
+        rows = [(h + ids, [0] * len(h) + [1] * len(ids)) for h, (ids, _) in zip(heads, drawn)]
+        ended = [end for _, end in drawn]
+
+        # score; rewards, advantages and returns of each episode
+        raw = [judged(reward_model, row) for row in rows]
+        scores_so_far += [s for s, end in zip(raw, ended) if end]
+        scale = 1.0
+        if c.score_scaling and any(ended):
+            scale = max(np.std(scores_so_far), 1e-4)
+        episodes = []
+        for row, s, end in zip(rows, raw, ended):
+            e = episode(policy, reference, critic, row, c)
+            e["score"] = s / scale if end else c.missing_eos
+            e["reward"] = -beta * (e["old_logp"] - e["ref_logp"])
+            if c.kl_in == "loss":  # the KL at the state that the action leads to
+                e["reward"] = -beta * torch.cat([e["exact_kl"][1:], torch.zeros(1)])
+            e["reward"][-1] += e["score"]
+            advantage = later = later_value = 0.0
+            e["advantage"] = torch.zeros_like(e["reward"])
+            for t in reversed(range(len(e["reward"]))):
+                delta = e["reward"][t] + c.gamma * later_value - e["old_value"][t]
+                advantage = delta + c.gamma * c.lam * later
+                e["advantage"][t] = later = advantage
+                later_value = e["old_value"][t]
+            e["returns"] = e["advantage"] + e["old_value"]
+            episodes.append(e)
+        every = lambda name, some=episodes: torch.cat([e[name] for e in some])
+        spread = 1.0
+        if c.whiten:
+            mean, spread = every("advantage").mean(), every("advantage").var(correction=0)
+            spread = (spread + 1e-8).sqrt()
+            for e in episodes:
+                e["advantage"] = (e["advantage"] - mean) / spread
+
+        # train
+        factor, seen, norms, ptx = linear(step, c.iterations, c.warmup), [], [], None
+        for _ in range(c.epochs):
+            order = random.permutation(c.batch_size)
+            size = c.batch_size // c.minibatches
+            for start in range(0, c.batch_size, size):
+                batch = [episodes[i] for i in order[start:start + size]]
+                tokens = len(every("old_logp", batch))
+                clear(policy, critic)
+                for e in batch:
+                    loss, info = episode_loss(policy, reference, critic, e, beta / spread, c)
+                    (loss / tokens).backward()
+                    seen.append(info)
+                if c.ptx_coef > 0:
+                    picked = [text[i] for i in random.integers(0, len(text), c.ptx_batch)]
+                    ptx = text_loss(policy, picked)
+                    (c.ptx_coef * ptx).backward()
+                norms.append([clip(weights, c.grad_clip), clip(critic_weights, c.grad_clip)])
+                for optimizer in optimizers:
+                    optimizer.step(factor)
+
+        # log: what the rollouts were like, before the updates on them
+        kl = [(e["old_logp"] - e["ref_logp"]).sum().item() for e in episodes]
+        lengths, n = [len(e["reward"]) for e in episodes], len(every("reward"))
+        finished = [s for s, end in zip(raw, ended) if end]
+        returns, error = every("returns"), every("returns") - every("old_value")
+        texts = [tokenizer.decode(ids) for ids, _ in drawn]
+        row = dict(
+            step=step, score=np.mean(finished) if finished else None, kl=np.mean(kl), beta=beta,
+            objective=np.mean([e["score"] for e in episodes]) - beta * np.mean(kl),
+            kl_se=np.std(kl, ddof=1) / math.sqrt(len(kl)),
+            kl_exact=np.mean([e["exact_kl"].sum().item() for e in episodes]),
+            kl_per_token=sum(kl) / n, entropy=every("entropy").mean().item(),
+            length=np.mean(lengths), length_min=min(lengths), length_max=max(lengths),
+            eos_rate=np.mean(ended), returns_mean=returns.mean().item(),
+            returns_std=returns.std(correction=0).item(), explained_variance=1 - (
+                (error**2).mean() / returns.var(correction=0).clamp(min=1e-8)).item(),
+            ratio_max=max(i["ratio_max"] for i in seen), ptx_loss=ptx.item() if ptx else None,
+            grad_norm=np.mean([a for a, _ in norms]),
+            critic_grad_norm=np.mean([b for _, b in norms]),
+            **{k: sum(i[k] for i in seen) / (n * c.epochs) for k in
+               ("clip_fraction", "approx_kl", "policy_loss", "value_loss")},
+            generate_tok_per_s=n, score_tok_per_s=n, train_tok_per_s=n)
+        if c.data == "synthetic":
+            row["gold"] = np.mean([gold_reward(train[i], t) for i, t in zip(chosen, texts)])
+        log.add("step", **row)
+        if step % c.log_every == 0 or step == c.iterations - 1:
+            for i in range(min(4, c.batch_size)):
+                log.add("sample", step=step, prompt=train[chosen[i]], response=texts[i],
+                        score=episodes[i]["score"], kl=kl[i])
+        if c.kl_target > 0:
+            error = min(max(np.mean(kl) / c.kl_target - 1, -0.2), 0.2)
+            beta *= 1 + error * c.batch_size / c.kl_horizon
+    final = compare(log, policy, reference, tokenizer, asked, c, c.data == "synthetic",
+                    reward_model, c.best_of)[0]
+    parents = {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]}
+    return policy.state(), log, final | dict(beta=beta), parents
+
+
+@torch.no_grad()
+def episode(policy, reference, critic, row, c):
+    """What is fixed while we train on a response: one number for each of its tokens."""
+    every, ref = policy.all_logp(row[0], c.temperature), reference.all_logp(row[0], c.temperature)
+    places = [t - 1 for t in range(1, len(row[0])) if row[1][t]]
+    every, ref, tokens = every[places], ref[places], [row[0][t + 1] for t in places]
+    at = range(len(places))
+    return dict(row=row, old_logp=every[at, tokens], ref_logp=ref[at, tokens],
+                entropy=-(every.exp() * every).sum(1),
+                exact_kl=(every.exp() * (every - ref)).sum(1),
+                old_value=critic.values(row) if critic else None)
+
+
+def episode_loss(policy, reference, critic, e, beta, c):
+    """(sum of the losses over the tokens of a response, sums for the log)."""
+    logp, value = policy.logp(e["row"], c.temperature), critic.values(e["row"])
+    ratio = (logp - e["old_logp"]).exp()
+    bounded = ratio.clamp(1 - c.clip, 1 + c.clip)
+    policy_loss = -torch.minimum(ratio * e["advantage"], bounded * e["advantage"]).sum()
+    near = e["old_value"] + (value - e["old_value"]).clamp(-c.value_clip, c.value_clip)
+    value_loss = 0.5 * torch.maximum((value - e["returns"])**2, (near - e["returns"])**2).sum()
+    loss = policy_loss + value_loss
+    places = [t - 1 for t in range(1, len(e["row"][0])) if e["row"][1][t]]
+    if c.kl_in == "loss" or c.entropy_coef > 0:
+        every = policy.all_logp(e["row"][0], c.temperature)[places]
+        with torch.no_grad():
+            ref = reference.all_logp(e["row"][0], c.temperature)[places]
+        if c.kl_in == "loss":
+            loss = loss + beta * (every.exp() * (every - ref)).sum()
+        loss = loss + c.entropy_coef * (every.exp() * every).sum()
+    clipped = bounded * e["advantage"] < ratio * e["advantage"]
+    return loss, dict(ratio_max=ratio.max().item(), clip_fraction=clipped.sum().item(),
+                      approx_kl=(ratio - 1 - ratio.log()).sum().item(),
+                      policy_loss=policy_loss.item(), value_loss=value_loss.item())
+
+
+# --- stage 3 without a critic: GRPO --------------------------------------------------------------
+
+
+def grpo(c):
+    method = dict(clip_high=c.clip) | METHODS[c.method]
+    pick = lambda name: method[name] if getattr(c, name) in ("auto", 0.0) else getattr(c, name)
+    advantage, aggregate, drop, kl_in, clip_high = map(
+        pick, ("advantage", "aggregate", "drop", "kl_in", "clip_high"))
+    (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
+    parents, block = {parent["stage"]: parent["hash"]}, policy.size["block_size"]
+    reward_model = None
+    if c.reward == "model":
+        reward_model, rm_parent, _ = load(c.reward_model)
+        parents["reward"] = rm_parent["hash"]
+        block = min(block, reward_model.size["block_size"])
+    if c.data == "synthetic":
+        families = FAMILIES if reward_model else ("arithmetic",)
+        sides = [[(p.text, p.answer) for p in sample_prompts(n, held_out, seed, families)]
+                 for n, held_out, seed in ((2000, False, c.seed), (c.eval_prompts, True, 0))]
+    else:
+        sides = [[(prompt_of(r), str(r.get("answer"))) for r in side] for side in read(c.data)]
+        answers = dict((key_of(p), a) for p, a in reversed(sides[1]))
+        sides[1] = [(p, answers[key_of(p)]) for p in once([p for p, _ in sides[1]])][:c.eval_prompts]
+    train, asked = ([(p, a) for p, a in side if len(prompt_ids(tokenizer, p)) + c.max_new_tokens
+                     <= block] for side in sides)
+    text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None
+    right = lambda text, end, answer: float(end and final_answer(text) == final_answer(answer))
+    weights, log, B = list(policy.w.values()), Log(), c.batch_size
+    optimizer = AdamW(weights, c.lr, eps=c.adam_eps)
+    for step in range(c.iterations):
+        # rollout: K answers to each prompt
+        random = np.random.default_rng([c.seed, step])
+        chosen = random.choice(len(train), B // c.k, replace=len(train) < B // c.k)
+        tasks = [train[i] for i in chosen for _ in range(c.k)]
+        heads = [prompt_ids(tokenizer, p) for p, _ in tasks]
+        drawn = sample(policy, heads, c.max_new_tokens, tokenizer.eos, c.temperature,
+                       stream(c.seed, step))
+        texts = [tokenizer.decode(ids) for ids, _ in drawn]
+
+        # score; advantage of each answer over its group
+        episodes = []
+        for h, t, (ids, end), (_, answer) in zip(heads, texts, drawn, tasks):
+            e = episode(policy, reference, None, (h + ids, [0] * len(h) + [1] * len(ids)), c)
+            if reward_model:
+                e["score"] = judged(reward_model, e["row"]) if end else c.missing_eos
+            else:
+                e["score"] = right(t, end, answer)
+            e["kl"] = (e["old_logp"] - e["ref_logp"]).sum().item()
+            e["reward"] = e["score"] - (c.beta * e["kl"] if kl_in == "reward" else 0.0)
+            episodes.append(e)
+        groups = [episodes[i:i + c.k] for i in range(0, B, c.k)]
+        signal = []
+        for group in groups:
+            rewards, scores = [e["reward"] for e in group], [e["score"] for e in group]
+            signal.append(max(scores) > min(scores))
+            for e in group:
+                a = e["reward"] - np.mean(rewards)
+                if advantage == "grpo":
+                    a /= np.std(rewards, ddof=1) + 1e-4
+                elif advantage == "rloo":
+                    a = e["reward"] - (sum(rewards) - e["reward"]) / (c.k - 1)
+                e["advantage"] = a if max(rewards) > min(rewards) else 0.0
+                e["kept"] = signal[-1] or drop == "false"
+
+        # train
+        steps, seen, ptx = [], [], None
+        for _ in range(c.epochs):
+            order = random.permutation(B)
+            size = B // c.minibatches
+            for start in range(0, B, size):
+                batch = [e for e in (episodes[i] for i in order[start:start + size]) if e["kept"]]
+                if not batch and c.ptx_coef == 0:
+                    continue
+                clear(policy)
+                length = lambda e: len(e["old_logp"])
+                total = sum(map(length, batch))
+                sums = np.zeros(2)
+                for e in batch:
+                    logp = policy.logp(e["row"], c.temperature)
+                    ratio = (logp - e["old_logp"]).exp()
+                    bounded = ratio.clamp(1 - c.clip, 1 + clip_high)
+                    a = e["advantage"]
+                    loss, kl = -torch.minimum(ratio * a, bounded * a).sum(), torch.zeros(())
+                    l = logp - e["ref_logp"]
+                    if kl_in == "loss":
+                        kl = c.beta * (0.5 * l.sum()**2 if c.kl_estimator == "k2"
+                                       else ((-l).exp() - 1 + l).sum())
+                    weight = dict(sequence=1 / (len(batch) * length(e)), tokens=1 / total,
+                                  constant=1 / (len(batch) * c.max_new_tokens),
+                                  sum=1 / len(batch))[aggregate]
+                    (weight * (loss + kl)).backward()
+                    sums += [weight * loss.item(), weight * kl.item()]
+                    seen.append((length(e), (bounded * a < ratio * a).sum().item(),
+                                 (ratio - 1 - ratio.log()).sum().item(), ratio.max().item()))
+                if c.ptx_coef > 0:
+                    picked = [text[i] for i in random.integers(0, len(text), c.ptx_batch)]
+                    ptx = text_loss(policy, picked)
+                    (c.ptx_coef * ptx).backward()
+                steps.append([*sums, clip(weights, c.grad_clip)])
+                optimizer.step(linear(step, c.iterations, c.warmup))
+
+        # log
+        kl, lengths = [e["kl"] for e in episodes], [len(e["old_logp"]) for e in episodes]
+        n, tokens = sum(lengths), sum(s[0] for s in seen)
+        means = np.mean(steps, 0) if steps else np.zeros(3)
+        score = np.mean([e["score"] for e in episodes])
+        row = dict(
+            step=step, score=score, accuracy=None if reward_model else score,
+            kl=None, kl_se=None, kl_per_token=None, objective=score, no_signal=1 - np.mean(signal),
+            kept=np.mean([e["kept"] for e in episodes]),
+            advantage_std=np.std([e["advantage"] for e in episodes], ddof=1),
+            entropy=sum(e["entropy"].sum().item() for e in episodes) / n, length=n / B,
+            length_min=min(lengths), length_max=max(lengths),
+            eos_rate=np.mean([end for _, end in drawn]),
+            truncated_rate=1 - np.mean([end for _, end in drawn]),
+            policy_loss=means[0], kl_loss=means[1], grad_norm=means[2],
+            ratio_max=max((s[3] for s in seen), default=0.0), ptx_loss=ptx.item() if ptx else None,
+            clip_fraction=sum(s[1] for s in seen) / max(tokens, 1),
+            approx_kl=sum(s[2] for s in seen) / max(tokens, 1),
+            generate_tok_per_s=n, score_tok_per_s=n, train_tok_per_s=n)
+        if c.beta > 0:
+            row |= dict(kl=np.mean(kl), kl_se=clustered_se(kl, np.repeat(chosen, c.k)),
+                        kl_per_token=sum(kl) / n, objective=score - c.beta * np.mean(kl))
+        if c.data == "synthetic":
+            row["gold"] = np.mean([gold_reward(p, t) for (p, _), t in zip(tasks, texts)])
+        log.add("step", **row)
+        if step % c.log_every == 0 or step == c.iterations - 1:
+            for (p, _), t, e in list(zip(tasks, texts, episodes))[:min(c.k, 4)]:
+                log.add("sample", step=step, prompt=p, response=t, score=e["score"],
+                        advantage=e["advantage"])
+    synthetic = c.data == "synthetic"
+    final, drawn, others = compare(log, policy, reference, tokenizer, [p for p, _ in asked], c,
+                                   synthetic, reward_model)
+    if not reward_model:
+        clusters = [question(p, synthetic) for p, _ in asked]
+        for name, samples in (("accuracy", drawn), ("accuracy_sft", others)):
+            hits = [right(s["text"], s["finished"], a) for s, (_, a) in zip(samples, asked)]
+            final |= {name: np.mean(hits), f"{name}_se": clustered_se(hits, clusters)}
+        final |= dict(judged=len(asked), questions=len(set(clusters)))
+    return policy.state(), log, final, parents
