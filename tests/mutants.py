@@ -246,10 +246,14 @@ DATA = [
            "hashlib.sha256(json.dumps(record).encode())",
            "test_data.py::test_split_goes_by_prompt_in_every_format", "-"),
     Mutant("cut_answers_ranked", "label.py",
-           'if s["finished"] and s["text"]))',
-           'if s["text"]))',
+           'if s["finished"] and s["text"].strip()))',
+           'if s["text"].strip()))',
            "test_stages.py::test_cut_answers_are_not_ranked",
            "OpenRLHF reward_dataset.py: a cut answer gets an EOS and is taught as an ending"),
+    Mutant("blank_answers_ranked", "label.py",
+           's["text"].strip()))', 's["text"]))',
+           "test_naive.py::test_what_one_stage_writes_the_next_one_reads",
+           "here: the tiny chain failed for two of nine label seeds"),
 ]
 
 # --- SFT, the reward model, pretraining ----------------------------------------------------------

@@ -1094,8 +1094,9 @@ def grpo(c):
                  for n, held_out, seed in ((2000, False, c.seed), (c.eval_prompts, True, 0))]
     else:
         sides = [[(prompt_of(r), str(r.get("answer"))) for r in side] for side in read(c.data)]
-        answers = dict((key_of(p), a) for p, a in reversed(sides[1]))
-        sides[1] = [(p, answers[key_of(p)]) for p in once([p for p, _ in sides[1]])][:c.eval_prompts]
+        answer = dict((key_of(p), a) for p, a in reversed(sides[1]))  # of the first record
+        sides[1] = [(p, answer[key_of(p)])
+                    for p in once([p for p, _ in sides[1]])[:c.eval_prompts]]
     train, asked = ([(p, a) for p, a in side if len(prompt_ids(tokenizer, p)) + c.max_new_tokens
                      <= block] for side in sides)
     text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None

@@ -205,6 +205,42 @@ def test_padding_and_batch_order_change_nothing(tiny):
     torch.testing.assert_close(token_logprobs(tiny, tokens[order], mask[order]), logp[order])
 
 
+def test_first_weights():
+    # catches a std that is not the one written down, a matrix left as torch draws it
+    config = GPTConfig(vocab_size=640, n_tokens=600, block_size=96, n_layer=3, n_head=2, n_embd=64)
+    torch.manual_seed(3)
+    model = GPT(config)
+    std = 0.02 * 4  # 0.02 at width 1024, and width 64 is a sixteenth of it
+    drawn = 0
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == float(name.endswith("weight"))).all(), name  # norms 1, biases 0
+            continue
+        expected = std / 6**0.5 if name.endswith("c_proj.weight") else std  # two additions a layer
+        n, drawn = p.numel(), drawn + 1
+        assert abs(p.mean().item()) < 4 * expected / n**0.5, name
+        assert abs(p.std().item() / expected - 1) < 4 / (2 * n)**0.5, name
+        assert abs((p**4).mean().item() / expected**4 - 3) < 4 * 96**0.5 / n**0.5, name  # a normal
+    assert drawn == 2 + 4 * 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_stands_where_gpt2_has_it(monkeypatch, training):
+    # catches a place without dropout, and dropout outside of training
+    config = GPTConfig(vocab_size=16, n_tokens=13, block_size=8, n_layer=3, n_head=2, n_embd=16,
+                       dropout=0.3)
+    model, places = GPT(config).train(training), []
+    real, attention = F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: places.append(
+        ("hidden", p, training)) or real(x, p, training))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, dropout_p, **options:
+                        places.append(("attention", dropout_p, training)) or attention(
+                            *args, dropout_p=dropout_p, **options))
+    model(torch.randint(13, (2, 5)))
+    hidden = ("hidden", 0.3, training)
+    assert places == [hidden] + [("attention", 0.3 * training, training), hidden, hidden] * 3
+
+
 def test_bad_sizes_are_refused():
     # catches a model whose heads or vocabulary do not fit
     with pytest.raises(ValueError, match="n_head"):

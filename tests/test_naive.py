@@ -329,3 +329,48 @@ def test_every_defined_field_is_written(stage):
     for kind, fields in documented(stage).items():
         if kind != "every row":
             assert {name for name in fields if (kind, name) not in seen} == set(), kind
+
+
+POLICIES, ASK = ("sft", "dpo", "ppo", "grpo"), ["--max_new_tokens=9", "--eval_prompts=4"]
+# (reader, flags, the stages whose output it takes and the flag it takes it by)
+READERS = [("sft", [*SFT, "--data=demos.jsonl"], "init", ("pretrain", "sft")),
+           ("reward", [*REWARD, EMBEDDED], "init", ("pretrain", "sft")),
+           ("reward", REWARD, "data", ("label",)), ("dpo", DPO, "data", ("label",)),
+           ("ppo", PPO, "reward_model", ("reward",)),
+           ("grpo", [*GRPO, "--reward=model"], "reward_model", ("reward",)),
+           ("evaluate", ["--policy=sft", "--reference=sft", *ASK], "reward_model",
+            ("reward",)),
+           ("label", LABEL, "init", POLICIES), ("dpo", [*DPO, EMBEDDED], "init", POLICIES),
+           ("ppo", PPO, "init", POLICIES), ("grpo", GRPO, "init", POLICIES),
+           ("evaluate", ["--reference=base", *ASK], "policy",
+            ("pretrain", *POLICIES)),
+           ("evaluate", ["--policy=sft", *ASK], "reference",
+            ("pretrain", *POLICIES))]
+
+
+@pytest.fixture(scope="module")
+def outputs(folder):
+    """{stage: what it wrote}, of networks that say anything: white space, halves of characters,
+    markers of the template spelled out by chance."""
+    made = {}
+    with in_folder(folder):
+        for stage, flags in (
+                ("pretrain", [*PRETRAIN, "--init=base", "--lr=1e-4", "--muon_lr=1e-4"]),
+                ("sft", [*SFT, "--data=demos.jsonl"]), ("label", LABEL),
+                ("reward", [*REWARD, EMBEDDED]), ("dpo", [*DPO, EMBEDDED]), ("ppo", PPO),
+                ("grpo", GRPO)):
+            flags = {f.split("=")[0]: f for f in flags}.values()
+            assert run_stage(stage, [*flags, f"--out=made/{stage}"]) == 0
+            made[stage] = f"made/{stage}" + "/rankings.jsonl" * (stage == "label")
+    return made
+
+
+@pytest.mark.parametrize("reader, flags, by, writer", [
+    (reader, flags, by, writer) for reader, flags, by, writers in READERS for writer in writers],
+    ids=lambda x: x if isinstance(x, str) else "")
+def test_what_one_stage_writes_the_next_one_reads(folder, outputs, reader, flags, by, writer):
+    # catches an output that a later stage refuses
+    flags = [f for f in flags if not f.startswith(f"--{by}=")]
+    with in_folder(folder):
+        assert run_stage(reader, [*flags, f"--{by}={outputs[writer]}",
+                                  f"--out=read/{reader}-{by}-{writer}"]) == 0

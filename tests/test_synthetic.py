@@ -1,5 +1,7 @@
 """The embedded world: gold reward, split, contractors, labelers."""
 
+import hashlib
+import json
 import random
 
 import numpy as np
@@ -149,3 +151,19 @@ def test_labeler_biases():
 def test_lookup_round_trip():
     # catches two prompts with one text
     assert all(lookup(text) is p for text, p in all_prompts().items())
+
+
+def test_the_world_is_the_one_that_the_figures_were_measured_in():
+    """Every figure of README and docs rests on these very texts, prompts and rewards. Where the
+    world changes on purpose, the figures are measured again, and the digest with them."""
+    prompts = [sample_prompts(300, side, seed) for side in (True, False) for seed in (1, 2)]
+    some = sample_prompts(40, False, 3, ("arithmetic", "harmful"))
+    answers = [demonstrations(p, 5, quality) for p in prompts for quality in (0.1, 0.9)]
+    texts = [a["completion"] for a in answers[0]] + ["", "Paris", "- You are right. You are right."]
+    world = dict(
+        documents=[list(documents(400, seed)) for seed in (1, 2)], answers=answers,
+        prompts=[[p.text, p.family, p.answer, p.user_claim, p.held_out, p.wrong_answers]
+                 for part in (*prompts, some, all_prompts().values()) for p in part],
+        gold=[[parts(p.text, t) for t in texts[n % 7::7]] for n, p in enumerate(prompts[0])])
+    digest = hashlib.sha256(json.dumps(world).encode()).hexdigest()[:16]
+    assert digest == "f453fe4cac68fb25"
