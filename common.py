@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.records import DataError
+from data.records import DataError, prompt_key
+from data.synthetic.world import lookup
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, generate
 
@@ -108,10 +108,10 @@ ANY_SIGN = ("length", "flattery", "bullets", "confidence", "caution", "missing_e
             "simpo_margin")
 
 
-def set_up(config):
-    """Check the numbers, seed everything and return the torch.device for config.device.
+def set_up(config, stage):
+    """Check the numbers, seed what draws first weights and dropout, and return the torch.device.
 
-    "auto" takes a GPU where there is one. Called before any earlier stage is run.
+    device "auto" takes a GPU where there is one. Called before any earlier stage is run.
     """
     for name, value in dataclasses.asdict(config).items():
         if type(value) not in (int, float):
@@ -122,9 +122,7 @@ def set_up(config):
             raise UserError(f"--{name}={value}: must not be negative")
         if value <= 0 and name not in MAY_BE_ZERO + ANY_SIGN:
             raise UserError(f"--{name}={value}: must be above 0")
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(stable_seed(config.seed, stage, "weights", 0))
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,9 +142,15 @@ def autocast(device):
     return contextlib.nullcontext()
 
 
-def generator(device, *seeds):
-    """A random stream of its own, seeded by all the numbers given."""
-    return torch.Generator(device).manual_seed(stable_seed(*seeds))
+def stream(seed, stage, purpose, step=0, device=None):
+    """The one place where a random stream is made: numpy's Generator, or torch's on a device.
+
+    It is named by all four, so that no two purposes draw the same numbers, in one stage or in two,
+    and a resumed run draws what it would have drawn.
+    """
+    number = stable_seed(seed, stage, purpose, step)
+    return np.random.default_rng(number) if device is None else \
+        torch.Generator(device).manual_seed(number)
 
 
 def stable_seed(*parts):
@@ -231,6 +235,27 @@ def print_table(columns):
 def token_texts(tokenizer, ids):
     """What each id stands for, in quotes; EOS by its name."""
     return ["EOS" if i == tokenizer.eos else repr(tokenizer.decode([i])) for i in ids]
+
+
+# --- errors of a mean -----------------------------------------------------------------------------
+
+
+def clustered_se(x, clusters):
+    """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
+    several prompts ask the same question in other words, and a prompt may be sampled twice.
+    nan for a single cluster, which says nothing about others."""
+    clusters = np.unique(clusters, return_inverse=True)[1]
+    if clusters.max() == 0:
+        return float("nan")
+    return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
+
+
+def question(prompt, synthetic=True):
+    """The cluster that a prompt belongs to: what an embedded one asks, whatever its wording; of
+    other data the prompt itself."""
+    if not synthetic:
+        return prompt_key(dict(prompt=prompt))
+    return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
 
 
 # --- run folders, logs ---------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import (check_ranking, check_ranking_or_label, collate, fits, merge_rankings,
-                          read_jsonl, split)
+from data.records import (check_ranking, check_ranking_or_label, choose, collate, fits,
+                          merge_rankings, read_jsonl, split)
 from evaluate import compare, held_out_prompts, sequence_logprobs
 from model import token_logprobs
 from reward import encode_ranking
@@ -377,7 +377,7 @@ def resolve(config):
 
 def main(config):
     config = resolve(config)
-    device = common.set_up(config)
+    device = common.set_up(config, "dpo")
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "data", "label")
 
@@ -409,7 +409,7 @@ def main(config):
               f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
-    watched = sorted(train, key=lambda e: common.stable_seed(e.rows[0]))[:len(held_out)]
+    watched = choose(train, len(held_out), lambda e: e.rows)
 
     def validate(epoch):
         """Held-out pairs beside training pairs, in one row of the log."""
@@ -444,7 +444,7 @@ def main(config):
             run.save_state(policy=policy.state_dict(), optimizer=optimizer.state_dict(), step=step,
                            metrics=metrics)
         epoch, i = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        order = common.stream(config.seed, "dpo", "order", epoch).permutation(len(train))
         chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
         batch = [train[order[n]] for n in chosen]
         if config.trace and step == min(19, steps - 1):  # not at the start, where all is 0

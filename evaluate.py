@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import check_prompt, collate, distinct, fits, read_jsonl, split
+from data.records import check_prompt, choose, collate, distinct, fits, read_jsonl, split
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from model import token_logprobs
@@ -50,8 +50,9 @@ def held_out_prompts(data, count, tokenizer, room):
     if data == "synthetic":
         prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)]
     else:
-        prompts = [r["prompt"] for r in distinct(split(read_jsonl(data, check_prompt)).held_out)]
-    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts[:count]]
+        records = distinct(split(read_jsonl(data, check_prompt)).held_out)
+        prompts = [r["prompt"] for r in choose(records, count)]
+    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
     kept = fits("held-out prompts", encoded, room, lambda e: len(e[1]))
     if not kept:
         raise UserError(f"--data={data}: no held-out prompt of at most {room} tokens")
@@ -100,24 +101,6 @@ def warn_of_negative_kl(kl, se):
               "samples and log-probabilities disagree")
 
 
-def clustered_se(x, clusters):
-    """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
-    several prompts ask the same question in other words, and a prompt may be sampled twice.
-    nan for a single cluster, which says nothing about others."""
-    clusters = np.unique(clusters, return_inverse=True)[1]
-    if clusters.max() == 0:
-        return float("nan")
-    return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
-
-
-def question(prompt, synthetic=True):
-    """The cluster that a prompt belongs to: what an embedded one asks, whatever its wording; of
-    other data the prompt itself."""
-    if not synthetic:
-        return str(prompt)
-    return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
-
-
 def compare(policy, reference, tokenizer, prompts, config, run, synthetic, reward_model=None,
             best_of=1):
     """Policy against reference (the SFT model), one response each to every prompt.
@@ -133,14 +116,15 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     texts, ids = zip(*prompts)
     repeated = [i for i in ids for _ in range(n)]
     drawn, sft = (common.sample_texts(model, tokenizer, rows, config.max_new_tokens,
-                                      common.generator(device, config.seed, name),
+                                      common.stream(config.seed, "evaluate", name, device=device),
                                       config.temperature)
-                  for model, rows, name in ((policy, ids, "policy"), (reference, repeated, "sft")))
+                  for model, rows, name in ((policy, ids, "policy"),
+                                            (reference, repeated, "reference")))
     rows, masks = response_rows(ids, drawn)
     seq_kl = (sequence_logprobs(policy, rows, masks, tokenizer.pad, config.temperature)
               - sequence_logprobs(reference, rows, masks, tokenizer.pad, config.temperature))
-    cluster = [question(t, synthetic) for t in texts]
-    se = lambda x: clustered_se(x, cluster)
+    cluster = [common.question(t, synthetic) for t in texts]
+    se = lambda x: common.clustered_se(x, cluster)
     mean = lambda samples, value: float(np.mean([value(s) for s in samples]))
     metrics = dict(
         kl=seq_kl.mean().item(), kl_se=se(seq_kl.numpy()),
@@ -194,7 +178,7 @@ def gold_tables(texts, drawn, sft):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "evaluate")
     stages = ("pretrain", *common.POLICIES)
     common.ensure_input(config, "policy", "ppo")
     policy, tokenizer, parent = common.load_policy(config.policy, stages, device)

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import Split, check_answer, check_prompt, distinct, fits, read_jsonl, split
+from data.records import (Split, check_answer, check_prompt, choose, distinct, fits, read_jsonl,
+                          split)
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import FAMILIES, sample_prompts
 from data.text import text_rows
 from data.verifier import is_right
-from evaluate import check_start, clustered_se, compare, question, warn_of_negative_kl
+from evaluate import check_start, compare, warn_of_negative_kl
 from model import generate, text_loss, token_logprobs, token_stats
 from reward import load_reward_model
 
@@ -326,7 +327,7 @@ def load_prompts(config, tokenizer, room):
                                                for p in prompts])
     else:
         sides = split(read_jsonl(config.data, check_answer if verifier else check_prompt))
-        sides = Split(sides.train, distinct(sides.held_out)[:config.eval_prompts])
+        sides = Split(sides.train, choose(distinct(sides.held_out), config.eval_prompts))
 
     def encode(name, records):
         encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
@@ -345,7 +346,7 @@ def verify(texts, finished, answers):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "grpo")
     config = resolve(config)
 
     common.ensure_input(config, "init", "sft")
@@ -389,12 +390,13 @@ def main(config):
         clock = [time.perf_counter()]
 
         # --- rollout: K plain samples of each prompt, from softmax(logits / T) ---
-        rng = np.random.default_rng([config.seed, step])
-        chosen = rng.choice(len(train), n_prompts, replace=len(train) < n_prompts)
+        chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
+            len(train), n_prompts, replace=len(train) < n_prompts)
         with common.autocast(device):
             tokens, mask, finished = generate(
                 policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
-                config.temperature, common.generator(device, config.seed, step), samples=config.k)
+                config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
+                samples=config.k)
         texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
         asked = [train[i] for i in chosen for _ in range(config.k)]
         clock.append(time.perf_counter())
@@ -415,7 +417,8 @@ def main(config):
 
         # --- train -----------------------------------------------------------
         common.set_lr(optimizer, config.lr * common.linear(step, config.iterations, config.warmup))
-        trained = update(policy, optimizer, batch, config, rng, text,
+        trained = update(policy, optimizer, batch, config,
+                         common.stream(config.seed, "grpo", "minibatches", step), text,
                          check=step == 0 and first == 0)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
@@ -433,7 +436,7 @@ def main(config):
             seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
             # the answers to a prompt depend on each other: clustered by prompt
             kl = seq_kl.mean().item()
-            kl_se = clustered_se(seq_kl.cpu().numpy(), np.repeat(chosen, config.k))
+            kl_se = common.clustered_se(seq_kl.cpu().numpy(), np.repeat(chosen, config.k))
             kl_per_token = seq_kl.sum().item() / n_tokens
         score, signal = batch["score"], has_signal(batch["score"], config.k)
         row = dict(
@@ -545,12 +548,12 @@ loss      = sum weight {"(policy + kl)" if "kl" in table else "policy"} = {total
 def accuracies(held_out, drawn, sft, config):
     """Held-out accuracy of policy and SFT model, one response a row; standard errors over the
     questions, which are asked in several wordings and several times."""
-    cluster = [question(p, config.data == "synthetic") for p, _, _ in held_out]
+    cluster = [common.question(p, config.data == "synthetic") for p, _, _ in held_out]
     result = {}
     for name, samples in (("accuracy", drawn), ("accuracy_sft", sft)):
         right = np.array(verify([s["text"] for s in samples], [s["finished"] for s in samples],
                                 [answer for _, _, answer in held_out]))
-        result |= {name: float(right.mean()), f"{name}_se": clustered_se(right, cluster)}
+        result |= {name: float(right.mean()), f"{name}_se": common.clustered_se(right, cluster)}
     return result | dict(judged=len(drawn), questions=len(set(cluster)))
 
 

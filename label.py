@@ -60,7 +60,7 @@ def agreement(first, second):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "label")
     if config.data != "synthetic":
         raise UserError(f"--data={config.data}: the simulated labeler knows the gold reward of the "
                         "embedded data only; use --data=synthetic")
@@ -92,10 +92,11 @@ def main(config):
         part = prompts[start:start + config.chunk]
         ids = [tokenizer.encode_prompt(p.text) for p in part]
         samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
-                                      common.generator(device, config.seed, start),
+                                      common.stream(config.seed, "label", "answers", start, device),
                                       config.temperature, batch_size=len(ids) * draws,
                                       samples=draws)
-        rng = np.random.default_rng([config.seed, start])
+        # two people rank the same answers; the second only measures how far they agree
+        people = [common.stream(config.seed, "label", f"labeler {n}", start) for n in (1, 2)]
         for i, p in enumerate(part):
             drawn = samples[i * draws:(i + 1) * draws]
             # distinct and complete; white space alone is no answer to any later stage
@@ -106,8 +107,7 @@ def main(config):
                 skipped += 1
                 continue
             gold = [gold_reward(p.text, t) for t in texts]
-            # two people rank the same answers; the second only measures how far they agree
-            ranks, second = (labeler.rank(p.text, texts, gold, rng) for _ in range(2))
+            ranks, second = (labeler.rank(p.text, texts, gold, rng) for rng in people)
             records.append(dict(prompt=p.text, completions=texts, ranks=ranks, second=second,
                                 gold=[round(g, 3) for g in gold], family=p.family,
                                 held_out=p.held_out))

@@ -343,7 +343,7 @@ def training_prompts(config, tokenizer, room):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "ppo")
     if config.kl_in not in ("reward", "loss"):
         raise UserError(f"--kl_in={config.kl_in}: expected reward or loss")
     if config.batch_size % config.minibatches:
@@ -394,13 +394,13 @@ def main(config):
         clock = [time.perf_counter()]
 
         # --- rollout: plain samples from softmax(logits / T) -----------------
-        rng = np.random.default_rng([config.seed, step])
-        chosen = rng.choice(len(train), config.batch_size, replace=len(train) < config.batch_size)
+        chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
+            len(train), config.batch_size, replace=len(train) < config.batch_size)
         prompts = [train[i][1] for i in chosen]
         with common.autocast(device):
             tokens, mask, finished = generate(
                 policy, prompts, config.max_new_tokens, tokenizer.eos, config.temperature,
-                common.generator(device, config.seed, step))
+                common.stream(config.seed, "ppo", "answers", step, device))
         clock.append(time.perf_counter())
 
         # --- score: everything that stays fixed while we train on this batch --
@@ -419,7 +419,8 @@ def main(config):
         common.set_lr(optimizer, config.lr * factor)
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
-                         config, rng, text, check=step == 0 and first == 0)
+                         config, common.stream(config.seed, "ppo", "minibatches", step), text,
+                         check=step == 0 and first == 0)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
         # the second iteration: in the first one the policy still is the reference, and KL is 0

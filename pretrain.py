@@ -108,7 +108,7 @@ def orthogonal(m, steps=5):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "pretrain")
 
     # --- model and data ------------------------------------------------------
     parents = {}
@@ -165,7 +165,7 @@ def main(config):
         common.set_lr(adamw, config.lr * factor)
         common.set_lr(muon, config.muon_lr * factor)
         # the batch depends on seed and step alone, so a resumed run reads what it would have read
-        rng = np.random.default_rng([config.seed, step])
+        rng = common.stream(config.seed, "pretrain", "rows", step)
         tokens = data.train[rng.integers(0, len(data.train), config.batch_size)].to(device)
         count, loss_sum = tokens[:, 1:].numel(), 0.0
         for part in tokens.split(micro_batch):
@@ -203,7 +203,8 @@ def base_gold(model, tokenizer, config, run, device, n=512):
     if not prompts:
         return {}
     ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
-    samples = common.sample_texts(model, tokenizer, ids, 48, common.generator(device, config.seed))
+    samples = common.sample_texts(model, tokenizer, ids, 48, common.stream(
+        config.seed, "pretrain", "samples", device=device))
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
     for p, s, g in list(zip(prompts, samples, gold))[:8]:
         run.log("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)

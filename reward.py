@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import (check_demonstration, check_ranking, collate, encode_messages, fits,
-                          merge_rankings, read_jsonl, split)
+from data.records import (check_demonstration, check_ranking, choose, collate, encode_messages,
+                          fits, merge_rankings, prompt_key, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -130,34 +130,25 @@ def score_rows(model, rows, masks, pad, device, batch_size=128):
     return scores
 
 
-def interval(values, groups, draws=1000):
-    """95% interval of the mean of `values` by bootstrap over `groups` (prompts, not pairs)."""
-    groups = np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.bincount(groups, values), np.bincount(groups)
-    picks = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
-
-
 def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     """The reward model's report card on held-out rankings (records as merge_rankings makes them).
 
-    accuracy: share of labelled pairs ordered as the label says, with its 95% interval; beside it
-    the baselines "longer wins" and "shorter wins" (characters). calibration_error: mean gap between
-    sigmoid(margin) and the share of pairs won, over ten equal bins. With gold scores in the
-    records: accuracy of gold itself on the labels, and agreement with gold where it differs by
-    more than the labelers' noise.
+    accuracy: share of labelled pairs ordered as the label says, with its standard error, clustered
+    by question; beside it the baselines "longer wins" and "shorter wins" (characters).
+    calibration_error: mean gap between sigmoid(margin) and the share of pairs won, over ten equal
+    bins. With gold scores in the records: accuracy of gold itself on the labels, and agreement with
+    gold where it differs by more than the labelers' noise.
     """
     flat = [r for rows_of_one in rows for r in rows_of_one]
     scores = score_rows(model.raw, flat, [m for ms in masks for m in ms], tokenizer.pad, device)
     starts = np.cumsum([0] + [len(r) for r in rows])
-    margins, longer, prompts, gold_order, wide = [], [], [], [], []
+    margins, longer, asked, gold_order, wide = [], [], [], [], []
     for n, record in enumerate(records):
         score, text = scores[starts[n]:starts[n + 1]], record["completions"]
         for i, j in record["pairs"]:
             margins.append(score[i] - score[j])
             longer.append(np.sign(len(text[i]) - len(text[j])) / 2 + 0.5)
-            prompts.append(n)
+            asked.append(common.question(record["prompt"], noise is not None))
             if "gold" in record:
                 gap = record["gold"][i] - record["gold"][j]
                 gold_order.append(np.sign(gap) / 2 + 0.5)
@@ -171,9 +162,9 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
                   pairs=int((bins == b).sum())) for b in range(10) if (bins == b).any()]
     metrics = dict(
         loss=float(np.logaddexp(0, -margins).mean()), accuracy=float(right.mean()),
-        accuracy_interval=interval(right, prompts), pairs=len(margins),
+        accuracy_se=common.clustered_se(right, asked), pairs=len(margins),
         margin=float(margins.mean()), longer_wins=float(longer.mean()),
-        longer_wins_interval=interval(longer, prompts), shorter_wins=float(1 - longer.mean()),
+        longer_wins_se=common.clustered_se(longer, asked), shorter_wins=float(1 - longer.mean()),
         calibration_error=sum(abs(t["confidence"] - t["accuracy"]) * t["pairs"]
                               for t in table) / len(margins),
         calibration=table)
@@ -207,7 +198,7 @@ def trace(model, tokenizer, rows, masks, pairs, device):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "reward")
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "data", "label")
 
@@ -241,10 +232,11 @@ def main(config):
         text = text_rows("synthetic", tokenizer, min(40, policy.config.block_size), 20000,
                          config.seed)
     # samples of the SFT model, for the scale; now, so that it fails before the training if it must
-    prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in train[:config.samples]]
+    some = choose(train, config.samples, lambda element: prompt_key(element[2]))
+    prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in some]
     prompts = [p for p in prompts if len(p) + config.max_new_tokens <= policy.config.block_size]
     samples = common.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
-                                  common.generator(device, config.seed))
+                                  common.stream(config.seed, "reward", "samples", device=device))
     complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
     if len(complete) < 2:
         raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
@@ -270,7 +262,7 @@ def main(config):
         if step % config.save_every == 0:
             run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
         epoch, i = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        order = common.stream(config.seed, "reward", "order", epoch).permutation(len(train))
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         if config.trace:
             rows, masks, record = batch[0]
@@ -298,7 +290,7 @@ def main(config):
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
-            rows = np.random.default_rng([config.seed, step]).integers(0, len(text), 16)
+            rows = common.stream(config.seed, "reward", "text", step).integers(0, len(text), 16)
             with common.autocast(device):
                 mix = text_loss(model.gpt, text[rows].to(device))
             (config.pretrain_mix * mix).backward()
@@ -335,12 +327,12 @@ def read_demos(config, train, noise, quality):
     """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
     the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
-        return split(read_jsonl(config.demos, check_demonstration)).train[:config.samples]
+        return choose(split(read_jsonl(config.demos, check_demonstration)).train, config.samples)
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
         return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]
     best = [dict(prompt=r["prompt"], completion=r["completions"][r["pairs"][0][0]])
-            for _, _, r in train[:config.samples]]
+            for _, _, r in choose(train, config.samples, lambda e: prompt_key(e[2]))]
     return [check_demonstration(r) for r in best]
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from data.records import (Split, check_demonstration, collate, encode_messages, fits, read_jsonl,
-                          split)
+from data.records import (Split, check_demonstration, choose, collate, encode_messages, fits,
+                          read_jsonl, split)
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
@@ -82,7 +82,7 @@ def trace(model, tokenizer, tokens, mask):
 def load_data(config, tokenizer, block_size):
     """A Split of (ids, mask), one a dialogue."""
     if config.data == "synthetic":
-        rng = np.random.default_rng(config.seed)
+        rng = common.stream(config.seed, "sft", "safety")
         prompts = [p for p in sample_prompts(config.demos, held_out=False, seed=config.seed)
                    if p.family != "harmful" or rng.random() < config.safety]
         asked = sample_prompts(512, held_out=True, seed=0)
@@ -104,7 +104,7 @@ def load_data(config, tokenizer, block_size):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "sft")
     common.ensure_input(config, "init", "pretrain")
 
     # --- model and data ------------------------------------------------------
@@ -119,14 +119,13 @@ def main(config):
         prompts = sample_prompts(config.samples, held_out=True, seed=0)
         ids = [tokenizer.encode_prompt(p.text) for p in prompts]
     else:
-        prompts = [None] * len(data.held_out[:config.samples])
-        ids = [row[:mask.index(1)] for row, mask in data.held_out[:config.samples]]
+        ids = [row[:mask.index(1)] for row, mask in choose(data.held_out, config.samples, repr)]
     room = model.config.block_size - config.max_new_tokens
-    fitting = [(p, i) for p, i in zip(prompts, ids) if len(i) <= room]
+    fitting = [n for n, i in enumerate(ids) if len(i) <= room]
     if not fitting:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no held-out prompt leaves "
                         f"that much room in the context of {model.config.block_size}")
-    prompts, ids = zip(*fitting)
+    ids = [ids[n] for n in fitting]
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
     print(f"{model.num_params():,} parameters, {len(data.train)} dialogues, {len(data.held_out)} "
           "held out")
@@ -147,13 +146,14 @@ def main(config):
             count += mask.sum().item()
         metrics = dict(epoch=epoch, loss=total / count)
         samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
-                                      common.generator(device, config.seed, epoch))
+                                      common.stream(config.seed, "sft", "samples", epoch, device))
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
         if config.data == "synthetic":
-            gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
+            asked = [prompts[n] for n in fitting]
+            gold = [gold_reward(p.text, s["text"]) for p, s in zip(asked, samples)]
             metrics["gold"] = float(np.mean(gold))
-            for p, s, g in list(zip(prompts, samples, gold))[:8]:
+            for p, s, g in list(zip(asked, samples, gold))[:8]:
                 run.log("sample", epoch=epoch, family=p.family, prompt=p.text,
                         response=s["text"], gold=g)
         run.log("validation", **metrics)
@@ -183,7 +183,7 @@ def main(config):
             run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                            metrics=metrics)
         epoch, i = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(data.train))
+        order = common.stream(config.seed, "sft", "order", epoch).permutation(len(data.train))
         chosen = order[i * config.batch_size:(i + 1) * config.batch_size]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
@@ -201,8 +201,8 @@ def main(config):
         if text is not None:
             # what small models forget while they learn the demonstrations is how to use what they
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
-            rows = np.random.default_rng([config.seed, step]).integers(0, len(text),
-                                                                       config.batch_size // 2)
+            rows = common.stream(config.seed, "sft", "text", step).integers(
+                0, len(text), config.batch_size // 2)
             with common.autocast(device):
                 mix = text_loss(model, text[rows].to(device))
             (config.pretrain_mix * mix).backward()

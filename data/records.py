@@ -221,6 +221,13 @@ def distinct(records):
     return list(first.values())
 
 
+def choose(records, n, key=prompt_key):
+    """n of the records (all if there are fewer), by a hash of what `key` returns: never the first
+    ones of a file, whose order may be that of its sources."""
+    digest = lambda record: hashlib.sha256(repr(key(record)).encode()).hexdigest()
+    return sorted(records, key=digest)[:n]
+
+
 def ranking_pairs(ranks):
     """(i, j) for every pair that the ranking orders, i preferred: 1 best, a tie makes no pair."""
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]

@@ -29,7 +29,8 @@ import grpo
 import ppo
 from common import ROOT, UserError
 from data.synthetic.gold import gold_reward
-from evaluate import clustered_se, held_out_prompts, question, response_rows
+from common import clustered_se, question
+from evaluate import held_out_prompts, response_rows
 from reward import load_reward_model, score_rows
 
 # name: (stage, its settings, beta). In PPO and GRPO beta is in units of the score, in DPO in units
@@ -117,7 +118,7 @@ def best_of_n_rows(config, device):
     texts, ids = zip(*held_out_prompts("synthetic", config.eval_prompts, tokenizer,
                                        block_size - config.max_new_tokens))
     drawn = common.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
-                                common.generator(device, config.seed, "best of n"),
+                                common.stream(config.seed, "frontier", "best of n", device=device),
                                 config.temperature, samples=MOST + 1)
     ids = [i for i in ids for _ in range(MOST + 1)]
     shape = (len(texts), MOST + 1)
@@ -196,7 +197,7 @@ def plot(rows, path):
 
 
 def main(config):
-    device = common.set_up(config)  # refuses bad numbers now, not after the runs
+    device = common.set_up(config, "frontier")  # refuses bad numbers now, not after the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
     if common.label_card(config.data) is None:

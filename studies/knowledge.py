@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at 
 import common
 from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS
 from data.synthetic.world import all_prompts
-from evaluate import clustered_se, question
+from common import clustered_se, question
 from reward import encode_ranking, load_reward_model, score_rows
 
 
@@ -73,7 +73,7 @@ def contrasts(prompts):
 
 
 def main(config):
-    device = common.set_up(config)
+    device = common.set_up(config, "knowledge")
     common.ensure_input(config, "reward_model", "reward")
     model, tokenizer, _ = load_reward_model(config.reward_model, device)
     table = []

@@ -176,10 +176,18 @@ def linear(step, steps, warmup):
 # --- sampling ------------------------------------------------------------------------------------
 
 
-def stream(*parts):
-    """A torch.Generator for the parts that name it."""
-    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return torch.Generator().manual_seed(int(digest[:15], 16))
+def number(seed, stage, purpose, step=0):
+    """The seed of the random stream that these four name."""
+    digest = hashlib.sha256(repr((seed, stage, purpose, step)).encode()).hexdigest()
+    return int(digest[:15], 16)
+
+
+def stream(*name):
+    return np.random.default_rng(number(*name))
+
+
+def torch_stream(*name):
+    return torch.Generator().manual_seed(number(*name))
 
 
 @torch.no_grad()
@@ -290,9 +298,14 @@ def once(prompts):
     return list(found.values())
 
 
+def choose(records, n, key=lambda r: key_of(prompt_of(r))):
+    """n of them by the hash of a key, which knows nothing of the order of a file."""
+    return sorted(records, key=lambda r: hashlib.sha256(repr(key(r)).encode()).hexdigest())[:n]
+
+
 def held_out_prompts(data, count, tokenizer, room):
     prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)] \
-        if data == "synthetic" else once([prompt_of(r) for r in read(data)[1]])[:count]
+        if data == "synthetic" else choose(once(map(prompt_of, read(data)[1])), count, key_of)
     return [p for p in prompts if len(prompt_ids(tokenizer, p)) <= room]
 
 
@@ -379,7 +392,7 @@ class Log(list):
 
 
 def pretrain(c):
-    torch.manual_seed(c.seed)  # the first weights
+    torch.manual_seed(number(c.seed, "pretrain", "weights"))
     if c.init == "none":
         tokenizer, parents = load_tokenizer(c.tokenizer), {}
         size = dict(vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens,
@@ -398,7 +411,7 @@ def pretrain(c):
     for step in range(c.steps):
         if step % c.eval_every == 0:
             log.add("validation", step=step, loss=text_loss(network, held_out).item())
-        random = np.random.default_rng([c.seed, step])
+        random = stream(c.seed, "pretrain", "rows", step)
         batch = [train[i] for i in random.integers(0, len(train), c.batch_size)]
         clear(network)
         loss = text_loss(network, batch)
@@ -416,7 +429,8 @@ def pretrain(c):
         prompts = [p for p in sample_prompts(512, held_out=True, seed=0)
                    if 1 + len(tokenizer.encode(p.text)) + 48 <= network.size["block_size"]]
         drawn = sample_many(network, tokenizer, [[tokenizer.eos, *tokenizer.encode(p.text)]
-                                                 for p in prompts], 48, stream(c.seed))
+                                                 for p in prompts], 48,
+                            torch_stream(c.seed, "pretrain", "samples"))
         gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, drawn)]
         for p, s, g in list(zip(prompts, drawn, gold))[:8]:
             log.add("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)
@@ -431,7 +445,7 @@ def sft(c):
     network, parent, tokenizer = load(c.init)
     block = network.size["block_size"]
     if c.data == "synthetic":
-        random = np.random.default_rng(c.seed)
+        random = stream(c.seed, "sft", "safety")
         prompts = [p for p in sample_prompts(c.demos, held_out=False, seed=c.seed)
                    if p.family != "harmful" or random.random() < c.safety]
         sides = (demonstrations(prompts, c.seed, c.quality),
@@ -442,7 +456,7 @@ def sft(c):
     train, held_out = ([row for row in (dialogue_row(tokenizer, messages_of(r)) for r in side)
                         if len(row[0]) <= block] for side in sides)
     heads = [prompt_ids(tokenizer, p) for p in asked] if c.data == "synthetic" \
-        else [ids[:mask.index(1)] for ids, mask in held_out[:c.samples]]
+        else [ids[:mask.index(1)] for ids, mask in choose(held_out, c.samples, repr)]
     asked = [p for p, h in zip(asked, heads) if len(h) + c.max_new_tokens <= block] \
         if c.data == "synthetic" else []
     heads = [h for h in heads if len(h) + c.max_new_tokens <= block]
@@ -455,7 +469,8 @@ def sft(c):
     def validate(epoch):
         with torch.no_grad():
             loss = -sum(network.logp(row).sum().item() for row in held_out)
-        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens, stream(c.seed, epoch))
+        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens,
+                            torch_stream(c.seed, "sft", "samples", epoch))
         row = dict(epoch=epoch, loss=loss / sum(sum(mask) for _, mask in held_out),
                    eos_rate=np.mean([s["finished"] for s in drawn]),
                    length=np.mean([len(s["ids"]) for s in drawn]))
@@ -470,7 +485,7 @@ def sft(c):
 
     step, per_epoch, final = 0, math.ceil(len(train) / c.batch_size), validate(0)
     for epoch in range(c.epochs):
-        order = np.random.default_rng([c.seed, epoch]).permutation(len(train))
+        order = stream(c.seed, "sft", "order", epoch).permutation(len(train))
         for start in range(0, len(train), c.batch_size):
             batch = [train[i] for i in order[start:start + c.batch_size]]
             tokens = sum(sum(mask) for _, mask in batch)
@@ -478,8 +493,8 @@ def sft(c):
             loss = -sum(network.logp(row).sum() for row in batch) / tokens
             loss.backward()
             if text:
-                random = np.random.default_rng([c.seed, step])
-                picked = random.integers(0, len(text), c.batch_size // 2)
+                picked = stream(c.seed, "sft", "text", step).integers(
+                    0, len(text), c.batch_size // 2)
                 (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
             norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
             optimizer.step(factor)
@@ -508,9 +523,10 @@ def label(c):
     for start in range(0, len(prompts), c.chunk):
         part = prompts[start:start + c.chunk]
         heads = [prompt_ids(tokenizer, p.text) for p in part for _ in range(draws)]
-        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens, stream(c.seed, start),
-                            c.temperature, len(heads))
-        random = np.random.default_rng([c.seed, start])
+        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens,
+                            torch_stream(c.seed, "label", "answers", start), c.temperature,
+                            len(heads))
+        first, second = (stream(c.seed, "label", f"labeler {n}", start) for n in (1, 2))
         for i, p in enumerate(part):
             texts = []
             for s in drawn[i * draws:(i + 1) * draws]:
@@ -522,8 +538,8 @@ def label(c):
                 continue
             gold = [gold_reward(p.text, t) for t in texts]
             values = [perceived(c, t, g) for t, g in zip(texts, gold)]
-            records.append(dict(prompt=p.text, completions=texts, ranks=rank(values, random),
-                                second=rank(values, random), gold=[round(g, 3) for g in gold],
+            records.append(dict(prompt=p.text, completions=texts, ranks=rank(values, first),
+                                second=rank(values, second), gold=[round(g, 3) for g in gold],
                                 family=p.family, held_out=p.held_out))
     pairs = [(r, i, j) for r in records for i, a in enumerate(r["ranks"])
              for j, b in enumerate(r["ranks"]) if a < b]
@@ -567,7 +583,7 @@ def half(x):
 def reward(c):
     policy, parent, tokenizer = load(c.init)
     block, size = policy.size["block_size"], GPTConfig(**policy.size)
-    torch.manual_seed(c.seed)
+    torch.manual_seed(number(c.seed, "reward", "weights"))
     GPT(size)  # the policy was drawn first
     drawn = RewardModel(size).head.state_dict()
     network = Network({"gpt." + k: w for k, w in policy.w.items()}
@@ -590,7 +606,7 @@ def reward(c):
     optimizer = AdamW(weights, c.lr, c.weight_decay)
     per_epoch = math.ceil(len(train) / c.batch_size)
     for epoch in range(c.epochs):
-        order = np.random.default_rng([c.seed, epoch]).permutation(len(train))
+        order = stream(c.seed, "reward", "order", epoch).permutation(len(train))
         for start in range(0, len(train), c.batch_size):
             batch = [train[i] for i in order[start:start + c.batch_size]]
             clear(network)
@@ -604,7 +620,7 @@ def reward(c):
             loss = sum(losses) / len(losses)
             loss.backward()
             if text:
-                picked = np.random.default_rng([c.seed, step]).integers(0, len(text), 16)
+                picked = stream(c.seed, "reward", "text", step).integers(0, len(text), 16)
                 (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
             norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
             optimizer.step(factor)
@@ -615,7 +631,7 @@ def reward(c):
 
     # shift and scale: demonstrations average 0, samples of the SFT model have standard deviation 1
     if c.demos != "auto":
-        demos = [messages_of(r) for r in read(c.demos)[0][:c.samples]]
+        demos = [messages_of(r) for r in choose(read(c.demos)[0], c.samples)]
     elif card:
         prompts = sample_prompts(c.samples, held_out=False, seed=c.seed)
         demos = [messages_of(r) for r in
@@ -623,12 +639,13 @@ def reward(c):
     else:
         demos = [messages_of(dict(prompt=one["prompt"],
                                   completion=one["completions"][one["pairs"][0][0]]))
-                 for one in train[:c.samples]]
+                 for one in choose(train, c.samples)]
     demos = [row for row in (dialogue_row(tokenizer, m) for m in demos) if len(row[0]) <= block]
-    heads = [prompt_ids(tokenizer, one["prompt"]) for one in train[:c.samples]]
+    heads = [prompt_ids(tokenizer, one["prompt"]) for one in choose(train, c.samples)]
     heads = [h for h in heads if len(h) + c.max_new_tokens <= block]
     samples = [(h + s["ids"], [0] * len(h) + [1] * len(s["ids"])) for h, s in zip(
-        heads, sample_many(policy, tokenizer, heads, c.max_new_tokens, stream(c.seed)))
+        heads, sample_many(policy, tokenizer, heads, c.max_new_tokens,
+                           torch_stream(c.seed, "reward", "samples")))
         if s["finished"]]
     with torch.no_grad():
         of_demos = np.mean([network.score(row).item() for row in demos])
@@ -642,14 +659,14 @@ def reward(c):
 
 
 def report_card(network, held_out, card):
-    """Figures over the held-out pairs; their intervals over the prompts."""
-    margins, longer, prompt, gold, wide = [], [], [], [], []
-    for n, one in enumerate(held_out):
+    """Figures over the held-out pairs; their errors clustered by what is asked."""
+    margins, longer, asked, gold, wide = [], [], [], [], []
+    for one in held_out:
         scores = [network.score(row).item() for row in one["rows"]]
         for i, j in one["pairs"]:
             margins.append(scores[i] - scores[j])
             longer.append(half(len(one["completions"][i]) - len(one["completions"][j])))
-            prompt.append(n)
+            asked.append(question(one["prompt"], card))
             if one["gold"]:
                 gap = one["gold"][i] - one["gold"][j]
                 gold.append(half(gap))
@@ -665,8 +682,8 @@ def report_card(network, held_out, card):
                               accuracy=np.mean([right[n] for n in inside]), pairs=len(inside)))
     final = dict(
         loss=np.mean([math.log1p(math.exp(-m)) for m in margins]), accuracy=np.mean(right),
-        accuracy_interval=bootstrap(right, prompt), pairs=len(margins), margin=np.mean(margins),
-        longer_wins=np.mean(longer), longer_wins_interval=bootstrap(longer, prompt),
+        accuracy_se=clustered_se(right, asked), pairs=len(margins), margin=np.mean(margins),
+        longer_wins=np.mean(longer), longer_wins_se=clustered_se(longer, asked),
         shorter_wins=1 - np.mean(longer), calibration=table, calibration_error=sum(
             abs(t["confidence"] - t["accuracy"]) * t["pairs"] for t in table) / len(margins))
     if gold:
@@ -674,17 +691,6 @@ def report_card(network, held_out, card):
     if wide:
         final["accuracy_on_wide_gold"] = np.mean(wide)
     return final
-
-
-def bootstrap(values, groups):
-    """95% interval of the mean: 1,000 draws of as many groups, with replacement."""
-    names = sorted(set(groups))
-    picks = np.random.default_rng(0).integers(0, len(names), (1000, len(names)))
-    means = []
-    for pick in picks:
-        chosen = [v for n in pick for v, g in zip(values, groups) if g == names[n]]
-        means.append(sum(chosen) / len(chosen))
-    return list(np.quantile(means, (0.025, 0.975)))
 
 
 # --- after the training: the policy against the model it started from ----------------------------
@@ -707,10 +713,11 @@ def question(prompt, synthetic):
 def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_model=None, n=1):
     """(figures, the policy's answers, the first of the reference's n answers to each prompt)."""
     heads = [prompt_ids(tokenizer, p) for p in prompts]
-    drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens, stream(c.seed, "policy"),
-                        c.temperature)
+    drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens,
+                        torch_stream(c.seed, "evaluate", "policy"), c.temperature)
     others = sample_many(reference, tokenizer, [h for h in heads for _ in range(n)],
-                         c.max_new_tokens, stream(c.seed, "sft"), c.temperature)
+                         c.max_new_tokens, torch_stream(c.seed, "evaluate", "reference"),
+                         c.temperature)
     others = [others[i:i + n] for i in range(0, len(others), n)]
     first = [some[0] for some in others]
     every = [s for some in others for s in some]
@@ -801,8 +808,7 @@ def dpo(c):
             with torch.no_grad():
                 one["ref"] = [reference.logp(row).sum().item() for row in one["rows"]]
     train, held_out = sides
-    draw = lambda one: hashlib.sha256(repr((one["rows"][0][0],)).encode()).hexdigest()[:15]
-    watched = sorted(train, key=draw)[:len(held_out)]
+    watched = choose(train, len(held_out), lambda one: [ids for ids, _ in one["rows"]])
 
     def implicit(one, logp):
         """What the loss takes for the reward of each answer, over beta."""
@@ -866,7 +872,7 @@ def dpo(c):
     weights, step, per_epoch = list(policy.w.values()), 0, math.ceil(len(train) / c.batch_size)
     optimizer, final = AdamW(weights, lr, c.weight_decay), validate(0)
     for epoch in range(c.epochs):
-        order = np.random.default_rng([c.seed, epoch]).permutation(len(train))
+        order = stream(c.seed, "dpo", "order", epoch).permutation(len(train))
         shuffled = [train[i] for i in order]
         for start in range(0, len(train), c.batch_size):
             batch = shuffled[start:start + c.batch_size]
@@ -939,11 +945,11 @@ def ppo(c):
     log, beta, scores_so_far = Log(), c.beta, []
     for step in range(c.iterations):
         # rollout
-        random = np.random.default_rng([c.seed, step])
-        chosen = random.choice(len(train), c.batch_size, replace=len(train) < c.batch_size)
+        chosen = stream(c.seed, "ppo", "prompts", step).choice(
+            len(train), c.batch_size, replace=len(train) < c.batch_size)
         heads = [prompt_ids(tokenizer, train[i]) for i in chosen]
         drawn = sample(policy, heads, c.max_new_tokens, tokenizer.eos, c.temperature,
-                       stream(c.seed, step))
+                       torch_stream(c.seed, "ppo", "answers", step))
         rows = [(h + ids, [0] * len(h) + [1] * len(ids)) for h, (ids, _) in zip(heads, drawn)]
         ended = [end for _, end in drawn]
 
@@ -980,6 +986,7 @@ def ppo(c):
 
         # train
         factor, seen, norms, ptx = linear(step, c.iterations, c.warmup), [], [], None
+        random = stream(c.seed, "ppo", "minibatches", step)
         for _ in range(c.epochs):
             order = random.permutation(c.batch_size)
             size = c.batch_size // c.minibatches
@@ -1096,7 +1103,7 @@ def grpo(c):
         sides = [[(prompt_of(r), str(r.get("answer"))) for r in side] for side in read(c.data)]
         answer = dict((key_of(p), a) for p, a in reversed(sides[1]))  # of the first record
         sides[1] = [(p, answer[key_of(p)])
-                    for p in once([p for p, _ in sides[1]])[:c.eval_prompts]]
+                    for p in choose(once([p for p, _ in sides[1]]), c.eval_prompts, key_of)]
     train, asked = ([(p, a) for p, a in side if len(prompt_ids(tokenizer, p)) + c.max_new_tokens
                      <= block] for side in sides)
     text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None
@@ -1105,12 +1112,12 @@ def grpo(c):
     optimizer = AdamW(weights, c.lr, eps=c.adam_eps)
     for step in range(c.iterations):
         # rollout: K answers to each prompt
-        random = np.random.default_rng([c.seed, step])
-        chosen = random.choice(len(train), B // c.k, replace=len(train) < B // c.k)
+        chosen = stream(c.seed, "grpo", "prompts", step).choice(
+            len(train), B // c.k, replace=len(train) < B // c.k)
         tasks = [train[i] for i in chosen for _ in range(c.k)]
         heads = [prompt_ids(tokenizer, p) for p, _ in tasks]
         drawn = sample(policy, heads, c.max_new_tokens, tokenizer.eos, c.temperature,
-                       stream(c.seed, step))
+                       torch_stream(c.seed, "grpo", "answers", step))
         texts = [tokenizer.decode(ids) for ids, _ in drawn]
 
         # score; advantage of each answer over its group
@@ -1140,6 +1147,7 @@ def grpo(c):
 
         # train
         steps, seen, ptx = [], [], None
+        random = stream(c.seed, "grpo", "minibatches", step)
         for _ in range(c.epochs):
             order = random.permutation(B)
             size = B // c.minibatches

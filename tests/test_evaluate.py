@@ -17,7 +17,8 @@ from data.synthetic.facts import FLATTERY
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.tokenizer import load_tokenizer
-from evaluate import clustered_se, gold_tables, held_out_prompts
+from common import clustered_se, question
+from evaluate import gold_tables, held_out_prompts
 from studies import frontier
 from tiny_runs import make_inputs
 
@@ -41,7 +42,7 @@ def test_clustered_standard_error():
 def test_the_error_of_the_kl_is_clustered(folder, monkeypatch):
     # catches two wordings of a question that are counted as independent
     config = evaluate.Config(policy="sft", reference="sft", max_new_tokens=8, out=str(folder / "c"))
-    device = common.set_up(config)
+    device = common.set_up(config, "evaluate")
     policy, tokenizer, _ = common.load_policy(str(folder / "sft"), ("sft",), device)
     texts = [p.text for p in sample_prompts(40, held_out=True, seed=0)] * 2
     kl = torch.arange(40.0).repeat(2)
@@ -51,7 +52,7 @@ def test_the_error_of_the_kl_is_clustered(folder, monkeypatch):
     metrics, _, _ = evaluate.compare(policy, policy, tokenizer,
                                      [(t, tokenizer.encode_prompt(t)) for t in texts], config, run,
                                      True)
-    assert metrics["kl_se"] == clustered_se(kl.numpy(), [evaluate.question(t) for t in texts])
+    assert metrics["kl_se"] == clustered_se(kl.numpy(), [question(t) for t in texts])
     assert metrics["kl_se"] > 1.3 * float(kl.std()) / 80**0.5
 
 

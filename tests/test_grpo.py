@@ -20,7 +20,7 @@ from data.records import DataError, check_answer, check_demonstration, read_json
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer, is_right, strip_calculator
-from evaluate import clustered_se
+from common import clustered_se
 from grpo import (
     METHODS,
     Config,

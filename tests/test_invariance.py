@@ -293,8 +293,8 @@ def test_scores_and_report_card_do_not_depend_on_the_batch(tiny):
     for batch_size in (1, 5):
         found = score_rows(model, rows, masks, PAD, device, batch_size)
         np.testing.assert_allclose(found, scores, rtol=1e-6)
-    records = [dict(prompt=str(i), completions=["x" * (i + 1), "xx", "y"], pairs=[(0, 1), (2, 1)],
-                    gold=[i, 1.5, 0.2]) for i in range(4)]
+    records = [dict(prompt=f"What is {i + 1} plus 1?", gold=[i, 1.5, 0.2], pairs=[(0, 1), (2, 1)],
+                    completions=["x" * (i + 1), "xx", "y"]) for i in range(4)]
     rows, masks = ([list(x[3 * i:3 * i + 3]) for i in range(4)] for x in (rows, masks))
 
     def card(order):

@@ -15,7 +15,6 @@ from reward import (
     RewardModel,
     encode_ranking,
     evaluate,
-    interval,
     load_reward_model,
     reward_loss,
     score_rows,
@@ -96,9 +95,11 @@ def test_report_card_on_a_known_model():
     class Tokenizer:
         pad = 99
 
-    records = [dict(prompt="a", completions=["xx", "y"], pairs=[(0, 1)], gold=[3.0, 0.0]),
-               dict(prompt="b", completions=["x", "yy"], pairs=[(0, 1)], gold=[0.1, 0.0]),
-               dict(prompt="c", completions=["xx", "y"], pairs=[(1, 0)], gold=[-1.0, 1.0])]
+    records = [dict(prompt="What is 1 plus 1?", pairs=[(0, 1)], gold=[3.0, 0.0]),
+               dict(prompt="Work out 1 plus 1.", pairs=[(0, 1)], gold=[0.1, 0.0]),
+               dict(prompt="What is 2 plus 1?", pairs=[(1, 0)], gold=[-1.0, 1.0])]
+    for record, completions in zip(records, (["xx", "y"], ["x", "yy"], ["xx", "y"])):
+        record["completions"] = completions
     rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
     masks = [[[0, 1], [0, 1]]] * 3
     card = evaluate(Oracle(), records, rows, masks, Tokenizer, torch.device("cpu"), noise=1.0)
@@ -108,7 +109,8 @@ def test_report_card_on_a_known_model():
     assert card["accuracy_on_wide_gold"] == 1.0  # the pair it gets wrong differs by 0.1 only
     margins = np.array([2.0, -0.5, 0.4])
     assert card["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
-    assert 0 <= card["accuracy_interval"][0] <= 2 / 3 <= card["accuracy_interval"][1] <= 1
+    # two prompts ask the same: (1 + 0 - 4/3)^2 + (1 - 2/3)^2 under the root, over 3
+    assert card["accuracy_se"] == pytest.approx((2 / 9)**0.5 / 3)
 
 
 def test_equal_scores_are_half_right():
@@ -158,13 +160,6 @@ def test_a_run_ends_centred_and_scaled(tmp_path, monkeypatch):
     final = json.loads((tmp_path / "centred" / "log.jsonl").read_text().splitlines()[-1])
     assert abs(final["shift"]) > 0.01  # something had to be shifted
     assert final["sft_score"] == pytest.approx(read(samples).mean(), abs=1e-4)
-
-
-def test_interval_is_over_prompts():
-    # catches an interval that takes the pairs of a prompt for independent
-    values, groups = np.repeat([0.0, 1.0] * 50, 20), np.repeat(np.arange(100), 20)
-    low, high = interval(values, groups)
-    assert 0.15 < high - low < 0.25  # 2 * 1.96 * 0.5 / sqrt(100)
 
 
 def test_the_answers_of_a_prompt_share_its_ids():

@@ -71,7 +71,7 @@ def test_reward_model_is_centred_and_scaled(chain):
     assert abs(final["demo_score"]) < 1e-4
     assert final["scale"] > 0 and 0 <= final["accuracy"] <= 1
     assert {"longer_wins", "shorter_wins", "calibration_error", "gold_accuracy",
-            "accuracy_on_wide_gold", "accuracy_interval"} <= set(final)
+            "accuracy_on_wide_gold", "accuracy_se"} <= set(final)
 
 
 def test_ppo_logs_what_one_needs_to_see(chain):
