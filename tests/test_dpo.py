@@ -580,7 +580,7 @@ def test_an_over_long_answer_drops_its_prompt(folder, monkeypatch, capsys):
                for e in train + held_out)
     printed = capsys.readouterr().out
     assert "training prompts: dropped 1 of 4, over 64 tokens long" in printed
-    assert "held out prompts: dropped 1 of 3" in printed
+    assert "held-out prompts: dropped 1 of 3" in printed
 
 
 def test_evaluate_as_a_command_says_what_the_stage_said(folder, monkeypatch):
