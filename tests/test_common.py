@@ -1,7 +1,9 @@
 """Flags, run folders, checkpoints."""
 
 import json
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import common
 import pytest
@@ -247,3 +249,20 @@ def test_adamw_gets_what_it_is_given():
     found = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(found) == sorted({id(p) for p in model.parameters()} - {id(model.wpe.weight)})
     assert common.adamw([model], 0.1).param_groups[0]["betas"] == (0.9, 0.95)
+
+
+def test_a_missing_default_input_is_made_as_asked(tmp_path, monkeypatch):
+    # catches a stage before that runs elsewhere, with flags of its own, or although it is there
+    from sft import Config
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.subprocess, "run", lambda command: commands.append(command)
+                        or SimpleNamespace(returncode=0))
+    common.ensure_input(Config(), "init", "pretrain")
+    common.ensure_input(Config(device="cpu"), "init", "pretrain")
+    script = [sys.executable, str(common.ROOT / "pretrain.py")]
+    assert commands == [script, [*script, "--device=cpu"]]
+    (tmp_path / "out" / "pretrain").mkdir(parents=True)
+    (tmp_path / "out" / "pretrain" / "model.pt").write_text("it is there")
+    common.ensure_input(Config(), "init", "pretrain")
+    assert len(commands) == 2

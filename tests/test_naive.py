@@ -54,7 +54,7 @@ CASES = dict(
     sft=[
         ([*SFT, "--data=demos.jsonl", "--pretrain_data=text.txt", "--weight_decay=0.5"], "cut"),
         ([*SFT, "--demos=60", "--quality=0.2", "--safety=0.3", "--epochs=1", "--seed=2",
-          "--micro_batch=2", "--pretrain_mix=0.8"], ""),
+          "--micro_batch=2", "--pretrain_mix=0.8", "--samples=10"], ""),
         ([*SFT, "--data=demos.jsonl", "--grad_clip=0.1", "--warmup=1", "--init=sft"], ""),
         ([*SFT, "--data=demos.jsonl", "--pretrain_mix=0", "--pretrain_data=text.txt"], "")],
     label=[
@@ -374,3 +374,22 @@ def test_what_one_stage_writes_the_next_one_reads(folder, outputs, reader, flags
     with in_folder(folder):
         assert run_stage(reader, [*flags, f"--{by}={outputs[writer]}",
                                   f"--out=read/{reader}-{by}-{writer}"]) == 0
+
+
+@pytest.mark.parametrize("stage, flags, answers", [
+    ("pretrain", PRETRAIN, 1), ("sft", [*SFT, "--data=demos.jsonl", "--pretrain_mix=0"], 1),
+    ("reward", [*REWARD, PAIRS], 6), ("dpo", [*DPO, PAIRS], 6), ("ppo", PPO, 1), ("grpo", GRPO, 1)])
+def test_micro_batches_bound_a_forward_pass(folder, stage, flags, answers):
+    # catches a --micro_batch that is read and not used: only the memory shows it
+    rows, forward = set(), GPT.forward
+
+    def keep(network, tokens, *args, **options):
+        if torch.is_grad_enabled():
+            rows.add(len(tokens))
+        return forward(network, tokens, *args, **options)
+
+    with in_folder(folder) as patch:
+        patch.setattr(GPT, "forward", keep)
+        flags = [f for f in flags if not f.startswith("--micro_batch")]
+        assert run_stage(stage, [*flags, "--micro_batch=2", f"--out=micro/{stage}"]) == 0
+    assert 2 <= max(rows) <= 2 * answers

@@ -1,10 +1,13 @@
 """--trace=true: every printed number redone from the others, as with a calculator."""
 
+import ast
+import itertools
 import math
 import re
 
 import common
 import dpo
+import naive
 import pytest
 from conftest import run_script
 from tiny_runs import FLAGS, make_inputs
@@ -52,6 +55,19 @@ def number(output, pattern):
     return float(re.search(pattern + r" ?(-?[\d.]+)", output)[1])
 
 
+def check_logp(folder, t, column, temperature=1.0):
+    """The column holds the log-probabilities of the initial model: those of the naive network, for
+    the tokens that the table shows, up to half a character, which it cannot show."""
+    network, _, tokenizer = naive.load(folder / "sft")
+    ids = []
+    for text in itertools.takewhile(lambda text: "\ufffd" not in text, t["text"]):
+        text = tokenizer.eos if text == "EOS" else ast.literal_eval(text)
+        ids.append(text if isinstance(text, int) else tokenizer.encoding.encode_single_token(text))
+    every = network.all_logp(ids, temperature)
+    for n, (token, logp, m) in enumerate(zip(ids, t[column], t["mask"])):
+        assert logp == (near(every[n - 1, token].item()) if m else None)
+
+
 near = lambda x: pytest.approx(x, rel=2e-5, abs=2e-5)  # six printed digits
 
 
@@ -61,6 +77,7 @@ def test_sft(folder):
     t = table(output, "position")
     assert t["position"] == tuple(range(len(t["text"]))) and t["text"][-1] == "EOS"
     assert t["mask"].count(1.0) >= 4 and 0.0 in t["mask"] and t["text"][0] == "'<|user|>'"
+    check_logp(folder, t, "logp")
     scored = [x for x, m in zip(t["logp"], t["mask"]) if m]
     assert None not in scored and all(x is None for x, m in zip(t["logp"], t["mask"]) if not m)
     assert number(output, r"sum\(mask\) = .* =") == near(-sum(scored) / len(scored))
@@ -92,6 +109,7 @@ def test_ppo(folder, flags):
     t = table(output, "position")
     rows = [dict(zip(t, row)) for row in zip(*t.values()) if row[1] == 1.0]
     options = dict(f.strip("-").split("=") for f in flags)
+    check_logp(folder, t, "ref_logp", float(options.get("temperature", 1)))
     gamma, lam = float(options.get("gamma", 1)), float(options.get("lam", 0.95))
     mean, std = number(output, "mean"), number(output, ", std")
     assert number(output, "beta =") == 0.05
@@ -164,6 +182,8 @@ def test_grpo(folder, flags):
         log_ratio, k3 = log_ratio + l, k3 + math.exp(-l) - 1 + l
     assert number(output, r"of response \d =") == near(policy) == g["policy"][shown]
     if beta:
+        check_logp(folder, t, "ref_logp", float(options.get("temperature", 1)))
+        assert max(abs(r["old_logp"] - r["ref_logp"]) for r in rows) > 0.001  # after an iteration
         assert g["seq_kl"][shown] == near(sum(r["old_logp"] - r["ref_logp"] for r in rows))
     else:
         assert "ref_logp" not in t and "seq_kl" not in g
@@ -201,6 +221,7 @@ def test_dpo(folder, monkeypatch, capsys, loss, flags):
         assert rows[len(rows) - len(scored) - 1]["text"] == "'<|assistant|>'"
         assert all(r["logp"] is r["ref_logp"] is r["log_ratio"] is None
                    for r in rows if not r["mask"])
+        check_logp(folder, t, "ref_logp")
         for r in scored:
             assert r["log_ratio"] == near(r["logp"] - r["ref_logp"])
         assert max(abs(r["log_ratio"]) for r in scored) > 0.001  # away from the reference
