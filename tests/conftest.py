@@ -1,8 +1,13 @@
 """Shared by all tests: a tiny model, the repository root on the path, no network, no GPU."""
 
+import contextlib
+import io
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +43,26 @@ def one_thread():
 
 
 def run_script(script, *flags, cwd):
-    """Run a stage as a user does; returns the finished process with its output as text."""
+    """Run a script by its command line, in this process, which has torch loaded already. Returns
+    its exit status and its output as text, as subprocess.run does."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    status = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *flags])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        except Exception:
+            status = 1
+            traceback.print_exc()
+    text = lambda f: f.buffer.getvalue().decode()
+    return SimpleNamespace(returncode=status, stdout=text(out), stderr=text(err))
+
+
+def run_process(script, *flags, cwd):
+    """The same as a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, text=True,
                           capture_output=True, timeout=300)

@@ -96,11 +96,12 @@ def test_the_files_are_those_that_the_stages_import():
 def test_plan_puts_likely_killers_first_within_the_budget():
     # catches tests taken apart that share a fixture, and whole runs that leave no time for others
     made = object.__new__(mutate.Map)
-    naive = [f"{mutate.FIRST}::{i}" for i in range(5)]
+    naive = [f"{mutate.FIRST}[{case}]" for case in ("f-0", "f-1", "a-0", "b-0", "c-0")]
     made.seconds = dict.fromkeys(naive, 2.0) | {"a": 3, "b": 0.1, "s::1": 0.2, "s::2": 4, "c": 9}
     made.shared = defaultdict(set, s={"s::1", "s::2"})
     made.setup = Counter(s=1.0)
     made.tests, made.imports = {"f.py": {7: set(made.seconds)}}, {"f.py": set()}
+    made.fixtures = {"f.py": {}}
     mutant = mutate.Mutant("f.py", 7, 7, "", "", "", "", range(7, 8))
     chosen, seconds = made.plan(mutant, 20)
     assert chosen == [*naive, "b", "s::1", "s::2", "a"] and seconds == pytest.approx(18.3)

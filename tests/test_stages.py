@@ -7,7 +7,7 @@ import common
 import label
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_process, run_script
 from data.records import write_jsonl
 from data.synthetic.world import lookup
 from tiny_runs import make_inputs
@@ -141,7 +141,7 @@ def test_a_missing_stage_is_run_first(tmp_path):
     # catches a default input that is not made, and a failure of the stage before that is lost
     (tmp_path / "out" / "pretrain").mkdir(parents=True)
     (tmp_path / "out" / "pretrain" / "model.pt").write_text("junk, so that sft.py fails at once")
-    result = run_script("label.py", *TINY["label"], cwd=tmp_path)
+    result = run_process("label.py", *TINY["label"], cwd=tmp_path)
     assert "running `python sft.py` first" in result.stdout
     assert result.returncode == 2
     assert "sft.py: error: out/pretrain/model.pt is not a checkpoint" in result.stderr

@@ -164,6 +164,8 @@ def test_the_world_is_the_one_that_the_figures_were_measured_in():
         documents=[list(documents(400, seed)) for seed in (1, 2)], answers=answers,
         prompts=[[p.text, p.family, p.answer, p.user_claim, p.held_out, p.wrong_answers]
                  for part in (*prompts, some, all_prompts().values()) for p in part],
-        gold=[[parts(p.text, t) for t in texts[n % 7::7]] for n, p in enumerate(prompts[0])])
+        gold=[[parts(p.text, t) for t in texts[n % 7::7]] for n, p in enumerate(prompts[0])],
+        labeler=[taste.value("", t, 1.0) for t in texts for taste in (
+            Labeler(), Labeler(0.5, 0.03, 0.7, -0.9, 1.3, 0.4))])
     digest = hashlib.sha256(json.dumps(world).encode()).hexdigest()[:16]
-    assert digest == "f453fe4cac68fb25"
+    assert digest == "2befdd3cb1f51433"
