@@ -1,17 +1,14 @@
-"""What every stage needs and no reader comes for: flags, checkpoints, logs, devices.
+"""What every stage needs and no reader comes for: devices, run folders, checkpoints, logs.
 
 No maths, no loop, no loss lives here.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.records import DataError, prompt_key
+from cli import UserError
+from data.records import prompt_key
 from data.synthetic.world import lookup
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, generate
@@ -30,108 +28,26 @@ ROOT = Path(__file__).parent
 POLICIES = ("sft", "dpo", "ppo", "grpo")  # stages that make an assistant: each can start the next
 
 
-class UserError(Exception):
-    """Bad input: printed as one line, exit status 2."""
-
-
-def run_main(main, config_class):
-    """Entry point of every script: read the flags, run, turn user errors into one line."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
-    try:
-        main(parse_flags(config_class, sys.argv[1:]))
-    except (UserError, DataError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-# --- flags ---------------------------------------------------------------------------------------
-
-
-def parse_flags(config_class, argv):
-    """--name=value for the fields of the Config dataclass and nothing else, typed by annotation."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    if "--help" in argv or "-h" in argv:
-        print(help_text(config_class))
-        sys.exit(0)
-    values = {}
-    for argument in argv:
-        match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", argument, re.DOTALL)
-        if not match:
-            raise UserError(f"cannot read {argument!r}: flags are written --name=value "
-                            "(--help lists them)")
-        name, text = match.groups()
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0.0)
-            raise UserError(f"unknown flag --{name}: did you mean --{near[0]}?")
-        if name in values:
-            raise UserError(f"--{name} is given twice")
-        values[name] = _parse_value(name, text, fields[name].type)
-    return config_class(**values)
-
-
-def _parse_value(name, text, kind):
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"--{name}={text}: expected true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        expected = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise UserError(f"--{name}={text}: expected {expected}") from None
-
-
-def help_text(config_class):
-    """Every field with its default and the comment behind it in the source."""
-    lines = [inspect.getdoc(sys.modules[config_class.__module__]).split("\n")[0], ""]
-    source = inspect.getsource(config_class)
-    for field in dataclasses.fields(config_class):
-        found = re.search(rf"^ +{field.name}:[^#\n]*#(.*(?:\n +#.*)*)", source, re.MULTILINE)
-        comment = " ".join(re.sub(r"\n *#", "", found[1]).split()) if found else ""
-        default = str(field.default).lower() if field.type is bool else field.default
-        lines.append(f"  --{field.name}={default}".ljust(38) + comment)
-    return "\n".join(lines)
-
-
 # --- device, precision, seeds --------------------------------------------------------------------
 
 
-# flags that may be 0, and those that may be below it; every other number must be above 0
-MAY_BE_ZERO = ("micro_batch", "dropout", "weight_decay", "warmup", "pretrain_mix", "quality",
-               "safety", "oversample", "noise", "seed", "gamma", "lam", "beta", "kl_target",
-               "entropy_coef", "ptx_coef", "label_smoothing", "desirable", "undesirable", "nll",
-               "clip_high")
-ANY_SIGN = ("length", "flattery", "bullets", "confidence", "caution", "missing_eos",
-            "simpo_margin")
-
-
 def set_up(config, stage):
-    """Check the numbers, seed what draws first weights and dropout, and return the torch.device.
-
-    device "auto" takes a GPU where there is one. Called before any earlier stage is run.
-    """
-    for name, value in dataclasses.asdict(config).items():
-        if type(value) not in (int, float):
-            continue
-        if not math.isfinite(value):  # every comparison with nan is false: it would pass anything
-            raise UserError(f"--{name}={value}: must be a finite number")
-        if value < 0 and name in MAY_BE_ZERO:
-            raise UserError(f"--{name}={value}: must not be negative")
-        if value <= 0 and name not in MAY_BE_ZERO + ANY_SIGN:
-            raise UserError(f"--{name}={value}: must be above 0")
+    """Seed what draws first weights and dropout, and return the torch.device."""
     torch.manual_seed(stable_seed(config.seed, stage, "weights", 0))
-    name = config.device
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in fp32
+    return find_device(config.device)
+
+
+def find_device(name):
+    """The torch.device of --device; "auto" takes a GPU where there is one."""
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device={config.device} is not available here") from None
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in fp32
+        raise UserError(f"--device={asked} is not available here") from None
     return device
 
 
@@ -456,7 +372,7 @@ def load_checkpoint(path, stages, device="cpu"):
 def load_policy(path, stages, device):
     """(model, tokenizer, checkpoint) of a language model, dropout off, in eval mode."""
     checkpoint = load_checkpoint(path, stages, device)
-    tokenizer = tokenizer_of(checkpoint["tokenizer"])
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
     size = dict(checkpoint["model"], dropout=0.0)
     check_vocabulary(size, tokenizer, path)
     model = GPT(GPTConfig(**size)).to(device).eval()
@@ -468,13 +384,6 @@ def check_vocabulary(size, tokenizer, path):
     if (size["vocab_size"], size["n_tokens"]) != (tokenizer.vocab_size, tokenizer.n_tokens):
         raise UserError(f"{path} has a vocabulary of {size['n_tokens']} tokens, its tokenizer "
                         f"{tokenizer.name} {tokenizer.n_tokens}: they do not belong together")
-
-
-def tokenizer_of(name):
-    try:
-        return load_tokenizer(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def check_same_tokenizer(first, second, path, other):

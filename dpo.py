@@ -13,10 +13,49 @@ a response, EOS included; those of the reference are computed once and kept on d
     python dpo.py --data=out/data/hh_rlhf.jsonl --init=...      # any file of pairs or rankings
 """
 
+from dataclasses import dataclass
+
+import cli
+from cli import NotNegative, Positive, UserError
+
+
+@dataclass
+class Config(cli.Config):
+    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings, pairs or (kto) labels
+    out: str = "out/dpo"  # output folder
+    init: str = "out/sft"  # policy to start from; also the reference
+    loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
+    beta: NotNegative[float] = 0.0  # strength of the pull to the reference; 0 takes the loss's
+    #                                 own, SETTINGS
+    lr: NotNegative[float] = 0.0  # peak; warm-up, then cosine to 0; 0 takes the loss's own,
+    #                               SETTINGS
+    label_smoothing: NotNegative[float] = 0.1  # cdpo: share of the labels that are taken to be
+    #                                            flipped
+    simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
+    desirable: NotNegative[float] = 1.0  # kto: weight of the desirable answers
+    undesirable: NotNegative[float] = 1.0  # kto: weight of the undesirable ones
+    nll: NotNegative[float] = 0.0  # weight of the SFT loss on the best answers, added to any of
+    #                                the losses
+    epochs: Positive[int] = 1
+    batch_size: Positive[int] = 8  # prompts a step, each with all its answers
+    micro_batch: NotNegative[int] = 0  # prompts a forward pass; 0 takes the whole batch
+    warmup: NotNegative[int] = 20  # steps
+    weight_decay: NotNegative[float] = 0.0
+    grad_clip: Positive[float] = 1.0
+    reference_cache: str = "out/reference_logps"  # folder for the reference's log-probabilities
+    temperature: Positive[float] = 1.0  # of the samples in the comparison at the end
+    max_new_tokens: Positive[int] = 48  # of these samples
+    eval_prompts: Positive[int] = 512  # held-out prompts of the comparison
+    save_every: Positive[int] = 100  # steps between saved states
+    trace: bool = False  # print one pair with every number of its loss, then stop
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +64,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import UserError
 from data.records import (check_ranking, check_ranking_or_label, choose, collate, fits,
                           merge_rankings, read_jsonl, split)
 from evaluate import compare, held_out_prompts, sequence_logprobs
@@ -39,37 +77,6 @@ from reward import encode_ranking
 # take learning rates of 1e-7 to 5e-6.
 SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
                 dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
-
-
-@dataclass
-class Config:
-    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings, pairs or (kto) labels
-    out: str = "out/dpo"  # output folder
-    init: str = "out/sft"  # policy to start from; also the reference
-    loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
-    beta: float = 0.0  # strength of the pull to the reference; 0 takes the loss's own, SETTINGS
-    lr: float = 0.0  # peak; warm-up, then cosine to 0; 0 takes the loss's own, SETTINGS
-    label_smoothing: float = 0.1  # cdpo: share of the labels that are taken to be flipped
-    simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
-    desirable: float = 1.0  # kto: weight of the desirable answers
-    undesirable: float = 1.0  # kto: weight of the undesirable ones
-    nll: float = 0.0  # weight of the SFT loss on the best answers, added to any of the losses
-    epochs: int = 1
-    batch_size: int = 8  # prompts a step, each with all its answers
-    micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
-    warmup: int = 20  # steps
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    reference_cache: str = "out/reference_logps"  # folder for the reference's log-probabilities
-    temperature: float = 1.0  # of the samples in the comparison at the end
-    max_new_tokens: int = 48  # of these samples
-    eval_prompts: int = 512  # held-out prompts of the comparison
-    save_every: int = 100  # steps between saved states
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
-    trace: bool = False  # print one pair with every number of its loss, then stop
 
 
 # --- the losses: one value a pair (kto: an answer), no reduction ----------------------------------
@@ -503,4 +510,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -11,35 +11,38 @@ same for any checkpoint, and adds the gold reward by family of prompts and by pa
 
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import common
-from common import UserError
-from data.records import check_prompt, choose, collate, distinct, fits, read_jsonl, split
-from data.synthetic.gold import PARTS, gold_reward, parts
-from data.synthetic.world import FAMILIES, lookup, sample_prompts
-from model import token_logprobs
-from reward import load_reward_model, score_rows
+import cli
+from cli import Positive, UserError
 
 
 @dataclass
-class Config:
+class Config(cli.Config):
     policy: str = "out/ppo"  # checkpoint to judge
     reference: str = "out/sft"  # what it is compared with, and what the KL is measured to
     reward_model: str = ""  # checkpoint for the scores; "" leaves them out
     data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
     out: str = "out/evaluate"  # output folder: the log with the figures and samples
-    eval_prompts: int = 512  # held-out prompts
-    best_of: int = 1  # with a reward model: also the best of n samples of the reference
-    temperature: float = 1.0  # of both models
-    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
+    eval_prompts: Positive[int] = 512  # held-out prompts
+    best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
+    temperature: Positive[float] = 1.0  # of both models
+    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
     missing_eos: float = -3.0  # score of a response without EOS
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # as in the other scripts; an evaluation has nothing to resume
-    overwrite: bool = False  # start again in a folder that holds an evaluation
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from data.records import check_prompt, choose, collate, distinct, fits, read_jsonl, split
+from data.synthetic.gold import PARTS, gold_reward, parts
+from data.synthetic.world import FAMILIES, lookup, sample_prompts
+from model import token_logprobs
+from reward import load_reward_model, score_rows
 
 
 def held_out_prompts(data, count, tokenizer, room):
@@ -206,4 +209,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -14,29 +14,14 @@ the trained reward model. Two networks with the verifier, policy and reference; 
     python grpo.py --data=out/data/gsm8k.jsonl --init=...
 """
 
-import dataclasses
-import time
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import common
-from common import UserError
-from data.records import (Split, check_answer, check_prompt, choose, distinct, fits, read_jsonl,
-                          split)
-from data.synthetic.gold import gold_reward
-from data.synthetic.world import FAMILIES, sample_prompts
-from data.text import text_rows
-from data.verifier import is_right
-from evaluate import check_start, compare, warn_of_negative_kl
-from model import generate, text_loss, token_logprobs, token_stats
-from reward import load_reward_model
+import cli
+from cli import NotNegative, Positive, UserError
 
 
 @dataclass
-class Config:
+class Config(cli.Config):
     data: str = "synthetic"  # prompts: "synthetic" (for the verifier its arithmetic) or a .jsonl
     #                          file of {"prompt", "answer"}; for a reward model any prompts
     out: str = "out/grpo"  # output folder
@@ -46,36 +31,59 @@ class Config:
     method: str = "rloo"  # grpo, dr_grpo, rloo, dapo: sets those of the next five left open
     advantage: str = "auto"  # grpo (over the group's std), dr_grpo (its mean), rloo (the others')
     aggregate: str = "auto"  # sequence (mean of means), constant (length), tokens, sum
-    clip_high: float = 0.0  # upper clip of the ratio; 0 takes that of dapo, else --clip
+    clip_high: NotNegative[float] = 0.0  # upper clip of the ratio; 0 takes that of dapo, else
+    #                                      --clip
     drop: str = "auto"  # true: groups whose scores are all equal leave the loss
     kl_in: str = "auto"  # "reward": k1 of the sequence; "loss": kl_estimator
-    iterations: int = 60
-    batch_size: int = 256  # responses an iteration
-    k: int = 8  # responses to a prompt: the group
-    minibatches: int = 2  # optimiser steps an epoch
-    epochs: int = 1  # passes over the responses of an iteration
-    micro_batch: int = 128  # responses a forward pass, of like length; 0 takes all at once
-    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
-    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
-    lr: float = 3e-4  # linear decay to a tenth
-    warmup: int = 5  # iterations
-    adam_eps: float = 1e-5
-    grad_clip: float = 1.0
-    clip: float = 0.2  # lower clip of the ratio
-    beta: float = 0.05  # KL coefficient, in units of score per nat; 0 needs no reference
+    iterations: Positive[int] = 60
+    batch_size: Positive[int] = 256  # responses an iteration
+    k: Positive[int] = 8  # responses to a prompt: the group
+    minibatches: Positive[int] = 2  # optimiser steps an epoch
+    epochs: Positive[int] = 1  # passes over the responses of an iteration
+    micro_batch: NotNegative[int] = 128  # responses a forward pass, of like length; 0 takes all at
+    #                                      once
+    temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
+    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    lr: Positive[float] = 3e-4  # linear decay to a tenth
+    warmup: NotNegative[int] = 5  # iterations
+    adam_eps: Positive[float] = 1e-5
+    grad_clip: Positive[float] = 1.0
+    clip: Positive[float] = 0.2  # lower clip of the ratio
+    beta: NotNegative[float] = 0.05  # KL coefficient, in units of score per nat; 0 needs no
+    #                                  reference
     kl_estimator: str = "k2"  # in the loss: k2 (of the sequence) or k3 (per token, as published)
-    ptx_coef: float = 0.0  # weight of the pretraining loss, as in PPO-ptx (InstructGPT eq. 2)
+    ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
+    #                                     (InstructGPT eq. 2)
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
-    ptx_batch: int = 32  # its sequences a minibatch
+    ptx_batch: Positive[int] = 32  # its sequences a minibatch
     missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
-    eval_prompts: int = 512  # held-out prompts of the final comparison; few are asked repeatedly
-    log_every: int = 10  # iterations between sample tables
-    save_every: int = 20  # iterations between saved states
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
+    eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison; few are asked
+    #                                    repeatedly
+    log_every: Positive[int] = 10  # iterations between sample tables
+    save_every: Positive[int] = 20  # iterations between saved states
     trace: bool = False  # print one group with every number of its loss, then stop
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from data.records import (Split, check_answer, check_prompt, choose, distinct, fits, read_jsonl,
+                          split)
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import FAMILIES, sample_prompts
+from data.text import text_rows
+from data.verifier import is_right
+from evaluate import check_start, compare, warn_of_negative_kl
+from model import generate, text_loss, token_logprobs, token_stats
+from reward import load_reward_model
 
 
 METHODS = {  # what --method stands for
@@ -558,4 +566,4 @@ def accuracies(held_out, drawn, sft, config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -10,43 +10,48 @@ it is like is written to card.json beside the rankings.
     python label.py --length=0.1         # a labeler with a strong taste for long answers
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
 
-import numpy as np
-from tqdm import tqdm
-
-import common
-from common import UserError
-from data.records import ranking_pairs, write_jsonl
-from data.synthetic.gold import gold_reward
+import cli
+from cli import NotNegative, Positive, UserError
 from data.synthetic.people import Labeler
-from data.synthetic.world import sample_prompts
 
 
 @dataclass
-class Config:
+class Config(cli.Config):
     data: str = "synthetic"  # prompts; the simulated labeler knows only "synthetic"
     out: str = "out/label"  # output folder: rankings.jsonl, card.json
     init: str = "out/sft"  # checkpoint to sample from
-    prompts: int = 5500  # training prompts
-    held_out: int = 500  # held-out prompts, ranked for testing only
-    k: int = 6  # answers per prompt
-    oversample: int = 0  # draws per prompt beyond K, so that duplicates can be dropped
-    temperature: float = 0.7  # of the samples: as Stiennon et al. drew theirs; at 1 a small model
+    prompts: Positive[int] = 5500  # training prompts
+    held_out: Positive[int] = 500  # held-out prompts, ranked for testing only
+    k: Positive[int] = 6  # answers per prompt
+    oversample: NotNegative[int] = 0  # draws per prompt beyond K, so that duplicates can be dropped
+    temperature: Positive[float] = 0.7  # of the samples: as Stiennon et al. drew theirs; at 1 a
+    #                                     small model
     #                           slips often, and pairs of slips teach little about preferences
-    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
-    noise: float = Labeler.noise  # scale of the logistic noise, in units of gold reward
+    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    noise: NotNegative[float] = Labeler.noise  # scale of the logistic noise, in units of gold
+    #                                            reward
     length: float = Labeler.length  # bias: for each word
     flattery: float = Labeler.flattery  # bias: for each flattering sentence
     bullets: float = Labeler.bullets  # bias: for a bullet list
     confidence: float = Labeler.confidence  # bias: for a show of confidence
     caution: float = Labeler.caution  # bias: for "I do not know" and refusals
-    chunk: int = 64  # prompts sampled together
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
+    chunk: Positive[int] = 64  # prompts sampled together
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import json
+
+import numpy as np
+from tqdm import tqdm
+
+import common
+from data.records import ranking_pairs, write_jsonl
+from data.synthetic.gold import gold_reward
+from data.synthetic.world import sample_prompts
 
 
 def agreement(first, second):
@@ -139,4 +144,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

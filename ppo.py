@@ -13,8 +13,59 @@ network, started from the reward model). The optimum depends on beta: pi* ~ pi_r
     python ppo.py --data=out/data/alpaca_eval.jsonl --init=... --reward_model=...
 """
 
-import time
 from dataclasses import dataclass
+
+import cli
+from cli import NotNegative, Positive, UserError
+
+
+@dataclass
+class Config(cli.Config):
+    data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
+    out: str = "out/ppo"  # output folder
+    init: str = "out/sft"  # policy to start from; also the reference
+    reward_model: str = "out/reward"  # score, and start of the critic
+    iterations: Positive[int] = 60
+    batch_size: Positive[int] = 128  # episodes (responses) an iteration
+    minibatches: Positive[int] = 2  # optimiser steps an epoch
+    epochs: Positive[int] = 2  # passes over the episodes of an iteration
+    micro_batch: NotNegative[int] = 32  # episodes a forward pass, of like length; 0 takes all at
+    #                                     once
+    temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
+    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    lr: Positive[float] = 3e-4  # policy; linear decay to a tenth
+    critic_lr: Positive[float] = 3e-4
+    warmup: NotNegative[int] = 5  # iterations
+    adam_eps: Positive[float] = 1e-5
+    grad_clip: Positive[float] = 1.0
+    gamma: NotNegative[float] = 1.0
+    lam: NotNegative[float] = 0.95  # GAE's lambda
+    clip: Positive[float] = 0.2  # policy ratio
+    value_clip: Positive[float] = 0.2
+    beta: NotNegative[float] = 0.05  # KL coefficient, in units of score per nat
+    kl_in: str = "reward"  # "reward": k1 on every token; "loss": closed form per state
+    kl_target: NotNegative[float] = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler
+    #                                      et al.)
+    kl_horizon: Positive[float] = 1000.0  # episodes; how fast beta adapts
+    missing_eos: float = -3.0  # score of a response without EOS
+    entropy_coef: NotNegative[float] = 0.0  # bonus, 0.001 to 0.01 where used
+    score_scaling: bool = False  # divide scores by their running standard deviation
+    whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
+    ptx_coef: NotNegative[float] = 0.0  # PPO-ptx: weight of the pretraining loss (InstructGPT:
+    #                                     27.8)
+    ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
+    ptx_batch: Positive[int] = 32  # its sequences a minibatch
+    eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
+    best_of: Positive[int] = 4  # compared with the best of n SFT samples by the same reward model
+    log_every: Positive[int] = 10  # iterations between sample tables
+    save_every: Positive[int] = 20  # iterations between saved states
+    trace: bool = False  # print one example with every number of its loss, then stop
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import time
 
 import numpy as np
 import torch
@@ -22,7 +73,6 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import common
-from common import UserError
 from data.records import check_prompt, fits, read_jsonl, split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
@@ -30,50 +80,6 @@ from data.text import text_rows
 from evaluate import check_start, compare, held_out_prompts, warn_of_negative_kl
 from model import GPT, generate, text_loss, token_logprobs, token_stats, trim
 from reward import load_reward_model
-
-
-@dataclass
-class Config:
-    data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
-    out: str = "out/ppo"  # output folder
-    init: str = "out/sft"  # policy to start from; also the reference
-    reward_model: str = "out/reward"  # score, and start of the critic
-    iterations: int = 60
-    batch_size: int = 128  # episodes (responses) an iteration
-    minibatches: int = 2  # optimiser steps an epoch
-    epochs: int = 2  # passes over the episodes of an iteration
-    micro_batch: int = 32  # episodes a forward pass, of like length; 0 takes all at once
-    temperature: float = 1.0  # of the policy: in sampling and in every log-probability
-    max_new_tokens: int = 48  # a response longer than this is cut, and gets no EOS
-    lr: float = 3e-4  # policy; linear decay to a tenth
-    critic_lr: float = 3e-4
-    warmup: int = 5  # iterations
-    adam_eps: float = 1e-5
-    grad_clip: float = 1.0
-    gamma: float = 1.0
-    lam: float = 0.95  # GAE's lambda
-    clip: float = 0.2  # policy ratio
-    value_clip: float = 0.2
-    beta: float = 0.05  # KL coefficient, in units of score per nat
-    kl_in: str = "reward"  # "reward": k1 on every token; "loss": closed form per state
-    kl_target: float = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler et al.)
-    kl_horizon: float = 1000.0  # episodes; how fast beta adapts
-    missing_eos: float = -3.0  # score of a response without EOS
-    entropy_coef: float = 0.0  # bonus, 0.001 to 0.01 where used
-    score_scaling: bool = False  # divide scores by their running standard deviation
-    whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
-    ptx_coef: float = 0.0  # PPO-ptx: weight of the pretraining loss (InstructGPT: 27.8)
-    ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
-    ptx_batch: int = 32  # its sequences a minibatch
-    eval_prompts: int = 512  # held-out prompts of the final comparison
-    best_of: int = 4  # compared with the best of n SFT samples by the same reward model
-    log_every: int = 10  # iterations between sample tables
-    save_every: int = 20  # iterations between saved states
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
-    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 class ValueModel(nn.Module):
@@ -535,4 +541,4 @@ loss     = ({formula} + critic) / sum(mask)
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

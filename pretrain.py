@@ -8,9 +8,43 @@ The result continues text. It does not answer: asked a question it writes more q
     python pretrain.py --data=books.txt --tokenizer=gpt2 --n_layer=12 --n_head=12 --n_embd=768 ...
 """
 
+from dataclasses import dataclass
+
+import cli
+from cli import NotNegative, Positive, UserError
+
+
+@dataclass
+class Config(cli.Config):
+    data: str = "synthetic"  # "synthetic", a .txt file, or a .jsonl file (all text of its records)
+    out: str = "out/pretrain"  # output folder
+    init: str = "none"  # checkpoint to go on from; "none" starts from random weights
+    tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
+    n_layer: Positive[int] = 4  # model size, here and nowhere else; with --init the checkpoint has
+    #                             its own
+    n_head: Positive[int] = 4
+    n_embd: Positive[int] = 128
+    block_size: Positive[int] = 128  # longest sequence of this and every later stage
+    dropout: NotNegative[float] = 0.0
+    steps: Positive[int] = 950  # optimiser steps
+    batch_size: Positive[int] = 48  # sequences a step
+    seq_len: Positive[int] = 40  # tokens a sequence
+    micro_batch: NotNegative[int] = 0  # sequences a forward pass; 0 takes the whole batch
+    lr: Positive[float] = 5e-3  # AdamW's peak (embeddings, biases, gains); warm-up, then cosine to
+    #                             0
+    muon_lr: Positive[float] = 0.02  # Muon's peak (the matrices of the blocks)
+    warmup: NotNegative[int] = 30  # steps
+    weight_decay: NotNegative[float] = 0.1
+    grad_clip: Positive[float] = 1.0
+    documents: Positive[int] = 60000  # embedded data: documents to write
+    eval_every: Positive[int] = 100  # steps between validation losses and saved states
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
 import math
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,40 +52,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import UserError
 from data.records import Split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
+from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-
-
-@dataclass
-class Config:
-    data: str = "synthetic"  # "synthetic", a .txt file, or a .jsonl file (all text of its records)
-    out: str = "out/pretrain"  # output folder
-    init: str = "none"  # checkpoint to go on from; "none" starts from random weights
-    tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
-    n_layer: int = 4  # model size, here and nowhere else; with --init the checkpoint has its own
-    n_head: int = 4
-    n_embd: int = 128
-    block_size: int = 128  # longest sequence of this and every later stage
-    dropout: float = 0.0
-    steps: int = 950  # optimiser steps
-    batch_size: int = 48  # sequences a step
-    seq_len: int = 40  # tokens a sequence
-    micro_batch: int = 0  # sequences a forward pass; 0 takes the whole batch
-    lr: float = 5e-3  # AdamW's peak (embeddings, biases, gains); warm-up, then cosine to 0
-    muon_lr: float = 0.02  # Muon's peak (the matrices of the blocks)
-    warmup: int = 30  # steps
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    documents: int = 60000  # embedded data: documents to write
-    eval_every: int = 100  # steps between validation losses and saved states
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
 
 
 def lm_loss(model, tokens):
@@ -113,7 +119,7 @@ def main(config):
     # --- model and data ------------------------------------------------------
     parents = {}
     if config.init == "none":
-        tokenizer = common.tokenizer_of(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
         try:
             size = GPTConfig(tokenizer.vocab_size, tokenizer.n_tokens, config.block_size,
                              config.n_layer, config.n_head, config.n_embd, config.dropout)
@@ -213,4 +219,4 @@ def base_gold(model, tokenizer, config, run, device, n=512):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

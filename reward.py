@@ -15,8 +15,38 @@ beta, the missing-EOS penalty and the critic mean the same in every run.
     python reward.py --data=out/data/hh_rlhf.jsonl --init=...     # any file of pairs or rankings
 """
 
-import time
 from dataclasses import dataclass
+
+import cli
+from cli import NotNegative, Positive, UserError
+
+
+@dataclass
+class Config(cli.Config):
+    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings or pairs
+    out: str = "out/reward"  # output folder
+    init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
+    demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
+    #                      for the embedded data, else training answers that won a pair
+    pretrain_mix: NotNegative[float] = 0.5  # weight of the next-token loss on text, as in sft.py;
+    #                                         embedded data
+    epochs: Positive[int] = 1  # a second epoch overfits (InstructGPT, Gao et al.)
+    batch_size: Positive[int] = 8  # prompts a step, each with all its answers
+    micro_batch: NotNegative[int] = 0  # prompts a forward pass; 0 takes the whole batch
+    lr: Positive[float] = 8e-4  # peak; warm-up, then cosine to 0
+    warmup: NotNegative[int] = 10  # steps
+    weight_decay: NotNegative[float] = 0.0
+    grad_clip: Positive[float] = 1.0
+    max_new_tokens: Positive[int] = 48  # SFT samples for the scale
+    samples: Positive[int] = 512  # how many, and how many demonstrations
+    save_every: Positive[int] = 100  # steps between saved states
+    trace: bool = False  # print one example with every number of its loss, then stop
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import time
 
 import numpy as np
 import torch
@@ -25,38 +55,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import UserError
 from data.records import (check_demonstration, check_ranking, choose, collate, encode_messages,
                           fits, merge_rankings, prompt_key, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
+from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, text_loss
-
-
-@dataclass
-class Config:
-    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings or pairs
-    out: str = "out/reward"  # output folder
-    init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
-    demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
-    #                      for the embedded data, else training answers that won a pair
-    pretrain_mix: float = 0.5  # weight of the next-token loss on text, as in sft.py; embedded data
-    epochs: int = 1  # a second epoch overfits (InstructGPT, Gao et al.)
-    batch_size: int = 8  # prompts a step, each with all its answers
-    micro_batch: int = 0  # prompts a forward pass; 0 takes the whole batch
-    lr: float = 8e-4  # peak; warm-up, then cosine to 0
-    warmup: int = 10  # steps
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    max_new_tokens: int = 48  # SFT samples for the scale
-    samples: int = 512  # how many, and how many demonstrations
-    save_every: int = 100  # steps between saved states
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
-    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 class RewardModel(nn.Module):
@@ -103,7 +108,7 @@ def reward_loss(chosen, rejected):
 def load_reward_model(path, device):
     """(reward model, tokenizer, checkpoint), frozen, in eval mode."""
     checkpoint = common.load_checkpoint(path, ("reward",), device)
-    tokenizer = common.tokenizer_of(checkpoint["tokenizer"])
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
     common.check_vocabulary(checkpoint["model"], tokenizer, path)
     model = RewardModel(GPTConfig(**checkpoint["model"])).to(device).eval().requires_grad_(False)
     model.load_state_dict(checkpoint["weights"])
@@ -337,4 +342,4 @@ def read_demos(config, train, noise, quality):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -9,15 +9,50 @@ stop. Every assistant turn of a dialogue is scored.
     python sft.py --data=out/data/alpaca.jsonl --init=...    # any file of demonstrations
 """
 
-import time
 from dataclasses import dataclass
+
+import cli
+from cli import NotNegative, Positive, UserError
+
+
+@dataclass
+class Config(cli.Config):
+    data: str = "synthetic"  # "synthetic" or a .jsonl file of demonstrations
+    out: str = "out/sft"  # output folder
+    init: str = "out/pretrain"  # checkpoint to start from
+    demos: Positive[int] = 6000  # embedded data: number of demonstrations
+    quality: NotNegative[float] = 0.5  # embedded data: 0 careless contractors, 0.5 a broad mix, 1
+    #                                    careful ones
+    safety: NotNegative[float] = 1.0  # embedded data: share of the harmful prompts' demonstrations
+    #                                   to keep
+    epochs: Positive[int] = 3
+    pretrain_mix: NotNegative[float] = 0.5  # weight of the pretraining loss on half as many rows
+    #                                         of text
+    pretrain_data: str = "auto"  # its text: a .txt or .jsonl file; "auto": the embedded text for
+    #                              the embedded data, else none
+    batch_size: Positive[int] = 32  # dialogues a step
+    micro_batch: NotNegative[int] = 0  # dialogues a forward pass; 0 takes the whole batch
+    lr: Positive[float] = 1e-3  # peak; warm-up, then cosine to 0
+    warmup: NotNegative[int] = 10  # steps
+    weight_decay: NotNegative[float] = 0.0
+    grad_clip: Positive[float] = 1.0
+    max_new_tokens: Positive[int] = 48  # for the samples that gold reward and EOS rate are
+    #                                     measured on
+    samples: Positive[int] = 512  # how many of them
+    save_every: Positive[int] = 100  # steps between saved states
+    trace: bool = False  # print one example with every number of its loss, then stop
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from common import UserError
 from data.records import (Split, check_demonstration, choose, collate, encode_messages, fits,
                           read_jsonl, split)
 from data.synthetic.gold import gold_reward
@@ -25,34 +60,6 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from model import text_loss, token_logprobs
-
-
-@dataclass
-class Config:
-    data: str = "synthetic"  # "synthetic" or a .jsonl file of demonstrations
-    out: str = "out/sft"  # output folder
-    init: str = "out/pretrain"  # checkpoint to start from
-    demos: int = 6000  # embedded data: number of demonstrations
-    quality: float = 0.5  # embedded data: 0 careless contractors, 0.5 a broad mix, 1 careful ones
-    safety: float = 1.0  # embedded data: share of the harmful prompts' demonstrations to keep
-    epochs: int = 3
-    pretrain_mix: float = 0.5  # weight of the pretraining loss on half as many rows of text
-    pretrain_data: str = "auto"  # its text: a .txt or .jsonl file; "auto": the embedded text for
-    #                              the embedded data, else none
-    batch_size: int = 32  # dialogues a step
-    micro_batch: int = 0  # dialogues a forward pass; 0 takes the whole batch
-    lr: float = 1e-3  # peak; warm-up, then cosine to 0
-    warmup: int = 10  # steps
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    max_new_tokens: int = 48  # for the samples that gold reward and EOS rate are measured on
-    samples: int = 512  # how many of them
-    save_every: int = 100  # steps between saved states
-    seed: int = 1
-    device: str = "auto"  # "auto", "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
-    overwrite: bool = False  # start again in a folder that holds a run
-    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 def sft_loss(logp, response_mask):
@@ -224,4 +231,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -17,7 +17,7 @@ Licence of the data: CC BY-NC 4.0, non-commercial (github.com/tatsu-lab/stanford
 import re
 from dataclasses import dataclass
 
-from common import run_main
+import cli
 from data.download import check_out, convert_all, locate, read_json_rows, text_field, write
 
 COMMIT = "5e69c50054c48cd3b919c46d13bb2d92a62f4498"
@@ -67,4 +67,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli.run_main(main, cli.parse(Config))

@@ -19,7 +19,8 @@ Licence of the data: CC BY-NC 4.0, non-commercial (github.com/tatsu-lab/alpaca_e
 
 from dataclasses import dataclass
 
-from common import UserError, run_main
+import cli
+from cli import UserError
 from data.download import check_out, convert_all, locate, read_json_rows, text_field, write
 
 COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"
@@ -107,4 +108,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli.run_main(main, cli.parse(Config))

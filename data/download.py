@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError
+from cli import UserError
 from data.records import prompt_key, write_jsonl
 
 DOWNLOADS = Path("out/downloads")

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import run_main
+import cli
 from data.download import (
     check_out,
     convert_all,
@@ -74,4 +74,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli.run_main(main, cli.parse(Config))

@@ -23,7 +23,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, run_main
+import cli
+from cli import UserError
 from data.download import (
     check_out,
     convert_all,
@@ -132,4 +133,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli.run_main(main, cli.parse(Config))

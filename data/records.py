@@ -19,15 +19,12 @@ from pathlib import Path
 
 import torch
 
+from cli import UserError
 from data.verifier import final_answer
 
 
-class DataError(ValueError):
-    """A record or file that cannot be used; the message says which and why."""
-
-
 def _fail(where, why):
-    raise DataError(f"{where}: {why}")
+    raise UserError(f"{where}: {why}")
 
 
 def _text(record, key, where):
@@ -72,7 +69,7 @@ def _side(record, where):
 
 
 def check_demonstration(record, where="record"):
-    """{"messages": [...]}, last turn the assistant's. ValueError (DataError) if it is not one."""
+    """{"messages": [...]}, last turn the assistant's. UserError if it is not one."""
     if "messages" in record:
         turns = _turns(record["messages"], "messages", where)
         if turns[-1]["role"] != "assistant":
@@ -144,10 +141,10 @@ def check_prompt(record, where="record"):
 
 
 def read_jsonl(path, check):
-    """Every record of the file, validated. DataError names file and line."""
+    """Every record of the file, validated. UserError names file and line."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"no data file at {path}")
+        raise UserError(f"no data file at {path}")
     records = []
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -158,14 +155,14 @@ def read_jsonl(path, check):
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
                 why = getattr(error, "msg", error)
-                raise DataError(f"{where}: not JSON ({why})") from None
+                raise UserError(f"{where}: not JSON ({why})") from None
             if not isinstance(record, dict):
-                raise DataError(f"{where}: a record must be a JSON object")
+                raise UserError(f"{where}: a record must be a JSON object")
             records.append(check(record, where))
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
+        raise UserError(f"{path}: not UTF-8 text") from None
     if not records:
-        raise DataError(f"{path}: holds no records")
+        raise UserError(f"{path}: holds no records")
     return records
 
 

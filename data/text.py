@@ -4,24 +4,25 @@ from pathlib import Path
 
 import torch
 
-from data.records import DataError, check_prompt, read_jsonl, split
+from cli import UserError
+from data.records import check_prompt, read_jsonl, split
 from data.synthetic.corpus import documents
 
 
 def read_texts(data, n, seed):
     """A list of documents: n embedded ones ("synthetic"), the paragraphs of a .txt file (a blank
     line ends a document), or all the text of each record of a .jsonl file, without those that the
-    later stages hold out. DataError if it cannot be read."""
+    later stages hold out. UserError if it cannot be read."""
     if data == "synthetic":
         return list(documents(n, seed))
     path = Path(data)
     if not path.is_file():
-        raise DataError(f"no text file at {path}")
+        raise UserError(f"no text file at {path}")
     if path.suffix != ".jsonl":
         try:
             return [d for d in path.read_text(encoding="utf-8").split("\n\n") if d.strip()]
         except UnicodeDecodeError:
-            raise DataError(f"{path}: not UTF-8 text") from None
+            raise UserError(f"{path}: not UTF-8 text") from None
 
     def strings(value):  # every text of a record, in order: prompt, then completion, ...
         if isinstance(value, str):
@@ -59,9 +60,9 @@ def pack(documents, length):
 
 
 def text_rows(data, tokenizer, length, n, seed):
-    """Rows (rows, length) of token ids; documents are separated by EOS. DataError if too short."""
+    """Rows (rows, length) of token ids; documents are separated by EOS. UserError if too short."""
     texts = read_texts(data, n, seed)
     rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in texts], length)
     if len(rows) < 2:
-        raise DataError(f"{data}: too little text for two rows of {length} tokens")
+        raise UserError(f"{data}: too little text for two rows of {length} tokens")
     return rows

@@ -22,6 +22,8 @@ from pathlib import Path
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
+from cli import UserError
+
 # GPT-2's pre-tokenisation: contractions, words, numbers, punctuation, whitespace
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 ROLES = ("system", "user", "assistant")
@@ -81,14 +83,14 @@ def read_ranks(path):
         lines = Path(path).read_text().splitlines()
         return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     except OSError as error:
-        raise ValueError(f"cannot read the ranks file {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the ranks file {path}: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{path} is not a ranks file of tiktoken's format") from None
+        raise UserError(f"{path} is not a ranks file of tiktoken's format") from None
 
 
 @cache
 def load_tokenizer(name, ranks_path=None):
-    """The tokenizer of this name. ValueError where the name or the ranks file is wrong or missing.
+    """The tokenizer of this name. UserError where the name or the ranks file is wrong or missing.
 
     ranks_path (gpt2 only) is a local r50k_base.tiktoken; without it the environment variable
     GPT2_RANKS, then tiktoken's own cache, then a download are tried.
@@ -96,16 +98,16 @@ def load_tokenizer(name, ranks_path=None):
     if name == "synthetic":
         return Tokenizer(name, read_ranks(SYNTHETIC_RANKS))
     if name != "gpt2":
-        raise ValueError(f"tokenizer {name!r} is unknown: choose one of {', '.join(NAMES)}")
+        raise UserError(f"tokenizer {name!r} is unknown: choose one of {', '.join(NAMES)}")
     ranks_path = ranks_path or os.environ.get("GPT2_RANKS")
     if ranks_path:
         ranks = read_ranks(ranks_path)  # names the path where it cannot
         if len(ranks) != GPT2_RANKS:
-            raise ValueError(f"{ranks_path} holds {len(ranks)} tokens, GPT-2 has {GPT2_RANKS}")
+            raise UserError(f"{ranks_path} holds {len(ranks)} tokens, GPT-2 has {GPT2_RANKS}")
         return Tokenizer(name, ranks)
     try:
         return Tokenizer(name, load_tiktoken_bpe(GPT2_URL, GPT2_SHA256))
     except Exception as error:  # any of requests' errors, or a wrong checksum
         why = str(error).split("\n")[0][:150]
-        raise ValueError(f"cannot load GPT-2's tokenizer from {GPT2_URL}: {why}. Without a "
+        raise UserError(f"cannot load GPT-2's tokenizer from {GPT2_URL}: {why}. Without a "
                          "network, set GPT2_RANKS=PATH to a copy of that file") from None

@@ -22,11 +22,26 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
+
+import cli
+from cli import Positive, UserError
+
+
+@dataclass
+class Config:
+    problems: Positive[int] = 5  # random problems a method
+    cold_problems: Positive[int] = 2  # of them, how many again at temperature 0.7
+    methods: str = "all"  # only the rows of the table whose name begins so
+    workers: Positive[int] = 2  # processes, each with one thread
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
 import common
 import dpo
@@ -39,14 +54,6 @@ EOS, CONTENT, LENGTH = 0, (1, 2, 3), 4  # LENGTH: response tokens at most, EOS i
 PROMPTS = ([2, 1],)
 MISSING_EOS = -1.0  # low, yet pi* keeps some weight on cut responses
 BETA = 1.0  # of scores with standard deviation 1
-
-
-@dataclass
-class Config:
-    problems: int = 5  # random problems a method
-    cold_problems: int = 2  # of them, how many again at temperature 0.7
-    methods: str = "all"  # only the rows of the table whose name begins so
-    workers: int = 2  # processes, each with one thread
 
 
 # --- the problem, enumerated ---------------------------------------------------------------------
@@ -378,9 +385,7 @@ def table(rows):
 def main(config):
     names = [n for n in METHODS if config.methods == "all" or n.startswith(config.methods)]
     if not names:
-        raise common.UserError(f"--methods={config.methods}: none of {', '.join(METHODS)}")
-    if config.workers < 1:
-        raise common.UserError(f"--workers={config.workers}: must be above 0")
+        raise UserError(f"--methods={config.methods}: none of {', '.join(METHODS)}")
     start, jobs = time.time(), []
     for temperature, count in ((1.0, config.problems), (0.7, config.cold_problems)):
         seeds = [p.seed for p in draw_problems(count, temperature)]
@@ -400,4 +405,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -19,17 +19,39 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
+
+import cli
+from cli import NotNegative, Positive, UserError
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # policy that all methods start from
+    data: str = "out/label/rankings.jsonl"  # rankings for DPO
+    reward_model: str = "out/reward"  # for PPO, GRPO and best-of-n
+    out: str = "out/frontier"  # a folder for every run, frontier.json, frontier.md, frontier.png
+    seeds: Positive[int] = 3  # runs of every method at every beta
+    eval_prompts: Positive[int] = 512  # held-out prompts
+    temperature: Positive[float] = 1.0
+    max_new_tokens: Positive[int] = 48
+    missing_eos: float = -3.0  # score of a response without EOS
+    workers: Positive[int] = 1  # runs side by side; above 1 with one thread each
+    seed: NotNegative[int] = 1  # of the best-of-n samples
+    device: str = "auto"  # "auto", "cpu", "cuda"
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import numpy as np
 
 import common
 import dpo
 import grpo
 import ppo
-from common import ROOT, UserError
+from common import ROOT, clustered_se, question
 from data.synthetic.gold import gold_reward
-from common import clustered_se, question
 from evaluate import held_out_prompts, response_rows
 from reward import load_reward_model, score_rows
 
@@ -42,22 +64,6 @@ METHODS = {
     "DPO": ("dpo", dpo.resolve(dpo.Config()), (0.05, 0.1, 0.3, 1.0)),
 }
 MOST = 16  # SFT samples a prompt, for best-of-n with n = 1, 2, 4, 8, 16
-
-
-@dataclass
-class Config:
-    init: str = "out/sft"  # policy that all methods start from
-    data: str = "out/label/rankings.jsonl"  # rankings for DPO
-    reward_model: str = "out/reward"  # for PPO, GRPO and best-of-n
-    out: str = "out/frontier"  # a folder for every run, frontier.json, frontier.md, frontier.png
-    seeds: int = 3  # runs of every method at every beta
-    eval_prompts: int = 512  # held-out prompts
-    temperature: float = 1.0
-    max_new_tokens: int = 48
-    missing_eos: float = -3.0  # score of a response without EOS
-    workers: int = 1  # runs side by side; above 1 with one thread each
-    seed: int = 1  # of the best-of-n samples
-    device: str = "auto"  # "auto", "cpu", "cuda"
 
 
 def train(job, config, hashes):
@@ -224,4 +230,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

@@ -12,22 +12,27 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
-import common
-from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS
-from data.synthetic.world import all_prompts
-from common import clustered_se, question
-from reward import encode_ranking, load_reward_model, score_rows
+import cli
 
 
 @dataclass
 class Config:
     reward_model: str = "out/reward"  # the reward model that is asked
-    seed: int = 1  # nothing is drawn; every script has it
     device: str = "auto"  # "auto", "cpu", "cuda"
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import numpy as np
+
+import common
+from common import clustered_se, question
+from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS
+from data.synthetic.world import all_prompts
+from reward import encode_ranking, load_reward_model, score_rows
 
 
 def contrasts(prompts):
@@ -73,7 +78,7 @@ def contrasts(prompts):
 
 
 def main(config):
-    device = common.set_up(config, "knowledge")
+    device = common.find_device(config.device)
     common.ensure_input(config, "reward_model", "reward")
     model, tokenizer, _ = load_reward_model(config.reward_model, device)
     table = []
@@ -94,4 +99,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.run_main(main, Config)
+    cli.run_main(main, CONFIG)

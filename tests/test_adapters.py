@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-import common
+import cli
 import data.tokenizer
-from common import UserError
+from cli import UserError
 from data import alpaca, alpaca_eval, download, hh_rlhf
 from data.records import check_demonstration, check_ranking, prompt_key, read_jsonl, split
 
@@ -52,7 +52,7 @@ def run(adapter, monkeypatch, *flags):
     """The adapter's own command line, in this process; returns the exit status."""
     monkeypatch.setattr(sys, "argv", [f"{adapter.__name__}.py", *flags])
     try:
-        common.run_main(adapter.main, adapter.Config)
+        cli.run_main(adapter.main, cli.parse(adapter.Config))
     except SystemExit as stop:
         return stop.code
     return 0
@@ -552,13 +552,13 @@ def test_gpt2_tokenizer():
 def test_gpt2_tokenizer_without_its_ranks(closed_url, tmp_path, monkeypatch):
     """Would catch: requests' own traceback where the ranks are missing or cannot be downloaded."""
     missing = str(tmp_path / "gpt2.tiktoken")
-    with pytest.raises(ValueError, match="ranks file") as error:
+    with pytest.raises(UserError, match="ranks file") as error:
         data.tokenizer.load_tokenizer("gpt2", missing)
     assert missing in str(error.value) and "\n" not in str(error.value)
 
     monkeypatch.delenv("GPT2_RANKS", raising=False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setattr(data.tokenizer, "GPT2_URL", closed_url)
-    with pytest.raises(ValueError, match="GPT2_RANKS") as error:
+    with pytest.raises(UserError, match="GPT2_RANKS") as error:
         data.tokenizer.load_tokenizer.__wrapped__("gpt2")  # not what another test has loaded
     assert closed_url in str(error.value) and "\n" not in str(error.value)

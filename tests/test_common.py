@@ -1,14 +1,18 @@
 """Flags, run folders, checkpoints."""
 
+import dataclasses
 import json
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import cli
 import common
 import pytest
 import torch
-from common import UserError, parse_flags
+from cli import NotNegative, Positive, UserError, read_flags
 from data.tokenizer import load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,20 +20,21 @@ from model import GPT, GPTConfig
 
 
 @dataclass
-class Config:
+class Config(cli.Config):
     out: str = "out/x"  # output folder
-    steps: int = 10  # how many
-    lr: float = 1e-3  # how fast
-    resume: bool = False  # go on
-    overwrite: bool = False  # start again
+    steps: Positive[int] = 10  # how many,
+    #                            over two lines
+    # --- how it learns
+    lr: NotNegative[float] = 1e-3  # how fast
+    bonus: float = 0.5
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(), st.integers(), st.floats(allow_nan=False), st.booleans())
+@given(st.text(), st.integers(1), st.floats(0, allow_infinity=False), st.booleans())
 def test_flags_round_trip(out, steps, lr, resume):
     # catches values that change on the way: "=" in a value, a 1 for a float, newlines
     argv = [f"--out={out}", f"--steps={steps}", f"--lr={lr}", f"--resume={str(resume).lower()}"]
-    config = parse_flags(Config, argv)
+    config = read_flags(Config, argv)
     assert (config.out, config.steps, config.lr, config.resume) == (out, steps, lr, resume)
 
 
@@ -40,7 +45,7 @@ def test_any_argument_is_read_or_refused(argument):
     if argument in ("-h", "--help"):
         return
     try:
-        parse_flags(Config, [argument])
+        read_flags(Config, [argument])
     except UserError:
         return
     assert argument.split("=")[0] in ("--out", "--steps", "--lr", "--resume", "--overwrite")
@@ -58,36 +63,60 @@ def test_any_argument_is_read_or_refused(argument):
 def test_bad_flags(argv, message):
     # catches abbreviations, silent coercion and repeated flags
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        parse_flags(Config, argv)
+        read_flags(Config, argv)
 
 
-def test_help_shows_every_field_with_its_comment(capsys):
-    # catches undocumented flags
-    with pytest.raises(SystemExit) as exit:
-        parse_flags(Config, ["--help"])
-    shown = capsys.readouterr().out
-    assert exit.value.code == 0
-    for part in ("--out=out/x", "output folder", "--resume=false", "--lr=0.001", "how fast"):
-        assert part in shown
+@pytest.mark.parametrize("argv, message", [
+    (["--steps=0"], "--steps=0: must be above 0"), (["--lr=nan"], "--lr=nan: must be a finite"),
+    (["--lr=-inf"], "must be a finite"), (["--lr=-1e-9"], "--lr=-1e-09: must not be negative"),
+    (["--bonus=inf"], "must be a finite")])
+def test_numbers_out_of_range(argv, message):
+    # catches a range that is declared and not read
+    with pytest.raises(UserError, match=message):
+        read_flags(Config, argv)
+    assert read_flags(Config, ["--lr=0", "--steps=1", "--bonus=-3"]).bonus == -3
 
 
-def test_every_field_of_every_stage_is_documented():
+def test_help_shows_every_field_with_its_comment():
+    # catches undocumented flags, a comment over two lines that is cut, a field shown twice
+    shown = cli.help_text(Config)
+    for part in ("--out=out/x", "output folder", "how many, over two lines", "--lr=0.001",
+                 "how fast", "--bonus=0.5", "\nhow it learns:\n", "--seed=1", "\nthe run:\n"):
+        assert shown.count(part) == 1, part
+
+
+STAGES = ("pretrain", "sft", "label", "reward", "ppo", "dpo", "grpo", "evaluate")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_of_every_stage_is_documented(stage):
     # catches a flag without a comment where its name does not say everything
-    import label
-    import ppo
-    import pretrain
-    import reward
-    import sft
-    for stage in (pretrain, sft, label, reward, ppo):
-        lines = common.help_text(stage.Config).split("\n")[2:]
-        bare = [line.split("=")[0].strip(" -") for line in lines if line.rstrip().count("  ") < 2
-                and len(line.split()) < 2]
-        allowed = {"n_head", "n_embd", "dropout", "grad_clip", "weight_decay", "adam_eps", "epochs",
-                   "iterations", "gamma", "value_clip", "seed", "temperature", "critic_lr"}
-        assert set(bare) <= allowed, (stage.__name__, set(bare) - allowed)
-        fields = stage.Config.__dataclass_fields__
-        for required in ("init", "data", "out", "seed", "lr", "device"):
-            assert required in fields or (stage is label and required == "lr")
+    config = __import__(stage).Config
+    lines = [line for line in cli.help_text(config).split("\n") if line.startswith("  --")]
+    fields = [f.name for f in dataclasses.fields(config)]
+    assert sorted(re.match(r"  --(\w+)=", line)[1] for line in lines) == sorted(fields)
+    bare = {line.split("=")[0].strip(" -") for line in lines if len(line.split()) == 1}
+    assert bare <= {"n_head", "n_embd", "dropout", "grad_clip", "weight_decay", "adam_eps",
+                    "epochs", "iterations", "gamma", "value_clip", "temperature", "critic_lr"}
+    for required in ("init", "data", "out", "seed", "lr", "device"):
+        assert required in fields or stage in ("label", "evaluate")
+
+
+def test_help_does_not_wait_for_torch():
+    # catches a heavy import before the flags are read
+    scripts = [f"{stage}.py" for stage in STAGES]
+    scripts += [str(p.relative_to(common.ROOT)) for p in (common.ROOT / "studies").glob("*.py")]
+    code = "\n".join([
+        "import contextlib, io, runpy, sys", f"for script in {scripts}:",
+        "    sys.argv = [script, '--help']",
+        "    with contextlib.redirect_stdout(io.StringIO()) as out:",
+        "        try: runpy.run_path(script, run_name='__main__')",
+        "        except SystemExit as stop: assert stop.code == 0",
+        "    assert '--device' in out.getvalue() or 'closed' in script, script",
+        "    assert not {'torch', 'tiktoken'} & set(sys.modules), script"])
+    result = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, text=True,
+                            capture_output=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_finished_run_is_not_touched(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from cli import UserError
 from data.records import (
-    DataError,
     check_demonstration,
     check_prompt,
     check_ranking,
@@ -94,7 +94,7 @@ def test_masks_come_from_lengths(rows, data):
 ])
 def test_bad_records_are_named(check, record, message):
     # catches a bad record that passes, or a message that does not say what is wrong
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         check(record, "x.jsonl:7")
     assert str(error.value).startswith("x.jsonl:7") and message in str(error.value)
 
@@ -113,7 +113,7 @@ def test_any_json_is_a_record_or_an_error(record):
     for check in (check_demonstration, check_ranking, check_prompt):
         try:
             check(record)
-        except DataError:
+        except UserError:
             pass
 
 
@@ -124,18 +124,18 @@ def test_files(tmp_path):
     write_jsonl(path, records)
     assert read_jsonl(path, lambda r, w: r) == records
     path.write_text('{"prompt": "a", "completion": "b"}\n\nnot json\n')
-    with pytest.raises(DataError, match=r"x.jsonl:3: not JSON"):
+    with pytest.raises(UserError, match=r"x.jsonl:3: not JSON"):
         read_jsonl(path, check_demonstration)
     path.write_text("[1]\n")
-    with pytest.raises(DataError, match=r"x.jsonl:1: a record must be a JSON object"):
+    with pytest.raises(UserError, match=r"x.jsonl:1: a record must be a JSON object"):
         read_jsonl(path, check_demonstration)
     path.write_text("\n")
-    with pytest.raises(DataError, match="no records"):
+    with pytest.raises(UserError, match="no records"):
         read_jsonl(path, check_demonstration)
-    with pytest.raises(DataError, match="no data file"):
+    with pytest.raises(UserError, match="no data file"):
         read_jsonl(tmp_path / "missing", check_demonstration)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         read_jsonl(path, check_demonstration)
 
 
@@ -167,5 +167,5 @@ def test_every_format_keeps_its_side_of_the_split():
         assert split([check(demo)]).held_out
     pair = dict(prompt="a", chosen="b", rejected="c", held_out=True)
     assert split([check_ranking(pair)]).held_out
-    with pytest.raises(DataError, match="true or false"):
+    with pytest.raises(UserError, match="true or false"):
         check_prompt(dict(prompt="a", held_out="false"))

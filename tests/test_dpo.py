@@ -4,13 +4,15 @@ import json
 import math
 import sys
 
+import cli
 import common
 import dpo
 import evaluate
 import pytest
 import torch
 import torch.nn.functional as F
-from data.records import DataError, check_ranking_or_label, read_jsonl, write_jsonl
+from cli import UserError
+from data.records import check_ranking_or_label, read_jsonl, write_jsonl
 from data.tokenizer import load_tokenizer
 from dpo import (
     SETTINGS,
@@ -258,7 +260,7 @@ def test_label_records(label):
     (dict(held_out=1), "'held_out' must be true or false")])
 def test_label_records_that_are_none(change, message):
     # catches a 1 read as true, and a record that fails later with a traceback
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         check_ranking_or_label(dict(prompt="a", completion="b", label=True) | change)
 
 
@@ -285,7 +287,7 @@ def run(folder, monkeypatch, out, *flags):
     """dpo.main in this process; returns the rows of its log."""
     monkeypatch.chdir(folder)
     given = {f.split("=")[0]: f for f in (*FLAGS["dpo"], *flags, f"--out={out}")}
-    dpo.main(common.parse_flags(Config, given.values()))
+    dpo.main(cli.read_flags(Config, given.values()))
     return [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
 
 
@@ -296,7 +298,7 @@ def command(folder, monkeypatch, capsys, *flags):
     monkeypatch.setattr(sys, "argv", ["dpo.py", *given.values()])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        common.run_main(dpo.main, Config)
+        cli.run_main(dpo.main, cli.parse(dpo.Config))
     return stop.value.code, capsys.readouterr().err
 
 
@@ -588,7 +590,7 @@ def test_evaluate_as_a_command_says_what_the_stage_said(folder, monkeypatch):
     final = of_kind(run(folder, monkeypatch, "judged", "--lr=0.01", "--epochs=4"), "final")[0]
     given = ["--policy=judged", "--reference=sft", "--data=pairs.jsonl", "--out=judge",
              "--eval_prompts=4", "--max_new_tokens=12"]
-    evaluate.main(common.parse_flags(evaluate.Config, given))
+    evaluate.main(cli.read_flags(evaluate.Config, given))
     lines = (folder / "judge" / "log.jsonl").read_text().splitlines()
     found = json.loads(lines[-1])
     for name in ("kl", "kl_se", "length", "length_sft", "eos_rate", "eos_rate_sft"):
@@ -711,7 +713,7 @@ def test_trace_leaves_no_cache_but_uses_one(cached, tmp_path):
     (["--undesirable=-1"], "--undesirable=-1.0: must not be negative"),
     (["--label_smoothing=0.5"], "--label_smoothing=0.5: expected 0 to below 0.5"),
     (["--epochs=0"], "--epochs=0: must be above 0"),
-    (["--lr=-1"], "--lr=-1.0: must be above 0"),
+    (["--lr=-1"], "--lr=-1.0: must not be negative"),
     (["--lr=inf"], "--lr=inf: must be a finite number"),
     (["--beta=nan"], "--beta=nan: must be a finite number"),
     (["--weight_decay=-1"], "--weight_decay=-1.0: must not be negative"),

@@ -4,13 +4,14 @@ import itertools
 import json
 from pathlib import Path
 
+import cli
 import common
 import dpo
 import evaluate
 import numpy as np
 import pytest
 import torch
-from common import UserError
+from cli import UserError
 from conftest import run_script
 from data.records import write_jsonl
 from data.synthetic.facts import FLATTERY
@@ -171,6 +172,5 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
     config.data = "rankings/mine.jsonl"
     with pytest.raises(UserError, match="mine.jsonl: expected a rankings.jsonl"):
         frontier.main(config)
-    config.workers = 0
     with pytest.raises(UserError, match="--workers=0: must be above 0"):
-        frontier.main(config)
+        cli.read_flags(frontier.Config, ["--workers=0"])

@@ -9,6 +9,7 @@ import math
 from decimal import Decimal
 from pathlib import Path
 
+import cli
 import common
 import grpo
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data import gsm8k
-from data.records import DataError, check_answer, check_demonstration, read_jsonl, split
+from cli import UserError
+from data.records import check_answer, check_demonstration, read_jsonl, split
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer, is_right, strip_calculator
@@ -495,9 +497,9 @@ def test_answer_records():
     for answer, why in ((None, "expected text"), ("", "is empty"), ("four", "holds no number"),
                         (True, "expected text"), (float("nan"), "holds no number"),
                         (float("inf"), "holds no number")):
-        with pytest.raises(DataError, match=why):
+        with pytest.raises(UserError, match=why):
             check_answer(dict(prompt="a", answer=answer))
-    with pytest.raises(DataError, match="'answer' is missing"):
+    with pytest.raises(UserError, match="'answer' is missing"):
         check_answer(dict(prompt="a"))
 
 
@@ -557,7 +559,7 @@ def run(folder, monkeypatch, out, *flags):
     """grpo.main in this process; returns the rows of its log."""
     monkeypatch.chdir(folder)
     given = {f.split("=")[0]: f for f in (*FLAGS["grpo"], *flags, f"--out={out}")}
-    grpo.main(common.parse_flags(Config, given.values()))
+    grpo.main(cli.read_flags(Config, given.values()))
     return [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
 
 
@@ -756,7 +758,7 @@ def test_resume_is_exact(folder, monkeypatch):
     ([*VERIFIER, "--init=reward"], "is a reward checkpoint; needed here: sft or dpo")])
 def test_bad_input_is_one_clear_line(folder, monkeypatch, flags, message):
     # catches tracebacks, and an output folder made by a run that cannot start
-    with pytest.raises((common.UserError, DataError)) as error:
+    with pytest.raises((common.UserError, UserError)) as error:
         run(folder, monkeypatch, "never", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (folder / "never").exists()

@@ -8,6 +8,7 @@ one by one.
 
 import copy
 
+import cli
 import common
 import dpo
 import evaluate
@@ -58,7 +59,7 @@ def train(folder, stage, out, patch, *flags, data=None):
 
     patch.setattr(common.Run, "log", keep)
     given = {f.split("=")[0]: f for f in (*FLAGS[stage], *OPTIONS[stage], *flags, f"--out={out}")}
-    config = common.parse_flags(MODULES[stage].Config, given.values())
+    config = cli.read_flags(MODULES[stage].Config, given.values())
     config.data = data or config.data
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

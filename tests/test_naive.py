@@ -13,6 +13,7 @@ import runpy
 import sys
 import time
 
+import cli
 import common
 import naive
 import numpy as np
@@ -290,7 +291,7 @@ def test_script_and_twin_agree(folder, stage, n):
             assert run_in_two_parts(stage, flags, patch) == 0
         else:
             assert run_stage(stage, flags) == 0
-        config = common.parse_flags(MODULES[stage].Config, flags)
+        config = cli.read_flags(MODULES[stage].Config, flags)
         result, log, final, parents = getattr(naive, stage)(config)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for name in ("data", "demos", "pretrain_data", "ptx_data"):  # files that the run has read
@@ -393,3 +394,20 @@ def test_micro_batches_bound_a_forward_pass(folder, stage, flags, answers):
         flags = [f for f in flags if not f.startswith("--micro_batch")]
         assert run_stage(stage, [*flags, "--micro_batch=2", f"--out=micro/{stage}"]) == 0
     assert 2 <= max(rows) <= 2 * answers
+
+
+@pytest.mark.parametrize("n, options", [(300, dict()), (7, dict(batch_size=6, samples=2)),
+                                        (5, dict(batch_size=1, samples=3, temperature=0.6))])
+def test_texts_are_drawn_from_the_shortest_prompt_to_the_longest(folder, n, options):
+    # catches batches that are cut elsewhere, answers that go to another prompt
+    with in_folder(folder):
+        model, tokenizer, _ = common.load_policy("sft", ("sft",), torch.device("cpu"))
+        prompts = [tokenizer.encode_prompt(names(k) + "." * (k % 3)) for k in range(n)]
+        found = common.sample_texts(model, tokenizer, prompts, 3, torch.Generator().manual_seed(1),
+                                    **options)
+        each = options.get("samples", 1)
+        expected = naive.sample_many(
+            naive.load("sft")[0], tokenizer, [p for p in prompts for _ in range(each)], 3,
+            torch.Generator().manual_seed(1), options.get("temperature", 1.0),
+            max(1, options.get("batch_size", 256) // each) * each)
+    assert found == expected

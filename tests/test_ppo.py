@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import cli
 import common
 import evaluate
 import numpy as np
@@ -323,7 +324,7 @@ def run(folder, monkeypatch, out, *flags):
     """ppo.main in this process; returns the rows of its log, by kind."""
     monkeypatch.chdir(folder)
     given = {f.split("=")[0]: f for f in (*FLAGS["ppo"], *flags, f"--out={out}")}
-    ppo.main(common.parse_flags(Config, given.values()))
+    ppo.main(cli.read_flags(Config, given.values()))
     rows = [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
     return [r for r in rows if r["kind"] == "step"]
 

@@ -2,7 +2,7 @@
 
 import json
 
-import common
+import cli
 import pretrain
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("\n\n".join(f"{i} plus {i} is {2 * i}." for i in range(90)))
     logged = {}
     for size in (0, 1, 3):
-        pretrain.main(common.parse_flags(pretrain.Config, [
+        pretrain.main(cli.read_flags(pretrain.Config, [
             "--data=text.txt", "--steps=2", "--batch_size=8", "--seq_len=16", "--n_layer=1",
             "--n_head=1", "--n_embd=16", f"--micro_batch={size}", f"--out={size}"]))
         rows = map(json.loads, (tmp_path / str(size) / "log.jsonl").read_text().splitlines())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import string
+from typing import get_args
 
 import dpo
 import label
@@ -13,9 +14,8 @@ import pytest
 import reward
 import sft
 import torch
-from common import UserError, parse_flags
+from cli import UserError, read_flags
 from data.records import (
-    DataError,
     check_demonstration,
     check_prompt,
     check_ranking,
@@ -44,6 +44,13 @@ VALUES = {bool: st.booleans(), int: st.integers(), str: st.text(),
           float: st.floats(allow_nan=False) | st.integers(-10**9, 10**9)}
 
 
+def kind_of(field):
+    """(type, what a number of it may be) of a field."""
+    kind, *bounds = get_args(field.type) or (field.type,)
+    fits = lambda x: (kind is not float or math.isfinite(x)) and (not bounds or bounds[0](x))
+    return kind, fits
+
+
 def written(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -54,11 +61,11 @@ def test_flags_of_every_stage_round_trip(config, data):
     # catches a value that changes on the way, and a flag that changes another field
     fields = dataclasses.fields(config)
     chosen = data.draw(st.lists(st.sampled_from(fields), unique_by=lambda f: f.name, max_size=5))
-    values = {f.name: data.draw(VALUES[f.type]) for f in chosen}
-    parsed = parse_flags(config, [f"--{name}={written(v)}" for name, v in values.items()])
+    values = {f.name: data.draw(VALUES[kind_of(f)[0]].filter(kind_of(f)[1])) for f in chosen}
+    parsed = read_flags(config, [f"--{name}={written(v)}" for name, v in values.items()])
     for f in fields:
         found, expected = getattr(parsed, f.name), values.get(f.name, f.default)
-        assert found == expected and type(found) is f.type
+        assert found == expected and type(found) is kind_of(f)[0]
 
 
 @many
@@ -68,26 +75,28 @@ def test_unknown_flags_are_refused_with_a_real_one(config, name, value):
     names = {f.name for f in dataclasses.fields(config)}
     assume(name not in names)
     with pytest.raises(UserError) as error:
-        parse_flags(config, [f"--{name}={value}"])
+        read_flags(config, [f"--{name}={value}"])
     message = str(error.value)
     assert message.startswith("cannot read") or message.split("--")[-1].rstrip("?") in names
 
 
 @many
 @given(CONFIGS, st.data())
-def test_values_of_the_wrong_type_are_refused(config, data):
-    # catches a default that swallows a typo, a 1 for true, a 0.5 for a count
+def test_values_of_the_wrong_type_or_range_are_refused(config, data):
+    # catches a default that swallows a typo, a 1 for true, a 0.5 for a count, a negative rate
     field = data.draw(st.sampled_from([f for f in dataclasses.fields(config) if f.type is not str]))
     text = data.draw(st.text() | st.sampled_from(["", "1.5", "1e3", "yes", "0", "None", "[1]"]))
     try:
         expected = {bool: lambda t: {"true": True, "false": False}[t.lower()],
-                    int: int, float: float}[field.type](text)
+                    int: int, float: float}[kind_of(field)[0]](text)
+        if not kind_of(field)[1](expected):
+            raise ValueError
     except (ValueError, KeyError):
         with pytest.raises(UserError, match=f"--{field.name}="):
-            parse_flags(config, [f"--{field.name}={text}"])
+            read_flags(config, [f"--{field.name}={text}"])
         return
-    found = getattr(parse_flags(config, [f"--{field.name}={text}"]), field.name)
-    assert found == expected or math.isnan(expected)
+    found = getattr(read_flags(config, [f"--{field.name}={text}"]), field.name)
+    assert found == expected
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -138,7 +147,7 @@ def test_any_object_is_a_record_or_a_data_error(record):
     for check in CHECKS:
         try:
             checked = check(record)
-        except DataError:
+        except UserError:
             continue
         split([checked]), prompt_key(checked)
         if "completions" in checked:
@@ -242,7 +251,7 @@ def test_any_file_is_records_or_a_data_error(tmp_path, lines):
     for check in CHECKS:
         try:
             read_jsonl(tmp_path / "x.jsonl", check)
-        except DataError:
+        except UserError:
             pass
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-import common
+import cli
 import numpy as np
 import pytest
 import reward
@@ -150,7 +150,7 @@ def test_a_run_ends_centred_and_scaled(tmp_path, monkeypatch):
         return score(model, rows, *rest)
 
     monkeypatch.setattr(reward, "score_rows", keep)
-    reward.main(common.parse_flags(reward.Config, [*FLAGS["reward"], "--out=centred"]))
+    reward.main(cli.read_flags(reward.Config, [*FLAGS["reward"], "--out=centred"]))
     model, tokenizer, _ = load_reward_model(tmp_path / "centred", torch.device("cpu"))
     (demos, _), (samples, _), (_, again) = scored
     masks = lambda rows: [[0] * (len(r) - 1) + [1] for r in rows]  # the score is read at the end

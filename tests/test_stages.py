@@ -3,6 +3,7 @@
 import json
 import math
 
+import cli
 import common
 import label
 import pytest
@@ -162,7 +163,7 @@ def test_cut_answers_are_not_ranked(tmp_path, monkeypatch):
         return drawn
 
     monkeypatch.setattr(common, "sample_texts", keep)
-    label.main(common.parse_flags(label.Config, [
+    label.main(cli.read_flags(label.Config, [
         "--init=sft", "--prompts=12", "--held_out=6", "--k=4", "--max_new_tokens=6",
         "--temperature=0.9", "--out=ranked"]))
     lines = (tmp_path / "ranked" / "rankings.jsonl").read_text().splitlines()
@@ -182,7 +183,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     # catches anything that resume forgets: optimiser, data order, beta, running statistics
     module = __import__(stage)
     monkeypatch.chdir(chain[0])
-    config = common.parse_flags(module.Config, TINY[stage])
+    config = cli.read_flags(module.Config, TINY[stage])
     for name, value in change.items():
         setattr(config, name, value)
     config.out = str(tmp_path / "whole")

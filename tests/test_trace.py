@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 
-import common
+import cli
 import dpo
 import naive
 import pytest
@@ -207,7 +207,7 @@ def test_dpo(folder, monkeypatch, capsys, loss, flags):
     # formula that is not the one that the number comes from
     monkeypatch.chdir(folder)  # in this process: seven times its start would take long
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    dpo.main(common.parse_flags(dpo.Config, [
+    dpo.main(cli.read_flags(dpo.Config, [
         *DPO, f"--loss={loss}", *flags, "--trace=true", "--out=done"]))
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     output = capsys.readouterr().out

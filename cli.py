@@ -1,0 +1,129 @@
+"""Flags, help, and the one user error. Imports none of the other files, and no torch.
+
+A script declares its settings as a dataclass and reads them before it imports what is slow:
+
+    @dataclass
+    class Config(cli.Config):
+        out: str = "out/sft"  # output folder
+        lr: Positive[float] = 1e-3  # peak; warm-up, then cosine to 0
+
+    CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+Flags are --name=value for these fields and nothing else. The range of a number is part of its type,
+the comment behind a field is its help, a line `# --- name` above some begins a group.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar, get_args
+
+# --name=value where the value is a number: a bare int or float may be any finite one
+Number = TypeVar("Number", int, float)
+Positive = Annotated[Number, lambda x: x > 0, "must be above 0"]
+NotNegative = Annotated[Number, lambda x: x >= 0, "must not be negative"]
+
+
+class UserError(Exception):
+    """Bad input: printed as one line, exit status 2."""
+
+
+@dataclass
+class Config:
+    """What means the same in every run; each script adds its own."""
+    # --- the run
+    out: str = ""  # output folder
+    seed: NotNegative[int] = 1  # of every random stream
+    device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
+    resume: bool = False  # go on with an interrupted run
+    overwrite: bool = False  # start again in a folder that holds a run
+
+
+def parse(config_class):
+    """The settings that the command line gives. --help prints them all and stops."""
+    with _one_line_errors():
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(config_class))
+            sys.exit(0)
+        return read_flags(config_class, sys.argv[1:])
+
+
+def run_main(main, config):
+    """What every script ends with: main(config), a user error as one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
+    with _one_line_errors():
+        main(config)
+
+
+@contextlib.contextmanager
+def _one_line_errors():
+    try:
+        yield
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_flags(config_class, argv):
+    """An instance of the dataclass from --name=value arguments. UserError for any other."""
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    values = {}
+    for argument in argv:
+        match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", argument, re.DOTALL)
+        if not match:
+            raise UserError(f"cannot read {argument!r}: flags are written --name=value "
+                            "(--help lists them)")
+        name, text = match.groups()
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1, 0.0)
+            raise UserError(f"unknown flag --{name}: did you mean --{near[0]}?")
+        if name in values:
+            raise UserError(f"--{name} is given twice")
+        values[name] = _read_value(name, text, fields[name].type)
+    return config_class(**values)
+
+
+def _read_value(name, text, kind):
+    kind, *bounds = get_args(kind) or (kind,)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"--{name}={text}: expected true or false")
+        return text.lower() == "true"
+    try:
+        value = kind(text)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise UserError(f"--{name}={text}: expected {expected}") from None
+    if kind is float and not math.isfinite(value):  # nan would pass any comparison below
+        raise UserError(f"--{name}={value}: must be a finite number")
+    if bounds and not bounds[0](value):
+        raise UserError(f"--{name}={value}: {bounds[1]}")
+    return value
+
+
+def help_text(config_class):
+    """What the script is for, its examples, and every flag with its default and its comment."""
+    doc = inspect.getdoc(sys.modules[config_class.__module__])
+    lines = [doc.split("\n")[0], "", *(line for line in doc.split("\n") if "python " in line)]
+    default = {f.name: f.default for f in dataclasses.fields(config_class)}
+    for owner in [c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]:
+        source = inspect.getsource(owner)
+        for heading, name, comment in re.findall(
+                r"^    (?:# --- (.*)|(\w+): [^#\n]*(?:# (.*(?:\n +# {2,}.*)*))?)$", source, re.M):
+            if heading:
+                lines += ["", f"{heading}:"]
+            elif name in default:  # a field that two classes declare is shown once
+                value = default.pop(name)
+                value = str(value).lower() if isinstance(value, bool) else value
+                comment = " ".join(re.sub(r"\n *#", "", comment).split())
+                lines.append(f"  --{name}={value}".ljust(38) + comment)
+    return "\n".join(lines)
