@@ -49,11 +49,12 @@ def pack(documents, length):
     """
     rows, row = [], []
     for document in documents:
-        while len(document) > length - len(row):
-            space = length - len(row)
-            rows.append(row + document[:space])
-            row, document = [], document[space:] if len(document) > length else document
-        row = row + document
+        start = 0  # of what is still to be placed: slicing the rest off would be quadratic
+        while len(document) - start > length - len(row):
+            end = start + length - len(row)
+            rows.append(row + document[start:end])
+            row, start = [], end if len(document) > length else 0
+        row = row + document[start:]
     if len(row) == length:
         rows.append(row)
     return torch.tensor(rows, dtype=torch.long).view(-1, length)

@@ -73,7 +73,7 @@ AXES = {"sum", "mean", "std", "var", "cumsum", "argmax", "argmin", "amax", "amin
 MAKERS = {"len", "range", "isinstance", "type", "open", "next", "iter", "zip", "enumerate", "id",
           "super", "cat", "stack", "tensor", "zeros", "ones", "arange", "empty", "device", "load",
           "from_numpy", "default_rng", "Path", "getattr", "map", "autocast"}
-SYMMETRIC = {"min", "max", "minimum", "maximum", "isinstance", "transpose"}  # in their arguments
+SYMMETRIC = {"min", "max", "minimum", "maximum", "isinstance", "transpose", "logaddexp"}  # in their arguments
 MESSAGES = re.compile(r"(print|_fail|warnings\.warn|sys\.exit)\(")
 TIMING = re.compile(r"[^,\n]*time\.(perf_counter|time)\(\).*")  # nothing else in it
 SPEED = re.compile(r"\b(clock|\w*_per_s)\b")

@@ -1,5 +1,7 @@
 """Tokenizer and template, record formats, the split, batches."""
 
+import time
+
 import pytest
 import torch
 from cli import UserError
@@ -15,6 +17,7 @@ from data.records import (
     split,
     write_jsonl,
 )
+from data.text import pack
 from data.tokenizer import load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -169,3 +172,11 @@ def test_every_format_keeps_its_side_of_the_split():
     assert split([check_ranking(pair)]).held_out
     with pytest.raises(UserError, match="true or false"):
         check_prompt(dict(prompt="a", held_out="false"))
+
+
+def test_a_long_document_is_packed_in_linear_time():
+    # catches a rest that is copied for every row: a million tokens would take minutes
+    start = time.time()
+    rows = pack([[7], list(range(1_000_000)), [8] * 9], 40)
+    assert time.time() - start < 5 and rows.shape == (25_000, 40)
+    assert rows.flatten().tolist() == [7, *range(999_999)]

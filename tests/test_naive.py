@@ -27,7 +27,7 @@ from reward import RewardModel
 
 MODULES = {stage: __import__(stage) for stage in
            ("pretrain", "sft", "label", "reward", "dpo", "ppo", "grpo", "evaluate")}
-PRETRAIN = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=55", "--seq_len=23",
+PRETRAIN = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=54", "--seq_len=23",
             "--batch_size=5", "--steps=12", "--warmup=4", "--eval_every=5", "--documents=120",
             "--lr=0.01", "--muon_lr=0.05"]
 SFT = ["--init=base", "--epochs=2", "--batch_size=7", "--samples=5", "--max_new_tokens=6",
@@ -39,9 +39,9 @@ DPO = ["--init=sft", "--batch_size=3", "--lr=0.003", "--warmup=2", "--max_new_to
        "--eval_prompts=4", "--save_every=2", "--epochs=2"]
 PPO = ["--init=sft", "--reward_model=reward", "--iterations=3", "--batch_size=8",
        "--max_new_tokens=9", "--lr=0.01", "--critic_lr=0.02", "--warmup=2", "--eval_prompts=5",
-       "--best_of=2", "--log_every=2", "--save_every=1", "--micro_batch=3"]
+       "--best_of=2", "--log_every=2", "--save_every=2", "--micro_batch=3"]
 GRPO = ["--init=sft", "--iterations=3", "--batch_size=12", "--k=4", "--max_new_tokens=9",
-        "--lr=0.01", "--warmup=2", "--eval_prompts=5", "--log_every=2", "--save_every=1",
+        "--lr=0.01", "--warmup=2", "--eval_prompts=5", "--log_every=2", "--save_every=2",
         "--micro_batch=4"]
 PAIRS, EMBEDDED = "--data=pairs.jsonl", "--data=label/rankings.jsonl"
 # every flag that changes the loss, the data or the figures is in one case at least
@@ -76,7 +76,7 @@ CASES = dict(
         ([*DPO, PAIRS, "--loss=dpo_norm"], ""),
         ([*DPO, PAIRS, "--loss=simpo", "--simpo_margin=0.7"], ""),
         ([*DPO, PAIRS, "--loss=kto", "--desirable=1.3", "--undesirable=0.6"], ""),
-        ([*DPO, "--data=labels.jsonl", "--loss=kto", "--batch_size=4", "--lr=0.03",
+        ([*DPO, "--data=labels.jsonl", "--loss=kto", "--batch_size=4", "--lr=0.01", "--epochs=3",
           "--warmup=0"], "cut")],
     ppo=[
         ([*PPO, "--kl_target=0.3", "--kl_horizon=40", "--score_scaling=true", "--ptx_coef=0.7",
@@ -199,8 +199,8 @@ def run_stage(stage, flags):
     return 0
 
 
-def run_in_two_parts(stage, flags, patch):
-    """Interrupted right after its second saved state, then resumed."""
+def run_in_two_parts(stage, flags, out, every):
+    """Interrupted right after its second saved state, that of step `every`, then resumed."""
     save, calls = common.Run.save_state, []
 
     def save_and_stop(run, **state):
@@ -212,6 +212,7 @@ def run_in_two_parts(stage, flags, patch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Run, "save_state", save_and_stop)
         assert run_stage(stage, flags) == 130
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == every
     return run_stage(stage, [*flags, "--resume=true"])
 
 
@@ -285,13 +286,15 @@ def test_script_and_twin_agree(folder, stage, n):
     flags, how = CASES[stage][n]
     flags = list({f.split("=")[0]: f for f in flags}.values())  # the last one of a name counts
     out = folder / "out" / f"{stage}{n}"
-    with in_folder(folder) as patch:
+    with in_folder(folder):
         flags.append(f"--out={out}")
+        config = cli.read_flags(MODULES[stage].Config, flags)
         if how == "cut":
-            assert run_in_two_parts(stage, flags, patch) == 0
+            every = dict(pretrain="eval_every").get(stage, "save_every")
+            every = 8 * config.chunk if stage == "label" else getattr(config, every)
+            assert run_in_two_parts(stage, flags, out, every) == 0
         else:
             assert run_stage(stage, flags) == 0
-        config = cli.read_flags(MODULES[stage].Config, flags)
         result, log, final, parents = getattr(naive, stage)(config)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for name in ("data", "demos", "pretrain_data", "ptx_data"):  # files that the run has read
@@ -318,6 +321,8 @@ def test_script_and_twin_agree(folder, stage, n):
             if not distance < 1e-8:
                 found.append(f"weight {name}: {distance:.1e}")
     assert not found, "\n".join(found[:20])
+    if stage == "dpo" and config.loss == "kto":
+        assert max(row.get("baseline", 0) for row in rows) > 0.01  # z0 takes part
 
 
 @pytest.mark.parametrize("stage", CASES)
@@ -411,3 +416,11 @@ def test_texts_are_drawn_from_the_shortest_prompt_to_the_longest(folder, n, opti
             torch.Generator().manual_seed(1), options.get("temperature", 1.0),
             max(1, options.get("batch_size", 256) // each) * each)
     assert found == expected
+
+
+def test_too_few_samples_to_measure_the_scale_on(folder, capsys):
+    # catches a scale of one sample, which is 0, and of none
+    with in_folder(folder):
+        assert run_stage("reward", ["--init=sft", PAIRS, "--samples=1", "--max_new_tokens=9",
+                                    "--out=few"]) == 2
+    assert "too few to measure the scale on" in capsys.readouterr().err

@@ -53,3 +53,17 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     assert len(logged[0]) >= 5
     assert logged[1] == pytest.approx(logged[0], rel=1e-4)
     assert logged[3] == pytest.approx(logged[0], rel=1e-4)
+
+
+def test_orthogonal_runs_in_full_precision(monkeypatch):
+    # catches TF32 in the polynomial on a GPU, where the other products may have it
+    seen, diagonal = [], torch.Tensor.diagonal
+    monkeypatch.setattr(torch.Tensor, "diagonal", lambda *args, **options: seen.append(
+        torch.get_float32_matmul_precision()) or diagonal(*args, **options))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        orthogonal(torch.randn(1, 4, 6))
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
