@@ -73,7 +73,9 @@ AXES = {"sum", "mean", "std", "var", "cumsum", "argmax", "argmin", "amax", "amin
 MAKERS = {"len", "range", "isinstance", "type", "open", "next", "iter", "zip", "enumerate", "id",
           "super", "cat", "stack", "tensor", "zeros", "ones", "arange", "empty", "device", "load",
           "from_numpy", "default_rng", "Path", "getattr", "map", "autocast"}
-SYMMETRIC = {"min", "max", "minimum", "maximum", "isinstance", "transpose", "logaddexp"}  # in their arguments
+# whose arguments may change places
+SYMMETRIC = {"min", "max", "minimum", "maximum", "isinstance", "transpose", "logaddexp"}
+MOVES = {"to", "cpu", "cuda"}  # nothing, on a CPU
 MESSAGES = re.compile(r"(print|_fail|warnings\.warn|sys\.exit)\(")
 TIMING = re.compile(r"[^,\n]*time\.(perf_counter|time)\(\).*")  # nothing else in it
 SPEED = re.compile(r"\b(clock|\w*_per_s)\b")
@@ -356,7 +358,8 @@ class Source:
             between = self.data[end:start2].decode()
             yield "swap arguments", self.code(b) + between + self.code(a), start, end2
         for k in named:
-            yield "drop keyword", *self.without(*self.span(k))
+            if k.arg != "device":  # without one, or on the CPU: the same here
+                yield "drop keyword", *self.without(*self.span(k))
         if isinstance(parent, ast.Expr):
             return
         root = node.func
@@ -364,7 +367,7 @@ class Source:
             root = root.value
         of_a_value = getattr(root, "id", "") not in self.imported | {"self"}  # no module's function
         if isinstance(node.func, ast.Attribute) and of_a_value:
-            if not is_text(node.func.value):  # ", ".join
+            if not is_text(node.func.value) and name not in MOVES:  # ", ".join
                 yield "drop call", self.code(node.func.value, node)
         elif len(node.args) == len(values) == 1 and name not in MAKERS and not name[:1].isupper():
             yield "drop call", self.code(node.args[0], node)
