@@ -138,6 +138,21 @@ def test_log_probabilities_of_a_bf16_model_are_fp32(tiny):
     torch.testing.assert_close(logp[0, 2:].double(), expected, atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_log_probabilities_under_autocast_are_fp32():
+    # catches logits that are rounded to bf16 before the log-softmax
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, n_tokens=500, block_size=32, n_layer=2, n_head=2,
+                          n_embd=64)).eval()
+    tokens, mask = torch.randint(500, (4, 32)), torch.ones(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, hidden = token_logprobs(model, tokens, mask), model(tokens)[:, :-1]
+    exact = (hidden.double() @ model.wte.weight[:500].double().T).log_softmax(-1)
+    exact = exact.gather(2, tokens[:, 1:, None])[..., 0]
+    assert logp.dtype == torch.float32
+    assert (logp[:, 1:] - exact).abs().max() < 1e-5
+
+
 def test_exact_kl_at_a_temperature(tiny):
     # catches a temperature that only one of the two distributions gets
     torch.manual_seed(1)
