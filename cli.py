@@ -47,7 +47,7 @@ class Config:
 
 def parse(config_class):
     """The settings that the command line gives. --help prints them all and stops."""
-    with _one_line_errors():
+    with one_line_errors():
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(config_class))
             sys.exit(0)
@@ -57,12 +57,13 @@ def parse(config_class):
 def run_main(main, config):
     """What every script ends with: main(config), a user error as one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
-    with _one_line_errors():
+    with one_line_errors():
         main(config)
 
 
 @contextlib.contextmanager
-def _one_line_errors():
+def one_line_errors():
+    """A UserError ends the script, with its one line and exit status 2."""
     try:
         yield
     except UserError as error:

@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -138,19 +137,14 @@ def by_length(rows, mask, size):
 
 
 def print_table(columns):
-    """Print {name: cells} as a table, for --trace: floats with six digits, None as "-", the last
-    column left-aligned."""
+    """Print {name: cells} as a table: floats with six digits, None as "-", the last column
+    left-aligned."""
     show = lambda x: "-" if x is None else f"{x:.6f}" if isinstance(x, float) else str(x)
     cells = [[name, *map(show, values)] for name, values in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     print()
     for *row, last in zip(*cells):
         print(*(x.rjust(width) for x, width in zip(row, widths)), "", last)
-
-
-def token_texts(tokenizer, ids):
-    """What each id stands for, in quotes; EOS by its name."""
-    return ["EOS" if i == tokenizer.eos else repr(tokenizer.decode([i])) for i in ids]
 
 
 # --- errors of a mean -----------------------------------------------------------------------------
@@ -203,11 +197,6 @@ class Run:
             value = self.settings.get(name)  # a file, or a name such as "synthetic"
             if isinstance(value, str) and Path(value).is_file():  # in sft.py --demos is a number
                 self.parents[name] = file_hash(value)
-        if self.settings.get("trace"):  # shows one example and stops: writes to a folder that goes
-            if config.resume:
-                raise UserError("--trace=true starts a run to look into: leave out --resume=true")
-            self.scratch = tempfile.TemporaryDirectory()
-            self.folder = Path(self.scratch.name)
         before = self._first_row()  # of the run that the folder holds, if any
         if before and before["stage"] != stage:
             raise UserError(f"{self.folder} holds a {before['stage']} run: choose another --out")

@@ -47,7 +47,6 @@ class Config(cli.Config):
     max_new_tokens: Positive[int] = 48  # of these samples
     eval_prompts: Positive[int] = 512  # held-out prompts of the comparison
     save_every: Positive[int] = 100  # steps between saved states
-    trace: bool = False  # print one pair with every number of its loss, then stop
 
 
 # --help and bad flags are answered before torch is imported
@@ -259,12 +258,19 @@ def mismatch(first, second, n):
     return first.rows[0][:head] + answer, [0] * head + [1] * len(answer)
 
 
+def set_reference(elements, logps):
+    """Set `ref` of every Element; logps (answers,), as `all_rows` has them."""
+    rest = iter(logps.tolist())
+    for e in elements:
+        e.ref = [next(rest) for _ in e.rows]
+
+
 def reference_logprobs(reference, elements, tokenizer, config, device):
     """Set `ref` of every Element: from the cache if it holds exactly these, else computed.
 
     The key is a hash of everything the numbers depend on: the reference's weights, every token and
     mask of the data, the tokenizer, and the device's precision. The file is called by its key and
-    repeats it inside; one that says something else is refused, not used. --trace writes nothing.
+    repeats it inside; one that says something else is refused, not used.
     """
     rows, masks = all_rows(elements)
     key = common.text_hash(json.dumps([common.weights_hash(reference.state_dict()), rows, masks,
@@ -279,14 +285,10 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
         logps = cached["logps"]
         print(f"reference log-probabilities of {len(rows)} answers from {path}")
     else:
-        if not config.trace:  # before the work, in case it cannot be
-            common.make_folder("reference_cache", path.parent)
+        common.make_folder("reference_cache", path.parent)  # before the work, in case it cannot be
         logps = sequence_logprobs(reference, rows, masks, tokenizer.pad, bar="reference")
-        if not config.trace:
-            common.save_file(dict(key=key, logps=logps), path)
-    rest = iter(logps.tolist())
-    for e in elements:
-        e.ref = [next(rest) for _ in e.rows]
+        common.save_file(dict(key=key, logps=logps), path)
+    set_reference(elements, logps)
 
 
 # --- the stage ------------------------------------------------------------------------------------
@@ -330,46 +332,60 @@ def check_start(seq_logp, ref_seq_logp):
         assert error < limit, "the policy does not start from the reference"
 
 
-@torch.no_grad()
-def trace(policy, reference, tokenizer, element, config, device):
-    """Print the first pair of an Element token by token, and its loss put together from that."""
-    i, j = element.pairs[0]
-    sums = {}
-    for name, n in (("chosen", i), ("rejected", j)):
-        row, kept = element.rows[n], element.masks[n]
-        tokens, mask = (t.to(device) for t in collate([row], [kept], tokenizer.pad))
-        with common.autocast(device):
-            logp, ref_logp = (token_logprobs(m, tokens, mask) for m in (policy, reference))
-        column = lambda x, kept=kept: [v if m else None for v, m in zip(x[0].tolist(), kept)]
-        print(f"\n{name}: ")
-        common.print_table(dict(
-            position=range(len(row)), mask=kept, logp=column(logp), ref_logp=column(ref_logp),
-            log_ratio=column(logp - ref_logp), text=common.token_texts(tokenizer, row)))
-        sums[name] = logp.sum(1).cpu(), ref_logp.sum(1).cpu(), mask.sum(1).cpu()
-    seq_logp, ref, length = (torch.cat(x) for x in zip(*sums.values()))
-    reward = implicit_reward(seq_logp, ref, length, config.loss, config.beta)
-    common.print_table(dict(
-        sum_logp=seq_logp.tolist(), sum_ref_logp=ref.tolist(), tokens=length.int().tolist(),
-        reward=reward.tolist(), answer=list(sums)))
-    print("\nreward = " + {
-        "simpo": "beta sum_logp / tokens", "dpo_norm": "beta (sum_logp - sum_ref_logp) / tokens",
-        "ipo_mean": "beta (sum_logp - sum_ref_logp) / tokens",
-    }.get(config.loss, "beta (sum_logp - sum_ref_logp)") + f", beta = {config.beta}")
+def batch_of(train, step, config):
+    """(elements, others) of an optimiser step. elements: those of its prompts; others, for kto and
+    else empty: each of these prompts with an answer to the next one, (ids, mask), for z0."""
+    epoch, i = divmod(step, -(-len(train) // config.batch_size))
+    order = common.stream(config.seed, "dpo", "order", epoch).permutation(len(train))
+    chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
+    others = []
     if config.loss == "kto":
-        loss = kto_loss(seq_logp - ref, torch.tensor([1.0, -1.0]), 0.0, config).mean().item()
-        print(f"with z0 = 0:\nloss = ({config.desirable} (1 - sigmoid(reward of chosen)) + "
-              f"{config.undesirable} (1 - sigmoid(-reward of rejected))) / 2 = {loss:.6f}")
-        return
-    loss = pair_loss(config, seq_logp, ref, length, [0], [1]).item()
-    e = config.label_smoothing
-    formula = {
-        "cdpo": f"-{1 - e} log sigmoid(margin) - {e} log sigmoid(-margin)",
-        "ipo": "((margin - 1/2) / beta)^2", "ipo_mean": "((margin - 1/2) / beta)^2",
-        "simpo": f"-log sigmoid(margin - {config.beta * config.simpo_margin})",
-    }.get(config.loss, "-log sigmoid(margin)")
-    print(f"margin = reward of chosen - reward of rejected = {(reward[0] - reward[1]).item():.6f}\n"
-          f"loss = {formula} = {loss:.6f}\n"
-          "(a training step takes the mean over all pairs of its prompts)")
+        others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]], n) for n in chosen]
+    return [train[order[n]] for n in chosen], others
+
+
+def update(policy, reference, optimizer, batch, others, config, pad, check=False):
+    """Train the policy on what `batch_of` returned: one optimiser step, its learning rate set.
+
+    The loss is its sum over pairs (kto: labelled answers) divided by their number. check: assert
+    that every log-ratio is 0. Returns tensors or floats: loss and accuracy, means over pairs or
+    answers; baseline, kto's z0; grad_norm, before clipping.
+    """
+    device, micro_batch = policy.wte.weight.device, config.micro_batch or config.batch_size
+    baseline = 0.0
+    if config.loss == "kto":
+        # a long prompt and a long answer that fit apart may not fit together
+        others = [o for o in others if len(o[0]) <= policy.config.block_size]
+        if others:  # z0, of the whole step
+            baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), pad)
+                                     for m in (policy, reference)))
+        count = sum(map(abs, (x for e in batch for x in e.labels))) or 1  # labelled answers
+    else:
+        count = sum(len(e.pairs) for e in batch)  # pairs of the whole step
+    best_tokens = sum(sum(e.masks[n]) for e in batch for n in e.best)
+    loss_sum = right = 0.0
+    for j in range(0, len(batch), micro_batch):
+        tokens, mask, ref, length, label, winners, losers, best = batch_tensors(
+            batch[j:j + micro_batch], pad, device)
+        with common.autocast(device):
+            seq_logp = token_logprobs(policy, tokens, mask).sum(1)  # every answer once
+        if config.loss == "kto":
+            loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
+            right = right + ordered((seq_logp.detach() - ref - baseline) * label)[label != 0].sum()
+        else:
+            loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
+            reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
+            right = right + ordered(reward[winners] - reward[losers]).sum()
+        if check and j == 0:
+            check_start(seq_logp, ref)
+        loss_sum = loss_sum + loss.detach()
+        if config.nll > 0 and best:  # SFT on the best answers, nats per token
+            loss = loss - config.nll * seq_logp[best].sum() / best_tokens
+        loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return dict(loss=loss_sum, accuracy=right / count, baseline=baseline, grad_norm=norm)
 
 
 def resolve(config):
@@ -399,11 +415,6 @@ def main(config):
     train, held_out = data.train, data.held_out
     prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
                                tokenizer, policy.config.block_size - config.max_new_tokens)
-    if config.trace:  # a few steps are enough to see
-        pair = next((e for e in train if e.pairs), None)
-        if pair is None:
-            raise UserError("--trace=true shows a pair, and the data has single answers only")
-        train, held_out = train[:20 * config.batch_size], held_out[:1]
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
     run = common.Run("dpo", config, device, {parent["stage"]: parent["hash"]})
@@ -434,7 +445,6 @@ def main(config):
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
-    micro_batch = config.micro_batch or config.batch_size
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     first, metrics, state = 0, {}, run.load_state()
@@ -442,7 +452,7 @@ def main(config):
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         first, metrics = state["step"], state["metrics"]
-    elif not config.trace:
+    else:
         metrics = validate(0)
     bar = tqdm(range(first, steps), "dpo", initial=first, total=steps, mininterval=1)
     for step in bar:
@@ -450,59 +460,20 @@ def main(config):
         if step % config.save_every == 0:
             run.save_state(policy=policy.state_dict(), optimizer=optimizer.state_dict(), step=step,
                            metrics=metrics)
-        epoch, i = divmod(step, steps_per_epoch)
-        order = common.stream(config.seed, "dpo", "order", epoch).permutation(len(train))
-        chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
-        batch = [train[order[n]] for n in chosen]
-        if config.trace and step == min(19, steps - 1):  # not at the start, where all is 0
-            return trace(policy, reference, tokenizer, pair, config, device)
+        batch, others = batch_of(train, step, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
-        baseline = 0.0
-        if config.loss == "kto":  # z0, of the whole step: each prompt with an answer to the next
-            others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]], n)
-                      for n in chosen]
-            # a long prompt and a long answer that fit apart may not fit together
-            others = [o for o in others if len(o[0]) <= policy.config.block_size]
-            if others:
-                baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), tokenizer.pad)
-                                         for m in (policy, reference)))
-            count = sum(map(abs, (x for e in batch for x in e.labels))) or 1  # labelled answers
-        else:
-            count = sum(len(e.pairs) for e in batch)  # pairs of the whole step
-        best_tokens = sum(sum(e.masks[n]) for e in batch for n in e.best)
-        loss_sum = right = 0.0
-        for j in range(0, len(batch), micro_batch):
-            tokens, mask, ref, length, label, winners, losers, best = batch_tensors(
-                batch[j:j + micro_batch], tokenizer.pad, device)
-            with common.autocast(device):
-                seq_logp = token_logprobs(policy, tokens, mask).sum(1)  # every answer once
-            if config.loss == "kto":
-                loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
-                right = right + ordered((seq_logp.detach() - ref - baseline) * label)[
-                    label != 0].sum()
-            else:
-                loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
-                reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
-                right = right + ordered(reward[winners] - reward[losers]).sum()
-            if step == 0 and j == 0:
-                check_start(seq_logp, ref)
-            loss_sum = loss_sum + loss.detach()
-            if config.nll > 0 and best:  # SFT on the best answers, nats per token
-                loss = loss - config.nll * seq_logp[best].sum() / best_tokens
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        trained = update(policy, reference, optimizer, batch, others, config, tokenizer.pad,
+                         check=step == 0)
         # --- end of what changes the weights; the rest is for the reader -----
         if step % 10 == 0:
-            value, accuracy = loss_sum.item(), (right / count).item()
-            run.log(step=step, loss=value, accuracy=accuracy, baseline=float(baseline),
-                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+            row = {name: float(value) for name, value in trained.items()}
+            run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
                     answers_per_s=sum(len(e.rows) for e in batch) / (time.perf_counter() - start))
-            bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
-        if i + 1 == steps_per_epoch:
-            metrics = validate(epoch + 1)
-            save(f"model-epoch{epoch + 1}.pt", metrics)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
+        epoch, left = divmod(step + 1, steps_per_epoch)
+        if left == 0:
+            metrics = validate(epoch)
+            save(f"model-epoch{epoch}.pt", metrics)
 
     metrics |= compare(policy, reference, tokenizer, prompts, config, run, synthetic)[0]
     save("model.pt", metrics)

@@ -61,7 +61,6 @@ class Config(cli.Config):
     #                                    repeatedly
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
-    trace: bool = False  # print one group with every number of its loss, then stop
 
 
 # --help and bad flags are answered before torch is imported
@@ -83,7 +82,7 @@ from data.text import text_rows
 from data.verifier import is_right
 from evaluate import check_start, compare, warn_of_negative_kl
 from model import generate, text_loss, token_logprobs, token_stats
-from reward import load_reward_model
+from reward import load_reward_model, score_batch
 
 
 METHODS = {  # what --method stands for
@@ -194,7 +193,40 @@ def row_weights(lengths, kept, aggregate, max_length):
     return kept / per[aggregate]
 
 
-# --- the two halves of an iteration --------------------------------------------------------------
+# --- the parts of an iteration -------------------------------------------------------------------
+
+
+def rollout(policy, train, tokenizer, config, step):
+    """K plain samples from softmax(logits / T) of each of an iteration's batch_size / K prompts.
+
+    train: as `load_prompts` returns it. Returns (chosen, texts, tokens, mask, finished): chosen
+    (B / K,), the indices of the prompts in train; texts, a list of B responses; the others as
+    `generate` returns them.
+    """
+    device, n_prompts = policy.wte.weight.device, config.batch_size // config.k
+    chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
+        len(train), n_prompts, replace=len(train) < n_prompts)
+    with common.autocast(device):
+        tokens, mask, finished = generate(
+            policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
+            config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
+            samples=config.k)
+    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
+    return chosen, texts, tokens, mask, finished
+
+
+def verify(texts, finished, answers):
+    """1.0 for every finished response that ends on the right number, else 0.0: a list."""
+    return [float(f and is_right(t, a)) for t, f, a in zip(texts, finished, answers)]
+
+
+def judge(reward_model, texts, tokens, mask, finished, asked, config):
+    """Score of every response, (B,), by the verifier or by the reward model. asked: its row of
+    train, for each response; the rest as `rollout` returns it."""
+    if config.reward == "verifier":
+        return torch.tensor(verify(texts, finished.tolist(), [a for _, _, a in asked]),
+                            device=tokens.device)
+    return score_batch(reward_model, tokens, mask, config.micro_batch)
 
 
 def prepare(policy, reference, tokens, mask, finished, score, config):
@@ -348,20 +380,12 @@ def load_prompts(config, tokenizer, room):
     return sides.each(encode)
 
 
-def verify(texts, finished, answers):
-    """1.0 for every finished response that ends on the right number, else 0.0: a list."""
-    return [float(f and is_right(t, a)) for t, f, a in zip(texts, finished, answers)]
-
-
-def main(config):
-    device = common.set_up(config, "grpo")
-    config = resolve(config)
-
+def load_networks(config, device):
+    """(policy, reference, reward_model or None, tokenizer, parents, block_size): parents as
+    common.Run takes them, block_size the tokens that fit the context of all of them."""
     common.ensure_input(config, "init", "sft")
     if config.reward == "model":
         common.ensure_input(config, "reward_model", "reward")
-
-    # --- two networks, or three ----------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
     reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
     reward_model, parents = None, {parent["stage"]: parent["hash"]}
@@ -372,6 +396,15 @@ def main(config):
         common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
+    return policy, reference, reward_model, tokenizer, parents, block_size
+
+
+def main(config):
+    device = common.set_up(config, "grpo")
+    config = resolve(config)
+
+    # --- two networks, or three ----------------------------------------------
+    policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
     prompts = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
     train, held_out = prompts.train, prompts.held_out
     text = None  # rows of pretraining text, or None
@@ -389,7 +422,6 @@ def main(config):
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
 
-    n_prompts = config.batch_size // config.k
     bar = tqdm(range(first, config.iterations), "grpo", initial=first, total=config.iterations,
                mininterval=1)
     for step in bar:
@@ -398,28 +430,13 @@ def main(config):
         clock = [time.perf_counter()]
 
         # --- rollout: K plain samples of each prompt, from softmax(logits / T) ---
-        chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
-            len(train), n_prompts, replace=len(train) < n_prompts)
-        with common.autocast(device):
-            tokens, mask, finished = generate(
-                policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
-                config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
-                samples=config.k)
-        texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
+        chosen, texts, tokens, mask, finished = rollout(policy, train, tokenizer, config, step)
         asked = [train[i] for i in chosen for _ in range(config.k)]
         clock.append(time.perf_counter())
 
         # --- score: everything that stays fixed while we train on this batch --
-        accuracy = None
-        if config.reward == "verifier":
-            score = torch.tensor(verify(texts, finished.tolist(), [a for _, _, a in asked]),
-                                 device=device)
-            accuracy = score.mean().item()
-        else:
-            with torch.no_grad(), common.autocast(device):
-                size = config.micro_batch or len(tokens)
-                score = torch.cat([reward_model(*rows) for rows in
-                                   zip(tokens.split(size), mask.split(size))])
+        score = judge(reward_model, texts, tokens, mask, finished, asked, config)
+        accuracy = score.mean().item() if config.reward == "verifier" else None
         batch = prepare(policy, reference, tokens, mask, finished, score, config)
         clock.append(time.perf_counter())
 
@@ -430,9 +447,6 @@ def main(config):
                          check=step == 0 and first == 0)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
-        # the second iteration: in the first one the policy still is the reference, and KL is 0
-        if config.trace and step == min(1, config.iterations - 1):
-            return trace(policy, tokenizer, batch, config)
         if step == 0:
             print(f"the policy loss starts at {trained['policy_loss']:.4f} and says little: at "
                   "ratio 1 it is - sum of weight, length and advantage, and the advantages of a "
@@ -477,80 +491,6 @@ def main(config):
     common.save_checkpoint(run.folder / "model.pt", policy, "grpo", tokenizer, config, metrics,
                            parents=run.parents)
     run.finish(**metrics)
-
-
-@torch.no_grad()
-def trace(policy, tokenizer, batch, config):
-    """Print one group of a batch, and its response with the largest advantage token by token, with
-    every number from score to loss.
-
-    batch: as `prepare` returned it. logp, ratio and the losses are those after the updates on it:
-    what one more step would see, if this group were all of it.
-    """
-    K = config.k
-    signal = has_signal(batch["score"], K)
-    if not signal.any():
-        raise UserError("--trace=true: every group's scores are all equal, so there is nothing to "
-                        "show; another --seed or a larger --batch_size may have one that differs")
-    first = int(signal.float().argmax()) * K
-    p = slice(first, first + K)
-    tokens, mask, old_logp = batch["tokens"][p], batch["mask"][p], batch["old_logp"][p]
-    with common.autocast(tokens.device):
-        logp = token_logprobs(policy, tokens, mask, config.temperature)
-    policy_sum, kl, _ = losses(logp, batch, p, config)
-    weight = row_weights(mask.sum(1), batch["kept"][p], config.aggregate, config.max_new_tokens)
-    reward, advantage = batch["reward"][p], batch["advantage"][p]
-    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
-    table = dict(response=range(K), finished=batch["finished"][p].int().tolist(),
-                 score=batch["score"][p].tolist())
-    if config.beta > 0:
-        ref_logp = batch["ref_logp"][p]
-        table["seq_kl"] = ((old_logp - ref_logp) * mask).sum(1).tolist()
-    table |= dict(reward=reward.tolist(), advantage=advantage.tolist(),
-                  tokens=mask.sum(1).int().tolist(), kept=batch["kept"][p].int().tolist(),
-                  weight=weight.tolist(), policy=policy_sum.tolist())
-    if config.beta > 0 and config.kl_in == "loss":
-        table["kl"] = kl.tolist()
-    common.print_table(table | dict(text=[repr(t) for t in texts]))
-
-    shown = int(advantage.abs().argmax())
-    kept = mask[shown].bool().tolist()
-    last = max(t for t, m in enumerate(kept) if m)  # padding follows
-    column = lambda x: [v if m else None for v, m in zip(x[shown].tolist(), kept)][:last + 1]
-    ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - config.clip, 1 + config.clip_high)
-    columns = dict(position=range(last + 1), mask=list(map(int, kept))[:last + 1],
-                   old_logp=column(old_logp))
-    if config.beta > 0:
-        columns["ref_logp"] = column(ref_logp)
-    columns |= dict(logp=column(logp), ratio=column(ratio), clipped=column(clipped))
-    common.print_table(columns | dict(
-        text=common.token_texts(tokenizer, tokens[shown].tolist()[:last + 1])))
-    reward_of = "score" + (f" - beta seq_kl, beta = {config.beta:.6f}; seq_kl = sum(old_logp - "
-                           "ref_logp)" if config.beta > 0 and config.kl_in == "reward" else "")
-    advantage_of = dict(
-        grpo="(reward - mean) / (std + 0.0001)", dr_grpo="reward - mean",
-        rloo="reward - mean of the others = K / (K - 1) (reward - mean)")[config.advantage]
-    weight_of = dict(
-        sequence="kept / (n tokens)", constant=f"kept / (n {config.max_new_tokens})",
-        tokens="kept / sum(kept tokens)", sum="kept / n")[config.aggregate]
-    kl_of = dict(k2="0.5 sum(logp - ref_logp)^2",
-                 k3="sum(exp(ref_logp - logp) - 1 + logp - ref_logp)")[config.kl_estimator]
-    total = (weight * (policy_sum + kl)).sum().item()
-    on_top = "; the loss of pretraining text comes on top" if config.ptx_coef > 0 else ""
-    print(f"""
-the tokens are those of response {shown}; a response without EOS (finished 0) gets a fixed score
-reward    = {reward_of}
-advantage = {advantage_of}, K = {K},
-            over the group: mean {reward.mean():.6f}, std {reward.std():.6f}
-ratio     = exp(logp - old_logp), clipped to 1 - {config.clip} .. 1 + {config.clip_high}
-policy    = - sum min(ratio advantage, clipped advantage) over the tokens
-            of response {shown} = {policy_sum[shown]:.6f}""")
-    if "kl" in table:
-        print(f"kl        = beta {kl_of}, beta = {config.beta:.6f}")
-    print(f"""weight    = {weight_of}, n = sum(kept)
-loss      = sum weight {"(policy + kl)" if "kl" in table else "policy"} = {total:.6f}
-(a training step takes the weights over its minibatch{on_top})""")
 
 
 def accuracies(held_out, drawn, sft, config):

@@ -59,7 +59,6 @@ class Config(cli.Config):
     best_of: Positive[int] = 4  # compared with the best of n SFT samples by the same reward model
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
-    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 # --help and bad flags are answered before torch is imported
@@ -79,7 +78,7 @@ from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from evaluate import check_start, compare, held_out_prompts, warn_of_negative_kl
 from model import GPT, generate, text_loss, token_logprobs, token_stats, trim
-from reward import load_reward_model
+from reward import load_reward_model, score_batch
 
 
 class ValueModel(nn.Module):
@@ -228,7 +227,23 @@ class RunningStd:
         return max((self.m2 / self.count) ** 0.5, 1e-4)
 
 
-# --- the two halves of an iteration --------------------------------------------------------------
+# --- the parts of an iteration -------------------------------------------------------------------
+
+
+def rollout(policy, train, tokenizer, config, step):
+    """Plain samples from softmax(logits / T), one to each of batch_size prompts of an iteration.
+
+    train: as `training_prompts` returns it. Returns (chosen, tokens, mask, finished): chosen (B,),
+    the indices of the prompts in train; the others as `generate` returns them.
+    """
+    device = policy.wte.weight.device
+    chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
+        len(train), config.batch_size, replace=len(train) < config.batch_size)
+    prompts = [train[i][1] for i in chosen]
+    with common.autocast(device):
+        return chosen, *generate(
+            policy, prompts, config.max_new_tokens, tokenizer.eos, config.temperature,
+            common.stream(config.seed, "ppo", "answers", step, device))
 
 
 def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):
@@ -348,33 +363,44 @@ def training_prompts(config, tokenizer, room):
     return kept
 
 
-def main(config):
-    device = common.set_up(config, "ppo")
+def check_config(config):
+    """UserError for settings that do not fit together."""
     if config.kl_in not in ("reward", "loss"):
         raise UserError(f"--kl_in={config.kl_in}: expected reward or loss")
     if config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} is not a multiple of "
                         f"--minibatches={config.minibatches}")
 
+
+def load_networks(config, device):
+    """(policy, critic, reference, reward_model, tokenizer, parents, block_size): parents as
+    common.Run takes them, block_size the tokens that fit the context of all four networks."""
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "reward_model", "reward")
-
-    # --- four networks -------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
     reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
     reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
     common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
     common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
-    critic = ValueModel(reward_model).to(device)
-    block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
+    return (policy, ValueModel(reward_model).to(device), reference, reward_model, tokenizer,
+            {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]},
+            min(policy.config.block_size, reward_model.gpt.config.block_size))
+
+
+def main(config):
+    device = common.set_up(config, "ppo")
+    check_config(config)
+
+    # --- four networks -------------------------------------------------------
+    policy, critic, reference, reward_model, tokenizer, parents, block_size = load_networks(
+        config, device)
     room = block_size - config.max_new_tokens
     train = training_prompts(config, tokenizer, room)
     held_out = held_out_prompts(config.data, config.eval_prompts, tokenizer, room)
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
-    run = common.Run("ppo", config, device,
-                     {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]})
+    run = common.Run("ppo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters, reward model and critic "
           f"{reward_model.gpt.num_params():,} each; {len(train)} prompts, {len(held_out)} held out")
 
@@ -400,21 +426,11 @@ def main(config):
         clock = [time.perf_counter()]
 
         # --- rollout: plain samples from softmax(logits / T) -----------------
-        chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
-            len(train), config.batch_size, replace=len(train) < config.batch_size)
-        prompts = [train[i][1] for i in chosen]
-        with common.autocast(device):
-            tokens, mask, finished = generate(
-                policy, prompts, config.max_new_tokens, tokenizer.eos, config.temperature,
-                common.stream(config.seed, "ppo", "answers", step, device))
+        chosen, tokens, mask, finished = rollout(policy, train, tokenizer, config, step)
         clock.append(time.perf_counter())
 
         # --- score: everything that stays fixed while we train on this batch --
-        with torch.no_grad(), common.autocast(device):
-            size = config.micro_batch or len(tokens)
-            score = torch.cat([reward_model(*rows) for rows in
-                               zip(tokens.split(size), mask.split(size))])
-        raw_score = score
+        raw_score = score = score_batch(reward_model, tokens, mask, config.micro_batch)
         if config.score_scaling:
             score = score / running.update(score[finished]) if finished.any() else score
         batch = prepare(policy, critic, reference, tokens, mask, finished, score, beta, config)
@@ -429,10 +445,6 @@ def main(config):
                          check=step == 0 and first == 0)
         clock.append(time.perf_counter())
         # --- end of what changes the weights; the rest is for the reader -----
-        # the second iteration: in the first one the policy still is the reference, and KL is 0
-        if config.trace and step == min(1, config.iterations - 1):
-            with common.autocast(device):
-                return trace(policy, reference, critic, tokenizer, batch, finished, beta, config)
         n_tokens = mask.sum().item()
         score, old_value, returns = batch["score"], batch["old_value"], batch["returns"]
         seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
@@ -474,70 +486,6 @@ def main(config):
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
                            parents=run.parents)
     run.finish(**metrics)
-
-
-@torch.no_grad()
-def trace(policy, reference, critic, tokenizer, batch, finished, beta, config):
-    """Print the first response of a batch token by token, with every number from score to loss.
-
-    batch: as `prepare` returned it. logp, ratio and new_value are those after the updates on it:
-    what one more minibatch would see.
-    """
-    first = {k: v[:1] for k, v in batch.items() if k not in ("scale", "score")}
-    tokens, mask, white = first["tokens"], first["mask"], first["advantage"]
-    old_logp, ref_logp = first["old_logp"], first["ref_logp"]
-    old_value, returns = first["old_value"], first["returns"]
-    logp, entropy, kl = token_stats(policy, tokens, mask, config.temperature, entropy=True,
-                                    ref_model=reference)
-    value = critic(tokens, mask)
-    kl_term = token_rewards(torch.zeros_like(batch["score"][:1]), old_logp, ref_logp, mask, beta)
-    kl_formula = f"-beta (old_logp - ref_logp), beta = {beta:.6f}"
-    if config.kl_in == "loss":
-        kl_term = -beta * next_state_kl(first["exact_kl"], mask)
-        kl_formula = f"-beta exact_kl(next), beta = {beta:.6f}; see next_state_kl"
-    ids, kept = tokens[0].tolist(), mask[0].bool().tolist()
-    last = max(t for t, m in enumerate(kept) if m)  # the EOS action; padding follows
-    column = lambda x: [v if m else None for v, m in zip(x[0].tolist(), kept)][:last + 1]
-    table = dict(
-        position=range(last + 1), mask=list(map(int, kept))[:last + 1], old_logp=column(old_logp),
-        ref_logp=column(ref_logp), kl_term=column(kl_term),
-        score=[None] * last + [batch["score"][0].item()], reward=column(first["reward"]),
-        value=column(old_value), advantage=column(returns - old_value), returns=column(returns),
-        white=column(white), logp=column(logp), ratio=column((logp - old_logp).exp()),
-        new_value=column(value))
-    terms, formula = [], "policy"
-    if config.kl_in == "loss":
-        table["exact_kl"], table["kl"] = column(first["exact_kl"]), column(kl)
-        formula += " + beta / std sum(kl)" if config.whiten else " + beta sum(kl)"
-        terms.append((beta / batch["scale"] * (kl * mask).sum()).item())
-    if config.entropy_coef > 0:
-        table["entropy"], formula = column(entropy), formula + " - entropy_coef sum(entropy)"
-        terms.append(-config.entropy_coef * (entropy * mask).sum().item())
-    common.print_table(table | dict(text=common.token_texts(tokenizer, ids[:last + 1])))
-    policy_sum = policy_loss(logp, old_logp, white, mask, config.clip)[0].item()
-    value_sum = value_loss(value, old_value, returns, mask, config.value_clip).item()
-    mean = masked_mean(batch["returns"] - batch["old_value"], batch["mask"])
-    std = masked_variance(batch["returns"] - batch["old_value"], batch["mask"]).sqrt()
-    count = sum(kept)
-    total = policy_sum + value_sum + sum(terms)
-    print(f"""
-score      {"of the reward model" if finished[0] else "missing_eos: the response has no EOS"}
-kl_term  = {kl_formula}
-reward   = kl_term + score on the last action
-advantage: delta + gamma lam advantage(next), delta = reward + gamma value(next) - value,
-           gamma = {config.gamma}, lam = {config.lam}; behind the last action both are 0
-returns  = advantage + value
-white    = {"(advantage - mean) / std" if config.whiten else "advantage"},
-           over the whole batch: mean {mean:.6f}, std {std:.6f}
-ratio    = exp(logp - old_logp)
-policy   = - sum min(ratio white, clip(ratio, 1 - {config.clip}, 1 + {config.clip}) white) \
-= {policy_sum:.6f}
-critic   = 0.5 sum max((new_value - returns)^2, (clipped - returns)^2) = {value_sum:.6f},
-           clipped = value + clip(new_value - value, -{config.value_clip}, {config.value_clip})
-loss     = ({formula} + critic) / sum(mask)
-         = ({" + ".join(f"{x:.6f}" for x in (policy_sum, *terms, value_sum))}) / {count} \
-= {total / count:.6f}
-(a training step takes all sums over its minibatch; beta = {beta:.6f})""")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ class Config(cli.Config):
     max_new_tokens: Positive[int] = 48  # SFT samples for the scale
     samples: Positive[int] = 512  # how many, and how many demonstrations
     save_every: Positive[int] = 100  # steps between saved states
-    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 # --help and bad flags are answered before torch is imported
@@ -135,6 +134,14 @@ def score_rows(model, rows, masks, pad, device, batch_size=128):
     return scores
 
 
+@torch.no_grad()
+def score_batch(model, tokens, mask, size):
+    """Scores of a batch of tokens (B, T), (B,); `size` rows a forward pass, 0 takes all at once."""
+    parts = zip(tokens.split(size or len(tokens)), mask.split(size or len(mask)))
+    with common.autocast(tokens.device):
+        return torch.cat([model(*rows) for rows in parts])
+
+
 def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     """The reward model's report card on held-out rankings (records as merge_rankings makes them).
 
@@ -180,26 +187,18 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     return metrics
 
 
-@torch.no_grad()
-def trace(model, tokenizer, rows, masks, pairs, device):
-    """Print one prompt's answers token by token with their raw scores, then the loss of its pairs.
+def load_data(config, tokenizer, block_size):
+    """A Split of (rows, masks, record), one a prompt: ids and masks of all its answers, and what
+    `merge_rankings` returned for it."""
+    def encode(name, records):
+        # a ranking of which one answer is too long is dropped whole
+        fitting = fits(f"reward: {name} rankings", records, block_size,
+                       lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
+        if not (merged := merge_rankings(fitting)):
+            raise UserError(f"--data={config.data}: no {name} ranking is left to use")
+        return [(*encode_ranking(tokenizer, r), r) for r in merged]
 
-    rows, masks: ids and mask of each answer; pairs (i, j), i preferred.
-    """
-    scores = score_rows(model.raw, rows, masks, tokenizer.pad, device).tolist()
-    table = [(n, t, m, scores[n] if t == len(row) - 1 else None, text)
-             for n, (row, mask) in enumerate(zip(rows, masks))
-             for t, (m, text) in enumerate(zip(mask, common.token_texts(tokenizer, row)))]
-    common.print_table(dict(zip(("answer", "position", "mask", "score", "text"), zip(*table))))
-    print("\nloss of a pair = -log sigmoid(margin), margin = score(chosen) - score(rejected)")
-    chosen, rejected = (torch.tensor([scores[p[side]] for p in pairs]) for side in (0, 1))
-    losses = [reward_loss(c[None], r[None]).item() for c, r in zip(chosen, rejected)]
-    common.print_table(dict(chosen=[w for w, _ in pairs], rejected=[l for _, l in pairs],
-                            margin=(chosen - rejected).tolist(),
-                            sigmoid=(chosen - rejected).sigmoid().tolist(), loss=losses))
-    total = reward_loss(chosen, rejected).item()
-    print(f"\nloss = sum over pairs / pairs = {total:.6f} / {len(pairs)} = "
-          f"{total / len(pairs):.6f} nats\n(a training step takes both sums over all its prompts)")
+    return split(read_jsonl(config.data, check_ranking)).each(encode)
 
 
 def main(config):
@@ -215,16 +214,7 @@ def main(config):
     if card is not None:
         noise = card["labeler"]["noise"]
         common.check_lineage(parent["stage"], parent["hash"], card, config.data)
-
-    def encode(name, records):
-        # a ranking of which one answer is too long is dropped whole
-        fitting = fits(f"reward: {name} rankings", records, policy.config.block_size,
-                       lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
-        if not (merged := merge_rankings(fitting)):
-            raise UserError(f"--data={config.data}: no {name} ranking is left to use")
-        return [(*encode_ranking(tokenizer, r), r) for r in merged]
-
-    data = split(read_jsonl(config.data, check_ranking)).each(encode)
+    data = load_data(config, tokenizer, policy.config.block_size)
     train = data.train
     quality = parent["config"].get("quality", 0.5)
     demos = read_demos(config, train, noise, quality)
@@ -269,9 +259,6 @@ def main(config):
         epoch, i = divmod(step, steps_per_epoch)
         order = common.stream(config.seed, "reward", "order", epoch).permutation(len(train))
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
-        if config.trace:
-            rows, masks, record = batch[0]
-            return trace(model, tokenizer, rows, masks, record["pairs"], device)
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
         count = sum(len(r["pairs"]) for _, _, r in batch)  # pairs of the whole step

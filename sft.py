@@ -40,7 +40,6 @@ class Config(cli.Config):
     #                                     measured on
     samples: Positive[int] = 512  # how many of them
     save_every: Positive[int] = 100  # steps between saved states
-    trace: bool = False  # print one example with every number of its loss, then stop
 
 
 # --help and bad flags are answered before torch is imported
@@ -70,20 +69,6 @@ def sft_loss(logp, response_mask):
     first weigh a token of a short answer more than one of a long answer; we do not.
     """
     return -(logp * response_mask).sum()
-
-
-@torch.no_grad()
-def trace(model, tokenizer, tokens, mask):
-    """Print one dialogue, (1, T), token by token, and its loss put together from these numbers."""
-    logp = token_logprobs(model, tokens, mask)
-    ids, scored = tokens[0].tolist(), mask[0].int().tolist()
-    common.print_table(dict(
-        position=range(len(ids)), mask=scored,
-        logp=[x if m else None for x, m in zip(logp[0].tolist(), scored)],
-        text=common.token_texts(tokenizer, ids)))
-    loss, count = sft_loss(logp, mask).item(), sum(scored)
-    print(f"\nloss = - sum(mask logp) / sum(mask) = {loss:.6f} / {count} = {loss / count:.6f} nats "
-          "per token\n(a training step takes both sums over all dialogues of its batch)")
 
 
 def load_data(config, tokenizer, block_size):
@@ -181,7 +166,7 @@ def main(config):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, metrics = state["step"], state["metrics"]
-    elif not config.trace:
+    else:
         metrics = validate(0)
     bar = tqdm(range(first, steps), "sft", initial=first, total=steps, mininterval=1)
     for step in bar:
@@ -195,8 +180,6 @@ def main(config):
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
         rows = [data.train[j] for j in chosen]
-        if config.trace:
-            return trace(model, tokenizer, *batch(rows[:1]))
         count = sum(sum(mask) for _, mask in rows)  # response tokens of the whole step
         loss_sum = 0.0
         for j in range(0, len(rows), micro_batch):

@@ -4,7 +4,7 @@
     python tests/mutate.py --sample=30 --files=ppo.py --list    # only print them
     python tests/mutate.py --measure                            # only make the map: line to tests
 
-Changed are the files that the stages import, and the stages. A place is a node of a syntax tree to
+Changed are the stages, trace.py, and what they import. A place is a node of a syntax tree to
 which an operator (`Source.edits`) applies; the sample is uniform over places. For each mutant
 those tests run that execute the changed line: whole runs (test_naive.py) first, then the shortest
 first, as many as fit into --budget seconds. Which they are comes from one run of all tests under
@@ -48,7 +48,7 @@ from typing import NamedTuple
 import mutants
 from mutants import ROOT
 
-STAGES = ("pretrain", "sft", "label", "reward", "ppo", "dpo", "grpo", "evaluate")
+STAGES = ("pretrain", "sft", "label", "reward", "ppo", "dpo", "grpo", "evaluate", "trace")
 FIRST = "tests/test_naive.py::test_script_and_twin_agree"  # whole runs, every number compared
 # they look at the source itself
 TEXT_TESTS = ("tests/test_mutants.py", "tests/test_mutate.py", "tests/test_docs.py")

@@ -603,7 +603,7 @@ def test_evaluate_as_a_command_says_what_the_stage_said(folder, monkeypatch):
 
 @pytest.fixture
 def cached(folder, monkeypatch, tmp_path):
-    """f(model, elements, tokenizer, trace) fills `ref`; returns how many times it was computed."""
+    """f(model, elements, tokenizer) fills `ref`; returns how many times it was computed."""
     monkeypatch.chdir(folder)
     calls, real = [], dpo.sequence_logprobs
 
@@ -613,12 +613,12 @@ def cached(folder, monkeypatch, tmp_path):
 
     monkeypatch.setattr(dpo, "sequence_logprobs", spy)
 
-    def fill(model, elements, tokenizer=tok, trace=False):
+    def fill(model, elements, tokenizer=tok):
         calls.clear()
         for e in elements:
             e.ref = None
         reference_logprobs(model, elements, tokenizer, Config(
-            reference_cache=str(tmp_path / "cache"), trace=trace), torch.device("cpu"))
+            reference_cache=str(tmp_path / "cache")), torch.device("cpu"))
         return len(calls)
 
     return fill
@@ -695,15 +695,6 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
     assert ("stale or mixed up" in error) or content is None
 
 
-def test_trace_leaves_no_cache_but_uses_one(cached, tmp_path):
-    # catches a trace that writes to the disk
-    model, elements = train_elements()
-    assert cached(model, elements, trace=True) == 1
-    assert not (tmp_path / "cache").exists()
-    cached(model, elements)
-    assert cached(model, elements, trace=True) == 0
-
-
 # --- what a user sees when something is wrong ----------------------------------------------------
 
 
@@ -727,12 +718,10 @@ def test_trace_leaves_no_cache_but_uses_one(cached, tmp_path):
     (["--data=ties.jsonl"], "no training prompt is left to use"),
     (["--data=one_side.jsonl"], "no held-out prompt is left to use"),
     (["--data=one.jsonl", "--loss=kto"], "kto needs at least two prompts"),
-    (["--data=labels.jsonl", "--loss=kto", "--trace=true"], "the data has single answers only"),
     (["--data=even.jsonl", "--loss=kto"], "so kto has no labels"),
     (["--data=."], "--data=. is a folder; name a file in it, as in --data=out/label/rankings"),
     (["--reference_cache=pairs.jsonl"], "--reference_cache=pairs.jsonl is no folder"),
     (["--reference_cache=pairs.jsonl/a"], "--reference_cache=pairs.jsonl/a is no folder"),
-    (["--trace=true", "--resume=true"], "leave out --resume=true"),
     (["--max_new_tokens=63"], "no held-out prompt of at most 1 tokens"),
 ])
 def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, flags, message):

@@ -749,7 +749,6 @@ def test_resume_is_exact(folder, monkeypatch):
     (["--clip_high=-1"], "--clip_high=-1.0: must not be negative"),
     (["--beta=-1"], "--beta=-1.0: must not be negative"),
     (["--ptx_coef=-1"], "--ptx_coef=-1.0: must not be negative"),
-    ([*VERIFIER, "--trace=true"], "--trace=true: every group's scores are all equal"),
     (["--reward=verifier"], "pairs.jsonl:1: the field 'answer' is missing"),
     (["--reward_model=sft"], "is a sft checkpoint; needed here: reward"),
     (["--reward_model=nowhere"], "--reward_model=nowhere does not exist: `python reward.py"),

@@ -169,7 +169,7 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text("\n\n".join(
         f"{say(n)} " + "I see the sea. " * (n % 9) for n in range(90)))
     # every document fills a row of 4 exactly, the last one included
-    (folder / "full.txt").write_text("\n\n".join(["a b c"] * 7))
+    (folder / "full.txt").write_text("\n\n".join(f"{x} b c" for x in "acdefgh"))
     with in_folder(folder):
         assert run_stage("label", [*LABEL, "--out=label"]) == 0
     return folder

@@ -1,15 +1,17 @@
-"""--trace=true: every printed number redone from the others, as with a calculator."""
+"""trace.py: every printed number redone from the others, as with a calculator."""
 
 import ast
 import itertools
+import json
 import math
 import re
 
-import cli
-import dpo
+import data.verifier
+import grpo
 import naive
 import pytest
 from conftest import run_script
+from data.records import write_jsonl
 from tiny_runs import FLAGS, make_inputs
 
 DPO = [*(f for f in FLAGS["dpo"] if not f.startswith(("--epochs", "--lr"))), "--epochs=4",
@@ -29,11 +31,12 @@ def folder(tmp_path_factory):
 
 def trace(folder, stage, *flags):
     """The script's output, after the checks that hold for every stage."""
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    result = run_script(f"{stage}.py", *flags, "--trace=true", "--out=done", cwd=folder)
+    content = lambda: {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+    before = content()
+    result = run_script("trace.py", stage, *flags, "--out=done", cwd=folder)
     assert result.returncode == 0, result.stderr
-    # nothing is written, and the finished run in --out is as it was
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    # nothing is written, not even a folder, and the finished run in --out is as it was
+    assert content() == before
     return result.stdout
 
 
@@ -55,10 +58,10 @@ def number(output, pattern):
     return float(re.search(pattern + r" ?(-?[\d.]+)", output)[1])
 
 
-def check_logp(folder, t, column, temperature=1.0):
-    """The column holds the log-probabilities of the initial model: those of the naive network, for
+def check_logp(folder, t, column, temperature=1.0, init="sft"):
+    """The column holds the log-probabilities of the model `init`: those of the naive network, for
     the tokens that the table shows, up to half a character, which it cannot show."""
-    network, _, tokenizer = naive.load(folder / "sft")
+    network, _, tokenizer = naive.load(folder / init)
     ids = []
     for text in itertools.takewhile(lambda text: "\ufffd" not in text, t["text"]):
         text = tokenizer.eos if text == "EOS" else ast.literal_eval(text)
@@ -193,24 +196,13 @@ def test_grpo(folder, flags):
     assert max(abs(r["ratio"] - 1) for r in rows) > 0.01  # after updates
 
 
-def test_trace_does_not_resume(folder):
-    # catches a trace that goes on in another run's folder
-    result = run_script("sft.py", *FLAGS["sft"], "--trace=true", "--resume=true", cwd=folder)
-    assert result.returncode == 2 and "leave out --resume=true" in result.stderr
-
-
 @pytest.mark.parametrize("loss, flags", [
     ("dpo", []), ("cdpo", ["--label_smoothing=0.2"]), ("ipo", ["--beta=0.3"]), ("ipo_mean", []),
     ("dpo_norm", ["--beta=1.5"]), ("simpo", ["--simpo_margin=0.8"]), ("kto", ["--desirable=1.5"])])
-def test_dpo(folder, monkeypatch, capsys, loss, flags):
+def test_dpo(folder, loss, flags):
     # catches a sum without EOS, a length off by one, a reward in other units than the loss's, a
     # formula that is not the one that the number comes from
-    monkeypatch.chdir(folder)  # in this process: seven times its start would take long
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    dpo.main(cli.read_flags(dpo.Config, [
-        *DPO, f"--loss={loss}", *flags, "--trace=true", "--out=done"]))
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    output = capsys.readouterr().out
+    output = trace(folder, "dpo", *DPO, f"--loss={loss}", *flags)
     beta, e = number(output, "beta ="), 0.2
     rewards = []
     for side in ("chosen", "rejected"):
@@ -244,3 +236,72 @@ def test_dpo(folder, monkeypatch, capsys, loss, flags):
         assert number(output, r"margin = .* =") == near(margin)
     expected = expected.get(loss, -math.log(sigmoid(margin)))
     assert number(output, r"\nloss = .* =") == near(expected)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the first argument is the stage, one of sft, reward, ppo, dpo, grpo"),
+    (["evaluate"], "the first argument is the stage, one of sft, reward, ppo, dpo, grpo"),
+    (["--seed=2", "sft"], "the first argument is the stage"),
+    (["sft", "--epoch=3"], "unknown flag --epoch: did you mean --epochs?"),
+    (["sft", "--init=nowhere"], "--init=nowhere does not exist"),
+    (["ppo", *PPO, "--kl_in=both"], "--kl_in=both: expected reward or loss"),
+    (["grpo", *GRPO, "--method=ppo"], "--method=ppo: expected one of grpo"),
+    (["dpo", *DPO, "--loss=orpo"], "--loss=orpo: expected one of dpo"),
+    (["dpo", "--init=sft", "--data=labels.jsonl", "--loss=kto"],
+     "the data has single answers only"),
+    (["grpo", "--init=sft", "--data=answers.jsonl", "--batch_size=8", "--k=4",
+      "--max_new_tokens=12"], "every group's scores are all equal")])
+def test_bad_input_is_one_clear_line(folder, arguments, message):
+    # catches tracebacks, wrong exit statuses, and a table where there is nothing to show
+    write_jsonl(folder / "labels.jsonl", [dict(prompt=f"Say {i}.", completion="One.", label=i > 3,
+                                               held_out=i % 2 > 0) for i in range(8)])
+    write_jsonl(folder / "answers.jsonl", [dict(prompt=f"Say {i}.", answer="123456", held_out=i > 8)
+                                           for i in range(12)])
+    result = run_script("trace.py", *arguments, cwd=folder)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line and "%|" not in line]  # no bars
+    assert len(errors) == 1 and errors[0].startswith("trace.py: error: ") and message in errors[0]
+
+
+def test_help():
+    # catches the flags of another stage
+    shown = run_script("trace.py", "grpo", "--help", cwd=".")
+    assert shown.returncode == 0 and "\n  --kl_estimator=k2 " in shown.stdout
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("sft", ["--batch_size=1", "--epochs=1"]), ("reward", ["--batch_size=1", "--epochs=1"]),
+    ("dpo", ["--batch_size=3", "--micro_batch=2", "--nll=0.5", "--epochs=4"]),
+    ("dpo", ["--loss=kto", "--weight_decay=0.5"]),
+    ("ppo", ["--kl_target=1", "--kl_horizon=20", "--score_scaling=true", "--ptx_coef=0.5"]),
+    ("ppo", ["--kl_in=loss", "--micro_batch=3", "--warmup=2", "--critic_lr=0.03"]),
+    ("grpo", ["--method=grpo", "--ptx_coef=0.5", "--warmup=2", "--micro_batch=3"]),
+    ("grpo", ["--reward=verifier", "--data=sums.jsonl", "--seed=2"])])
+def test_the_numbers_are_those_of_the_run(folder, monkeypatch, stage, flags):
+    # catches a trace that draws, orders or trains otherwise than the stage does
+    write_jsonl(folder / "sums.jsonl", [dict(prompt=f"Say {i}.", answer=i, held_out=i > 8)
+                                        for i in range(12)])
+    for module in (data.verifier, grpo):  # a random model is never right
+        monkeypatch.setattr(module, "is_right", lambda text, i: (len(text) + int(i)) % 2 == 0)
+    out = f"run{len(list(folder.iterdir()))}"
+    more = ["--lr=0.05"] * (stage in ("ppo", "dpo", "grpo")) + \
+        ["--iterations=2", "--ptx_data=text.txt"] * (stage in ("ppo", "grpo"))
+    given = {f.split("=")[0]: f for f in (*FLAGS[stage], *more, *flags)}.values()
+    result = run_script(f"{stage}.py", *given, f"--out={out}", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
+    step = [r for r in rows if r["kind"] == "step"]
+    output = trace(folder, stage, *given)
+    if stage in ("sft", "reward"):  # batches of one
+        assert number(output, r"\nloss = .* =") == near(step[0]["loss"])
+        return
+    t, samples = table(output, "position"), [r for r in rows if r["kind"] == "sample"][4:]
+    check_logp(folder, t, "logp", init=out)  # the run has no step more than the trace
+    if stage == "ppo":
+        kl = sum(old - ref for old, ref in zip(t["old_logp"], t["ref_logp"]) if ref is not None)
+        assert (t["score"][-1], kl) == (near(samples[0]["score"]), near(samples[0]["kl"]))
+        assert number(output, "beta =") == near(step[1]["beta"])
+    elif stage == "grpo":
+        g = table(output, "response")
+        for name in ("score", "advantage"):
+            assert g[name] == tuple(near(r[name]) for r in samples)
