@@ -87,7 +87,12 @@ def set_lr(optimizer, lr):
 
 
 def cosine(step, steps, warmup=0):
-    """Learning-rate factor: linear warm-up from 0, then cosine from 1 down to 0."""
+    """Learning-rate factor: linear warm-up from 0, then cosine from 1 down to 0.
+
+    In both schedules the warm-up takes at most a tenth of the run: a longer one would leave a short
+    run far below its peak. `say_warmup` says so.
+    """
+    warmup = min(warmup, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -95,7 +100,13 @@ def cosine(step, steps, warmup=0):
 
 def linear(step, steps, warmup=0):
     """Learning-rate factor: linear warm-up from 0, times a linear decay from 1 to a tenth."""
+    warmup = min(warmup, steps // 10)
     return min(1.0, (step + 1) / max(1, warmup)) * (1 - 0.9 * step / steps)
+
+
+def say_warmup(steps, warmup):
+    if warmup > steps // 10:
+        print(f"warm-up: {steps // 10} of {steps} steps, a tenth of the run, not --warmup={warmup}")
 
 
 # --- sampling text -------------------------------------------------------------------------------
@@ -381,21 +392,13 @@ def check_same_tokenizer(first, second, path, other):
                         "together")
 
 
-def check_lineage(role, expected, checkpoint, path):
-    """Warn when `checkpoint` was not made from the artefact whose hash is `expected`."""
-    found = checkpoint["parents"].get(role)
+def check_lineage(role, expected, parents, path):
+    """Warn when what lies at path, made from `parents` ({role: hash}), was not made from the
+    artefact whose hash is `expected`."""
+    found = parents.get(role)
     if found != expected:
         print(f"warning: {path} does not descend from the {role} run used here ({expected}) but "
-              f"from {found or checkpoint['parents']}", file=sys.stderr)
-
-
-def label_card(data):
-    """The card that label.py wrote beside its rankings, or None: `data` is not of the embedded
-    world, so that there is no gold reward."""
-    card = Path(data).parent / "card.json"
-    if Path(data).name != "rankings.jsonl" or not card.exists():
-        return None
-    return json.loads(card.read_text())
+              f"from {found or parents}", file=sys.stderr)
 
 
 # --- the stage before ----------------------------------------------------------------------------

@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from data.records import (check_ranking, check_ranking_or_label, choose, collate, fits,
+from data.records import (check_ranking, check_ranking_or_label, choose, collate, embedded, fits,
                           merge_rankings, read_jsonl, split)
 from evaluate import compare, held_out_prompts, sequence_logprobs
 from model import token_logprobs
@@ -407,10 +407,12 @@ def main(config):
     # --- model and data ------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
     reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
-    card = common.label_card(config.data)
-    synthetic = card is not None
+    origin = embedded(config.data)
+    synthetic = origin is not None
+    print(f"{config.data}: " + ("rankings of the embedded world" if origin else "your own data"))
     if synthetic:
-        common.check_lineage(parent["stage"], parent["hash"], card, config.data)
+        common.check_lineage(parent["stage"], parent["hash"],
+                             {parent["stage"]: origin["policy"]}, config.data)
     data = load_data(config, tokenizer, policy.config.block_size)
     train, held_out = data.train, data.held_out
     prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
@@ -447,6 +449,7 @@ def main(config):
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
+    common.say_warmup(steps, config.warmup)
     first, metrics, state = 0, {}, run.load_state()
     if state:
         policy.load_state_dict(state["policy"])

@@ -393,7 +393,8 @@ def load_networks(config, device):
     if config.reward == "model":
         reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
-        common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
+        common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
+                             config.reward_model)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
     return policy, reference, reward_model, tokenizer, parents, block_size
@@ -414,6 +415,7 @@ def main(config):
     print(f"policy {policy.num_params():,} parameters; {len(train)} prompts, {len(held_out)} held "
           f"out")
 
+    common.say_warmup(config.iterations, config.warmup)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     first = 0
     state = run.load_state()

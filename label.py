@@ -115,7 +115,8 @@ def main(config):
             ranks, second = (labeler.rank(p.text, texts, gold, rng) for rng in people)
             records.append(dict(prompt=p.text, completions=texts, ranks=ranks, second=second,
                                 gold=[round(g, 3) for g in gold], family=p.family,
-                                held_out=p.held_out))
+                                held_out=p.held_out, world="synthetic", noise=config.noise,
+                                policy=parent["hash"]))
 
     if not records:
         raise UserError(f"no prompt got two complete answers: does {config.init} end its answers "

@@ -370,6 +370,10 @@ def check_config(config):
     if config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} is not a multiple of "
                         f"--minibatches={config.minibatches}")
+    if config.kl_target > 0 and config.batch_size >= 5 * config.kl_horizon:
+        # one step of the controller multiplies beta by 1 - 0.2 n / horizon: 0 or below
+        raise UserError(f"--kl_horizon={config.kl_horizon}: beta would change its sign; with "
+                        f"--batch_size={config.batch_size} take one above {config.batch_size / 5}")
 
 
 def load_networks(config, device):
@@ -381,7 +385,8 @@ def load_networks(config, device):
     reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
     reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
     common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
-    common.check_lineage(parent["stage"], parent["hash"], rm_parent, config.reward_model)
+    common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
+                             config.reward_model)
     return (policy, ValueModel(reward_model).to(device), reference, reward_model, tokenizer,
             {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]},
             min(policy.config.block_size, reward_model.gpt.config.block_size))
@@ -404,6 +409,7 @@ def main(config):
     print(f"policy {policy.num_params():,} parameters, reward model and critic "
           f"{reward_model.gpt.num_params():,} each; {len(train)} prompts, {len(held_out)} held out")
 
+    common.say_warmup(config.iterations, config.warmup)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     critic_optimizer = common.adamw([critic], config.critic_lr, eps=config.adam_eps)
     beta, running, first = config.beta, RunningStd(), 0

@@ -164,6 +164,7 @@ def main(config):
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
     adamw = common.adamw([model], config.lr, config.weight_decay, without=matrices)
     muon = Muon(matrices, config.muon_lr, config.weight_decay)
+    common.say_warmup(config.steps, config.warmup)
     micro_batch = config.micro_batch or config.batch_size
     first, state = 0, run.load_state()
     if state:

@@ -54,8 +54,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from data.records import (check_demonstration, check_ranking, choose, collate, encode_messages,
-                          fits, merge_rankings, prompt_key, read_jsonl, split)
+from data.records import (check_demonstration, check_ranking, choose, collate, embedded,
+                          encode_messages, fits, merge_rankings, prompt_key, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -210,10 +210,12 @@ def main(config):
     policy, tokenizer, parent = common.load_policy(config.init, ("sft", "pretrain"), device)
     model = RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
-    card, noise = common.label_card(config.data), None
-    if card is not None:
-        noise = card["labeler"]["noise"]
-        common.check_lineage(parent["stage"], parent["hash"], card, config.data)
+    origin = embedded(config.data)
+    noise = origin and origin["noise"]
+    print(f"{config.data}: " + ("rankings of the embedded world" if origin else "your own data"))
+    if origin:
+        common.check_lineage(parent["stage"], parent["hash"],
+                             {parent["stage"]: origin["policy"]}, config.data)
     data = load_data(config, tokenizer, policy.config.block_size)
     train = data.train
     quality = parent["config"].get("quality", 0.5)
@@ -246,6 +248,7 @@ def main(config):
     micro_batch = config.micro_batch or config.batch_size
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
+    common.say_warmup(steps, config.warmup)
     first, state = 0, run.load_state()
     if state:
         model.load_state_dict(state["model"])

@@ -161,6 +161,7 @@ def main(config):
     micro_batch = config.micro_batch or config.batch_size
     steps_per_epoch = -(-len(data.train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
+    common.say_warmup(steps, config.warmup)
     first, metrics, state = 0, {}, run.load_state()
     if state:
         model.load_state_dict(state["model"])

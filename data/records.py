@@ -3,6 +3,7 @@
     demonstration  {"prompt": P, "completion": text}   or   {"messages": [turn, ...]}
     pair           {"prompt": P, "chosen": text, "rejected": text}
     ranking        {"prompt": P, "completions": [text, ...], "ranks": [int, ...]}   1 best, ties =
+                   (label.py adds "world", "noise" and "policy", see `embedded`)
     answer         {"prompt": P, "answer": text or number}   checked as a number, see verifier.py
     label          {"prompt": P, "completion": text, "label": true | false}   wanted or not
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
@@ -216,6 +217,28 @@ def distinct(records):
     for record in records:
         first.setdefault(prompt_key(record), record)
     return list(first.values())
+
+
+def embedded(path):
+    """{"noise", "policy"} where every ranking of the file is one of the embedded world, else None.
+
+    noise: of the labeler, in gold units; policy: hash of the model whose answers are ranked. The
+    records say so themselves ("world": "synthetic"): a file name, or a file beside, can lie.
+    """
+    record = {}
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                if record["world"] != "synthetic":
+                    return None
+            except (ValueError, RecursionError, TypeError, KeyError):
+                return None
+    try:
+        return dict(noise=float(record["noise"]), policy=str(record["policy"]))
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{path}: rankings of the embedded world need \"noise\" and \"policy\", as "
+                        "label.py writes them") from None
 
 
 def choose(records, n, key=prompt_key):

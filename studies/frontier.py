@@ -51,6 +51,7 @@ import dpo
 import grpo
 import ppo
 from common import ROOT, clustered_se, question
+from data.records import embedded
 from data.synthetic.gold import gold_reward
 from evaluate import held_out_prompts, response_rows
 from reward import load_reward_model, score_rows
@@ -206,9 +207,9 @@ def main(config):
     device = common.set_up(config, "frontier")  # refuses bad numbers now, not after the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
-    if common.label_card(config.data) is None:
-        raise UserError(f"--data={config.data}: expected a rankings.jsonl as label.py writes it, "
-                        "beside its card.json: of other data there is no gold reward")
+    if embedded(config.data) is None:
+        raise UserError(f"--data={config.data}: expected rankings of the embedded world, as "
+                        "label.py writes them: of other data there is no gold reward")
     jobs = [(name, beta, seed) for name, (_, _, betas) in METHODS.items() for beta in betas
             for seed in range(1, config.seeds + 1)]
     hashes = dict(sft=common.load_checkpoint(config.init, ("sft",))["hash"],

@@ -162,15 +162,17 @@ def clear(*networks):
 
 
 def cosine(step, steps, warmup):
-    """Up in a line over the warm-up, then down to 0 along half a cosine."""
+    """Up in a line over the warm-up (at most a tenth), then down to 0 along half a cosine."""
+    warmup = min(warmup, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 def linear(step, steps, warmup):
-    """Up in a line over the warm-up, times a line from 1 down to a tenth."""
-    return min(1, (step + 1) / warmup) * (1 - 0.9 * step / steps)
+    """Up in a line over the warm-up (at most a tenth), times a line from 1 down to a tenth."""
+    warmup = min(warmup, steps // 10)
+    return min(1, (step + 1) / max(warmup, 1)) * (1 - 0.9 * step / steps)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -374,11 +376,10 @@ def hash_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def card_of(data):
-    """The labeler's card beside rankings of the embedded world, or None."""
-    card = Path(data).parent / "card.json"
-    return json.loads(card.read_text()) if Path(data).name == "rankings.jsonl" and card.exists() \
-        else None
+def noise_of(data):
+    """The labeler's noise where all records are rankings of the embedded world, else None."""
+    records = [json.loads(line) for line in Path(data).read_text().split("\n") if line.strip()]
+    return records[-1]["noise"] if all("world" in r for r in records) else None
 
 
 class Log(list):
@@ -540,7 +541,8 @@ def label(c):
             values = [perceived(c, t, g) for t, g in zip(texts, gold)]
             records.append(dict(prompt=p.text, completions=texts, ranks=rank(values, first),
                                 second=rank(values, second), gold=[round(g, 3) for g in gold],
-                                family=p.family, held_out=p.held_out))
+                                family=p.family, held_out=p.held_out, world="synthetic",
+                                noise=c.noise, policy=parent["hash"]))
     pairs = [(r, i, j) for r in records for i, a in enumerate(r["ranks"])
              for j, b in enumerate(r["ranks"]) if a < b]
     mean = lambda values: np.mean(values) if len(values) else None
@@ -588,7 +590,7 @@ def reward(c):
     drawn = RewardModel(size).head.state_dict()
     network = Network({"gpt." + k: w for k, w in policy.w.items()}
                       | {"head." + k: w for k, w in drawn.items()}, policy.size, "gpt.")
-    card = card_of(c.data)
+    noise = noise_of(c.data)
     sides = []
     for records in read(c.data):
         rows_of = lambda r: [answer_row(tokenizer, r["prompt"], t) for t in
@@ -600,7 +602,7 @@ def reward(c):
             one["rows"] = rows_of(one)
     train, held_out = sides
     text = None
-    if c.pretrain_mix > 0 and card:
+    if c.pretrain_mix > 0 and noise is not None:
         text = text_rows("synthetic", tokenizer, min(40, block), 20000, c.seed)
     weights, log, step = list(network.w.values()), Log(), 0
     optimizer = AdamW(weights, c.lr, c.weight_decay)
@@ -632,7 +634,7 @@ def reward(c):
     # shift and scale: demonstrations average 0, samples of the SFT model have standard deviation 1
     if c.demos != "auto":
         demos = [messages_of(r) for r in choose(read(c.demos)[0], c.samples)]
-    elif card:
+    elif noise is not None:
         prompts = sample_prompts(c.samples, held_out=False, seed=c.seed)
         demos = [messages_of(r) for r in
                  demonstrations(prompts, c.seed, parent["config"].get("quality", 0.5))]
@@ -651,14 +653,14 @@ def reward(c):
         of_demos = np.mean([network.score(row).item() for row in demos])
         of_samples = [network.score(row).item() for row in samples]
         shift, scale = of_demos, max(np.std(of_samples), 1e-6)
-        final = report_card(network, held_out, card)
+        final = report_card(network, held_out, noise)
     final |= dict(shift=shift, scale=scale, demo_score=(of_demos - shift) / scale,
                   sft_score=(np.mean(of_samples) - shift) / scale)
     state = network.state() | dict(shift=torch.tensor(shift), scale=torch.tensor(scale))
     return state, log, final, {parent["stage"]: parent["hash"]}
 
 
-def report_card(network, held_out, card):
+def report_card(network, held_out, noise):
     """Figures over the held-out pairs; their errors clustered by what is asked."""
     margins, longer, asked, gold, wide = [], [], [], [], []
     for one in held_out:
@@ -666,11 +668,11 @@ def report_card(network, held_out, card):
         for i, j in one["pairs"]:
             margins.append(scores[i] - scores[j])
             longer.append(half(len(one["completions"][i]) - len(one["completions"][j])))
-            asked.append(question(one["prompt"], card))
+            asked.append(question(one["prompt"], noise is not None))
             if one["gold"]:
                 gap = one["gold"][i] - one["gold"][j]
                 gold.append(half(gap))
-                if card and abs(gap) > card["labeler"]["noise"]:
+                if noise is not None and abs(gap) > noise:
                     wide.append((margins[-1] > 0) == (gap > 0))
     right = [half(m) for m in margins]
     sure = [1 / (1 + math.exp(-abs(m))) for m in margins]  # of the pair's winner
@@ -786,8 +788,8 @@ def dpo(c):
     beta, lr = SETTINGS[c.loss]
     beta, lr = c.beta or beta, c.lr or lr
     (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
-    block, card = policy.size["block_size"], card_of(c.data)
-    prompts = held_out_prompts("synthetic" if card else c.data, c.eval_prompts, tokenizer,
+    block, synthetic = policy.size["block_size"], noise_of(c.data) is not None
+    prompts = held_out_prompts("synthetic" if synthetic else c.data, c.eval_prompts, tokenizer,
                                block - c.max_new_tokens)
 
     # an element: one prompt with its answers, each with its label, log pi_ref and length
@@ -914,7 +916,7 @@ def dpo(c):
                         answers_per_s=sum(len(one["rows"]) for one in batch))
             step += 1
         final = validate(epoch + 1)
-    final = final | compare(log, policy, reference, tokenizer, prompts, c, card is not None)[0]
+    final = final | compare(log, policy, reference, tokenizer, prompts, c, synthetic)[0]
     return policy.state(), log, final, {parent["stage"]: parent["hash"]}
 
 

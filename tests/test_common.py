@@ -253,9 +253,9 @@ def test_foreign_checkpoints_are_refused(tmp_path):
 
 def test_lineage_warning(capsys):
     # catches a reward model of another SFT run that is used in silence
-    common.check_lineage("sft", "abc", dict(parents=dict(sft="abc")), "x")
+    common.check_lineage("sft", "abc", dict(sft="abc"), "x")
     assert capsys.readouterr().err == ""
-    common.check_lineage("sft", "abc", dict(parents=dict(sft="def")), "x")
+    common.check_lineage("sft", "abc", dict(sft="def"), "x")
     assert "x does not descend from the sft run" in capsys.readouterr().err
 
 
@@ -264,6 +264,19 @@ def test_cosine_schedule():
     factors = [common.cosine(s, 100, 10) for s in range(100)]
     assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
     assert factors[-1] < 0.001 and all(a >= b for a, b in zip(factors[10:], factors[11:]))
+
+
+@pytest.mark.parametrize("schedule", [common.cosine, common.linear])
+def test_a_warm_up_takes_a_tenth_of_the_run_at_most(schedule, capsys):
+    # catches a short run that never comes near its peak learning rate, in silence
+    for steps, longest in ((100, 10), (25, 2), (9, 0), (1, 0)):
+        found = [schedule(s, steps, 60) for s in range(steps)]
+        assert found == [schedule(s, steps, longest) for s in range(steps)]
+        assert max(found) > 0.8
+        common.say_warmup(steps, 60)
+        assert f"warm-up: {longest} of {steps} steps" in capsys.readouterr().out
+    common.say_warmup(100, 10)
+    assert capsys.readouterr().out == ""
 
 
 def test_adamw_gets_what_it_is_given():

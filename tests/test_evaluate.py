@@ -127,15 +127,14 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     monkeypatch.chdir(folder)
     prompts = sample_prompts(24, False, 0) + sample_prompts(12, True, 0)
-    Path("rankings").mkdir()
-    write_jsonl("rankings/rankings.jsonl", [
-        dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
-             ranks=[1, 2], held_out=p.held_out) for p in prompts])
-    Path("rankings/card.json").write_text(json.dumps(dict(parents={})))
+    rankings = [dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
+                     ranks=[1, 2], held_out=p.held_out, world="synthetic", noise=0.7, policy="x")
+                for p in prompts]
+    write_jsonl("mine.jsonl", rankings)
     settings = dpo.resolve(dpo.Config(lr=0.01))
     monkeypatch.setattr(frontier, "METHODS", {"DPO": ("dpo", settings, (0.7,))})
     monkeypatch.setattr(frontier, "MOST", 4)
-    config = frontier.Config(init="sft", data="rankings/rankings.jsonl", reward_model="reward",
+    config = frontier.Config(init="sft", data="mine.jsonl", reward_model="reward",
                              out="frontier", seeds=2, eval_prompts=16, max_new_tokens=8, workers=2)
     frontier.main(config)
     rows = json.loads(Path("frontier/frontier.json").read_text())
@@ -163,14 +162,11 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="lr=0.01, wanted: 0.02"):
         frontier.main(config)
     settings.lr = 0.01
-    write_jsonl("rankings/rankings.jsonl", [  # labelled anew
-        dict(prompt=p.text, completions=["I do not know.", "I cannot help with that."],
-             ranks=[2, 1], held_out=p.held_out) for p in prompts])
+    write_jsonl("mine.jsonl", [r | dict(ranks=[2, 1]) for r in rankings])  # labelled anew
     with pytest.raises(UserError, match="seed1 was made from another data than there is now"):
         frontier.main(config)
-    Path("rankings/rankings.jsonl").rename("rankings/mine.jsonl")
-    config.data = "rankings/mine.jsonl"
-    with pytest.raises(UserError, match="mine.jsonl: expected a rankings.jsonl"):
+    write_jsonl("mine.jsonl", [*rankings, dict(prompt="Hi", chosen="a", rejected="b")])
+    with pytest.raises(UserError, match="mine.jsonl: expected rankings of the embedded world"):
         frontier.main(config)
     with pytest.raises(UserError, match="--workers=0: must be above 0"):
         cli.read_flags(frontier.Config, ["--workers=0"])

@@ -28,12 +28,12 @@ from reward import RewardModel
 MODULES = {stage: __import__(stage) for stage in
            ("pretrain", "sft", "label", "reward", "dpo", "ppo", "grpo", "evaluate")}
 PRETRAIN = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=54", "--seq_len=23",
-            "--batch_size=5", "--steps=12", "--warmup=4", "--eval_every=5", "--documents=120",
+            "--batch_size=5", "--steps=31", "--warmup=3", "--eval_every=5", "--documents=120",
             "--lr=0.01", "--muon_lr=0.05"]
-SFT = ["--init=base", "--epochs=2", "--batch_size=7", "--samples=5", "--max_new_tokens=6",
+SFT = ["--init=base", "--epochs=2", "--batch_size=5", "--samples=5", "--max_new_tokens=6",
        "--lr=0.003", "--warmup=3", "--save_every=4"]
 LABEL = ["--init=sft", "--prompts=34", "--held_out=9", "--k=3", "--max_new_tokens=9", "--chunk=4"]
-REWARD = ["--init=sft", "--batch_size=3", "--lr=0.01", "--warmup=2", "--samples=6",
+REWARD = ["--init=sft", "--batch_size=2", "--lr=0.01", "--warmup=2", "--samples=6",
           "--max_new_tokens=9", "--save_every=2"]
 DPO = ["--init=sft", "--batch_size=3", "--lr=0.003", "--warmup=2", "--max_new_tokens=8",
        "--eval_prompts=4", "--save_every=2", "--epochs=2"]
@@ -43,6 +43,7 @@ PPO = ["--init=sft", "--reward_model=reward", "--iterations=3", "--batch_size=8"
 GRPO = ["--init=sft", "--iterations=3", "--batch_size=12", "--k=4", "--max_new_tokens=9",
         "--lr=0.01", "--warmup=2", "--eval_prompts=5", "--log_every=2", "--save_every=2",
         "--micro_batch=4"]
+LONG = ["--iterations=21", "--batch_size=4", "--max_new_tokens=3", "--warmup=9", "--lr=0.001"]
 PAIRS, EMBEDDED = "--data=pairs.jsonl", "--data=label/rankings.jsonl"
 # every flag that changes the loss, the data or the figures is in one case at least
 CASES = dict(
@@ -87,7 +88,8 @@ CASES = dict(
           "--value_clip=0.02", "--minibatches=4", "--epochs=3", "--adam_eps=1e-3", "--seed=6",
           "--iterations=2"], ""),
         ([*PPO, "--grad_clip=0.05", "--micro_batch=0", "--beta=0", "--iterations=2",
-          "--save_every=2", "--batch_size=4"], "")],
+          "--save_every=2", "--batch_size=4"], ""),
+        ([*PPO, PAIRS, *LONG], "")],
     grpo=[
         ([*GRPO, "--ptx_coef=0.7", "--ptx_data=text.txt", "--ptx_batch=3"], "cut"),
         ([*GRPO, PAIRS, "--reward=model", "--reward_model=reward", "--method=grpo", "--beta=0.3",
@@ -98,7 +100,8 @@ CASES = dict(
           "--minibatches=3", "--grad_clip=0.05", "--micro_batch=0"], ""),
         ([*GRPO, "--data=answers.jsonl", "--advantage=grpo", "--aggregate=tokens", "--drop=true",
           "--kl_in=loss", "--clip_high=0.1", "--beta=0.2", "--epochs=2"], ""),
-        ([*GRPO, "--data=answers.jsonl", "--beta=0", "--aggregate=sequence", "--epochs=2"], "")],
+        ([*GRPO, "--data=answers.jsonl", "--beta=0", "--aggregate=sequence", "--epochs=2"], ""),
+        ([*GRPO, PAIRS, "--reward=model", "--reward_model=reward", *LONG], "")],
     evaluate=[
         (["--policy=sft", "--reference=base", "--reward_model=reward", "--best_of=3",
           "--eval_prompts=6", "--max_new_tokens=9", "--temperature=1.1"], ""),
@@ -424,3 +427,21 @@ def test_too_few_samples_to_measure_the_scale_on(folder, capsys):
         assert run_stage("reward", ["--init=sft", PAIRS, "--samples=1", "--max_new_tokens=9",
                                     "--out=few"]) == 2
     assert "too few to measure the scale on" in capsys.readouterr().err
+
+
+def test_the_records_say_where_they_come_from(folder):
+    # catches an embedded world that is known by a file's name, or by a card that lies beside it
+    lines = (folder / "label" / "rankings.jsonl").read_text()
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "mine.jsonl").write_text(lines)
+    own = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    write_jsonl(folder / "elsewhere" / "rankings.jsonl", own)  # own pairs, named like ours
+    (folder / "elsewhere" / "card.json").write_text("[1, 2, 3]")
+    result = {}
+    with in_folder(folder):
+        for name, data in (("ours", "label/rankings"), ("renamed", "elsewhere/mine"),
+                           ("own", "pairs"), ("own renamed", "elsewhere/rankings")):
+            flags = [*REWARD, f"--data={data}.jsonl", f"--out=known/{name}"]
+            assert run_stage("reward", flags) == 0
+            result[name] = torch.load(f"known/{name}/model.pt", weights_only=True)["hash"]
+    assert result["ours"] == result["renamed"] and result["own"] == result["own renamed"]
