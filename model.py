@@ -266,16 +266,19 @@ def trim(tokens, response_mask):
 
 
 def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, ref_model=None,
-                chunk=8192):
+                chunk=None):
     """`token_logprobs` and, from the same forward, what needs the whole distribution.
 
-    Returns (logp, entropy, kl), each (B, T), fp32, nats per token, 0 outside the mask:
+    Returns (logp, entropy, kl, ref_logp), each (B, T), fp32, nats per token, 0 outside the mask:
     entropy of p(. | tokens[:, :t]) if `entropy`, else None; with `ref_model` the exact
-    KL(p || p_ref) = sum_v p(v) (log p(v) - log p_ref(v)) at each visited state, else None.
+    KL(p || p_ref) = sum_v p(v) (log p(v) - log p_ref(v)) at each visited state and the
+    log-probabilities of the tokens under it, else None.
 
-    The head runs on response positions only, `chunk` of them at a time, and chunks recompute their
-    log-softmax in the backward pass: neither (B, T, V) nor (N, V) ever exists in fp32.
+    The head runs on response positions only, `chunk` of them at a time (by default as many as make
+    64 MiB of logits), and chunks recompute their log-softmax in the backward pass: of (B, T, V) and
+    (N, V) no more than a chunk ever exists in fp32.
     """
+    chunk = chunk or max(128, 2**24 // model.config.n_tokens)
     T = tokens.shape[1]
     tokens, response_mask = trim(tokens, response_mask)
     predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1
@@ -290,19 +293,20 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
         logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)  # (n, V)
         logp = logp_all.gather(1, targets[:, None])[:, 0]
         entropies = -(logp_all.exp() * logp_all).sum(-1) if entropy else None
-        kl = None
+        kl = ref_logp = None
         if ref_hidden is not None:
             with torch.no_grad():
                 ref_all = F.log_softmax(ref_model.logits(ref_hidden) / temperature, dim=-1)
+            ref_logp = ref_all.gather(1, targets[:, None])[:, 0]
             kl = (logp_all.exp() * (logp_all - ref_all)).sum(-1)
-        return logp, entropies, kl
+        return logp, entropies, kl, ref_logp
 
     N = targets.numel()
     parts = []
     for i in range(0, max(N, 1), chunk):
         args = (hidden[i:i + chunk], targets[i:i + chunk],
                 None if ref_hidden is None else ref_hidden[i:i + chunk])
-        recompute = N > chunk and torch.is_grad_enabled()  # one chunk: not worth it
+        recompute = N > chunk and torch.is_grad_enabled()  # of one chunk nothing would be saved
         parts.append(checkpoint(stats, *args, use_reentrant=False) if recompute else stats(*args))
 
     def scatter(values):  # (N,) back to (B, T)

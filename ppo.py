@@ -77,7 +77,7 @@ from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from evaluate import check_start, compare, held_out_prompts, warn_of_negative_kl
-from model import GPT, generate, text_loss, token_logprobs, token_stats, trim
+from model import GPT, generate, text_loss, token_stats, trim
 from reward import load_reward_model, score_batch
 
 
@@ -263,9 +263,7 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
         # precision the two differ, and ratios would not start at 1
         stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
                              ref_model=reference) for p in parts]
-        old_logp, entropy, exact_kl = (torch.cat(s)[back] for s in zip(*stats))
-        ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p], config.temperature)
-                              for p in parts])[back]
+        old_logp, entropy, exact_kl, ref_logp = (torch.cat(s)[back] for s in zip(*stats))
         old_value = torch.cat([critic(tokens[p], mask[p]) for p in parts])[back]
     # a response cut by the length limit is not judged: it gets a fixed low score
     score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
@@ -304,7 +302,7 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
             count = mask[rows].sum()  # response tokens of the whole optimiser step
             for p in common.by_length(rows, mask, config.micro_batch):
                 with common.autocast(device):
-                    logp, ent, kl = token_stats(
+                    logp, ent, kl, _ = token_stats(
                         policy, tokens[p], mask[p], config.temperature,
                         entropy=config.entropy_coef > 0,
                         ref_model=reference if config.kl_in == "loss" else None)

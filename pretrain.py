@@ -48,7 +48,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
@@ -57,16 +56,7 @@ from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig
-
-
-def lm_loss(model, tokens):
-    """Next-token cross-entropy: -sum_t log p(x_t | x_<t), summed over all B (T - 1) predictions.
-
-    tokens (B, T). Returns a scalar in nats, a SUM: the caller divides by the tokens of the step.
-    """
-    logits = model.logits(model(tokens[:, :-1]))
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+from model import GPT, GPTConfig, text_loss
 
 
 class Muon(torch.optim.Optimizer):
@@ -155,9 +145,9 @@ def main(config):
     def validation_loss():
         model.eval()
         with common.autocast(device):
-            total = sum(lm_loss(model, tokens).item()
-                        for tokens in data.held_out.split(config.batch_size))
-        return total / data.held_out[:, 1:].numel()
+            total = sum(text_loss(model, rows).item() * len(rows)
+                        for rows in data.held_out.split(config.batch_size))
+        return total / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
     # the matrices of the blocks go to Muon, the rest (embeddings, biases, gains) to AdamW
@@ -190,7 +180,8 @@ def main(config):
         count, loss_sum = tokens[:, 1:].numel(), 0.0
         for part in tokens.split(micro_batch):
             with common.autocast(device):
-                loss = lm_loss(model, part) / count  # the count of the whole step
+                # a mean over its tokens; all rows are of one length, so it counts by its rows
+                loss = text_loss(model, part) * len(part) / len(tokens)
             loss.backward()
             loss_sum = loss_sum + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

@@ -148,8 +148,8 @@ def trace_ppo(config):
     old_logp, ref_logp = first["old_logp"], first["ref_logp"]
     old_value, returns = first["old_value"], first["returns"]
     with torch.no_grad(), common.autocast(device):
-        logp, entropy, kl = token_stats(policy, tokens, mask, config.temperature, entropy=True,
-                                        ref_model=reference)
+        logp, entropy, kl, _ = token_stats(policy, tokens, mask, config.temperature, entropy=True,
+                                           ref_model=reference)
         value = critic(tokens, mask)
     score = torch.full_like(logp, torch.nan)
     score[0, mask[0].nonzero().max()] = batch["score"][0]

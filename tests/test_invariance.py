@@ -189,7 +189,7 @@ def test_gradient_of_the_token_losses(tiny, change):
     reference = GPT(tiny.config).double()
 
     def loss(tokens, mask):
-        logp, entropy, kl = token_stats(tiny, tokens, mask, 0.7, True, reference)
+        logp, entropy, kl, _ = token_stats(tiny, tokens, mask, 0.7, True, reference)
         return (sft_loss(logp, mask) + 0.3 * entropy.sum() + 0.7 * kl.sum()) / 12
 
     expected = gradient(tiny, loss(*batch()))

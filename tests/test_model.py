@@ -158,11 +158,13 @@ def test_exact_kl_at_a_temperature(tiny):
     torch.manual_seed(1)
     reference = GPT(tiny.config).double()
     tokens, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[0., 0, 1]])
-    _, entropy, kl = token_stats(tiny, tokens, mask, 0.5, True, reference)
+    _, entropy, kl, ref_logp = token_stats(tiny, tokens, mask, 0.5, True, reference)
     p = F.softmax(tiny.logits(tiny(tokens))[0, 1].double() / 0.5, -1)
     q = F.softmax(reference.logits(reference(tokens))[0, 1].double() / 0.5, -1)
     assert abs(entropy[0, 2].item() + (p * p.log()).sum().item()) < 1e-5
     assert abs(kl[0, 2].item() - (p * (p / q).log()).sum().item()) < 1e-5
+    torch.testing.assert_close(ref_logp, token_logprobs(reference, tokens, mask, 0.5))
+    assert ref_logp[0, 2].item() == pytest.approx(q[3].log().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -176,12 +178,23 @@ def test_chunks_change_neither_values_nor_gradients(tiny, chunk):
     def run(chunk):
         tiny.zero_grad()
         out = token_stats(tiny, tokens, mask, 0.8, True, reference, chunk=chunk)
-        sum((x * mask).sum() * w for x, w in zip(out, (1, 0.3, 0.7))).backward()
+        sum((x * mask).sum() * w for x, w in zip(out[:3], (1, 0.3, 0.7))).backward()
         return [x.detach() for x in out], [p.grad.clone() for p in tiny.parameters()]
 
     (values, gradients), (expected, expected_gradients) = run(chunk), run(8192)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_the_whole_vocabulary_is_never_kept_for_the_backward_pass():
+    # catches (N, V) log-probabilities that wait for the backward pass: 0.8 GB at 4,096 x 50,000
+    model = GPT(GPTConfig(60032, 60000, 512, 1, 1, 8))
+    tokens, mask, kept = torch.randint(60000, (1, 401)), torch.ones(1, 401), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x,
+                                                  lambda x: x):
+        logp = token_logprobs(model, tokens, mask)
+    assert max(kept) <= 60032 * 8  # the embedding itself
+    logp.sum().backward()
 
 
 def test_no_forward_pass_over_padding_of_all_rows(tiny):
@@ -202,7 +215,7 @@ def test_entropy_and_exact_kl_by_hand(tiny):
     torch.manual_seed(1)
     reference = GPT(tiny.config).double()
     tokens, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[0., 0, 1]])
-    _, entropy, kl = token_stats(tiny, tokens, mask, 1.0, True, reference)
+    _, entropy, kl, _ = token_stats(tiny, tokens, mask, 1.0, True, reference)
     p = F.softmax(tiny.logits(tiny(tokens))[0, 1].double(), -1)
     q = F.softmax(reference.logits(reference(tokens))[0, 1].double(), -1)
     assert abs(entropy[0, 2].item() + (p * p.log()).sum().item()) < 1e-5

@@ -119,7 +119,7 @@ def test_entropy_and_kl_match_torch_distributions(twins):
     torch.manual_seed(1)
     reference = GPT(ours.config)
     tokens, mask = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0., 1, 1, 1]])
-    _, entropy, kl = token_stats(ours, tokens, mask, 0.7, True, reference)
+    _, entropy, kl, _ = token_stats(ours, tokens, mask, 0.7, True, reference)
     p, q = (torch.distributions.Categorical(logits=m.logits(m(tokens))[0, :-1] / 0.7)
             for m in (ours, reference))
     torch.testing.assert_close(entropy[0, 1:], p.entropy(), atol=1e-5, rtol=1e-5)
