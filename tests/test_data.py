@@ -180,3 +180,21 @@ def test_a_long_document_is_packed_in_linear_time():
     rows = pack([[7], list(range(1_000_000)), [8] * 9], 40)
     assert time.time() - start < 5 and rows.shape == (25_000, 40)
     assert rows.flatten().tolist() == [7, *range(999_999)]
+
+
+def test_decoding_drops_eos_and_pad():
+    # catches an end of text that is shown, counted by the gold reward, and ranked
+    text = "The capital of Peru is Lima."
+    ids = tok.encode(text)
+    assert tok.decode([*ids, tok.eos, tok.pad, tok.vocab_size - 1]) == text
+    assert tok.decode([tok.eos, *ids[:2], tok.markers["user"]]) == tok.decode(ids[:2]) + "<|user|>"
+
+
+def test_an_error_names_the_line_in_every_format(tmp_path):
+    # catches a message that shows the record in place of its line
+    path = tmp_path / "new" / "folder" / "data.jsonl"  # which is made
+    good = dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="b")])
+    for check in (check_prompt, check_demonstration):
+        write_jsonl(path, [good, dict(messages=good["messages"][:1])])
+        with pytest.raises(UserError, match=r"^.*data\.jsonl:2: 'messages' does not end"):
+            read_jsonl(path, check)

@@ -170,3 +170,12 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
         frontier.main(config)
     with pytest.raises(UserError, match="--workers=0: must be above 0"):
         cli.read_flags(frontier.Config, ["--workers=0"])
+
+
+@pytest.mark.parametrize("kl, se, warns", [
+    (-0.5, 0.1, True), (-0.29, 0.1, False), (0.5, 0.1, False), (-0.0005, 0.0, False),
+    (-0.002, 0.0, True)])
+def test_a_negative_kl_is_said(capsys, kl, se, warns):
+    # catches samples and log-probabilities that disagree, in silence
+    evaluate.warn_of_negative_kl(kl, se)
+    assert (f"warning: measured KL {kl:.3f}" in capsys.readouterr().out) == warns

@@ -399,8 +399,9 @@ def test_micro_batches_bound_a_forward_pass(folder, stage, flags, answers):
 
     with in_folder(folder) as patch:
         patch.setattr(GPT, "forward", keep)
-        flags = [f for f in flags if not f.startswith("--micro_batch")]
-        assert run_stage(stage, [*flags, "--micro_batch=2", f"--out=micro/{stage}"]) == 0
+        flags = [f for f in flags if not f.startswith(("--micro_batch", "--batch_size"))]
+        assert run_stage(stage, [*flags, "--batch_size=16", "--micro_batch=2",
+                                 f"--out=micro/{stage}"]) == 0
     assert 2 <= max(rows) <= 2 * answers
 
 

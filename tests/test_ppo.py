@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
-from model import GPT
+from evaluate import check_start
+from model import GPT, GPTConfig
 from ppo import (
     Config,
     RunningStd,
@@ -437,3 +438,33 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
     assert metrics["gold_win_rate"] == 0.25  # a tie and a loss
     assert metrics["score_sft"] == (3 + 2 + 9 - 4) / 4  # the last one was cut: -4, not 50
     assert metrics["gold_best_of_n"] == np.mean([gold[0][0], gold[1][0]])
+
+
+@pytest.mark.parametrize("error, passes", [(0.0, True), (2e-5, True), (-2e-3, False),
+                                           (2e-3, False)])
+def test_the_start_is_checked_in_both_directions(error, passes):
+    # catches a ratio below 1, or a KL below 0, that goes unnoticed
+    logp = torch.full((2, 5), -1.0).double()
+    for shifted in ((logp + error, logp, logp), (logp, logp, logp + error)):
+        if passes:
+            check_start(*shifted[:2], MASK, shifted[2])
+        else:
+            with pytest.raises(AssertionError, match="the"):
+                check_start(*shifted[:2], MASK, shifted[2])
+
+
+@torch.no_grad()
+def test_scores_and_values_are_exact_under_autocast():
+    # catches a head whose product is rounded to bf16: three digits of a score
+    torch.manual_seed(0)
+    size = GPTConfig(vocab_size=64, n_tokens=60, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    model = RewardModel(size)
+    model.head.weight.mul_(100)
+    critic = ValueModel(model)
+    tokens, mask = torch.randint(60, (3, 9)), torch.ones(3, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        score, value, hidden = model.raw(tokens, mask), critic(tokens, mask), model.gpt(tokens)
+    exact = (hidden.double() @ model.head.weight[0].double() + model.head.bias.double())
+    assert score.dtype == value.dtype == torch.float32
+    torch.testing.assert_close(score.double(), exact[:, -1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(value[:, 1:].double(), exact[:, :-1], atol=1e-4, rtol=0)
