@@ -458,9 +458,10 @@ def main(config):
         kl = kl_se = kl_per_token = None  # not measured where no reference is asked
         if batch["ref_logp"] is not None:
             seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
-            # the answers to a prompt depend on each other: clustered by prompt
+            # the answers to a question depend on each other: clustered by question
             kl = seq_kl.mean().item()
-            kl_se = common.clustered_se(seq_kl.cpu().numpy(), np.repeat(chosen, config.k))
+            kl_se = common.clustered_se(seq_kl.cpu().numpy(), [
+                common.question(a[0], config.data == "synthetic") for a in asked])
             kl_per_token = seq_kl.sum().item() / n_tokens
         score, signal = batch["score"], has_signal(batch["score"], config.k)
         row = dict(

@@ -459,7 +459,8 @@ def main(config):
         explained = 1 - masked_mean((returns - old_value) ** 2, mask) / spread.clamp(min=1e-8)
         row = dict(
             step=step, score=scores, objective=score.mean().item() - beta * kl, kl=kl,
-            kl_se=(seq_kl.std() / len(seq_kl) ** 0.5).item(),
+            kl_se=common.clustered_se(seq_kl.cpu().numpy(), [
+                common.question(train[i][0], config.data == "synthetic") for i in chosen]),
             kl_exact=(batch["exact_kl"] * mask).sum(1).mean().item(),
             kl_per_token=seq_kl.sum().item() / n_tokens, beta=beta,
             entropy=masked_mean(batch["entropy"], mask).item(),

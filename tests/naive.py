@@ -1017,7 +1017,7 @@ def ppo(c):
         row = dict(
             step=step, score=np.mean(finished) if finished else None, kl=np.mean(kl), beta=beta,
             objective=np.mean([e["score"] for e in episodes]) - beta * np.mean(kl),
-            kl_se=np.std(kl, ddof=1) / math.sqrt(len(kl)),
+            kl_se=clustered_se(kl, [question(train[i], c.data == "synthetic") for i in chosen]),
             kl_exact=np.mean([e["exact_kl"].sum().item() for e in episodes]),
             kl_per_token=sum(kl) / n, entropy=every("entropy").mean().item(),
             length=np.mean(lengths), length_min=min(lengths), length_max=max(lengths),
@@ -1205,7 +1205,8 @@ def grpo(c):
             approx_kl=sum(s[2] for s in seen) / max(tokens, 1),
             generate_tok_per_s=n, score_tok_per_s=n, train_tok_per_s=n)
         if c.beta > 0:
-            row |= dict(kl=np.mean(kl), kl_se=clustered_se(kl, np.repeat(chosen, c.k)),
+            row |= dict(kl=np.mean(kl), kl_se=clustered_se(kl, [question(p, c.data == "synthetic")
+                                                                for p, _ in tasks]),
                         kl_per_token=sum(kl) / n, objective=score - c.beta * np.mean(kl))
         if c.data == "synthetic":
             row["gold"] = np.mean([gold_reward(p, t) for (p, _), t in zip(tasks, texts)])

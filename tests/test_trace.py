@@ -171,6 +171,7 @@ def test_grpo(folder, flags):
             rloo=K, grpo=K * row["tokens"], dr_grpo=K * 12, dapo=sum(g["tokens"]))[method])
         loss += row["weight"] * (row["policy"] + (row["kl"] if in_loss else 0))
     assert number(output, r"loss      = .* =") == near(loss)
+    assert ("score - beta seq_kl" in output) == (beta > 0 and not in_loss)
     assert ("pretraining text comes on top" in output) == ("ptx_coef" in options)
     shown = int(number(output, "those of response"))
     rows = [dict(zip(t, row)) for row in zip(*t.values()) if row[1] == 1.0]
