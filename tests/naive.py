@@ -7,8 +7,12 @@ takes the Config of a stage and its input files, and returns the final weights, 
 and the final row. Speed is nothing here: at the size of the tests a run takes a second.
 
 What it shares with the product: the embedded world (prompts, documents, contractors, gold reward),
-the tokenizer's encode and decode, and the classes that draw the first random weights. All else is
+the tokenizer's encode and decode, the reading of a number at the end of a text, the tables of what
+each loss and method stands for, and the classes that draw the first random weights. All else is
 written again. Random streams are part of the contract: each line that draws says from which.
+
+Reading order: the network, the optimisers, sampling, data; then a function a stage, each shorter
+than its script: pretrain, sft, label, reward, compare and evaluate, dpo, ppo, grpo.
 """
 
 import hashlib
@@ -18,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data.synthetic import facts
 from data.synthetic.corpus import documents
-from data.synthetic.gold import gold_reward
+from data.synthetic.gold import gold_reward, sentences
 from data.synthetic.people import demonstrations
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from data.tokenizer import load_tokenizer
@@ -564,8 +569,6 @@ def label(c):
 
 def perceived(c, text, gold):
     """What the labeler sees of an answer: the gold reward, and what it likes or dislikes."""
-    from data.synthetic import facts
-    from data.synthetic.gold import sentences
     said = [s.removeprefix("- ") for s in sentences(text)]
     return (gold + c.length * len(text.split())
             + c.flattery * sum(s in facts.FLATTERY for s in said)

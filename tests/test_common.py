@@ -81,7 +81,8 @@ def test_help_shows_every_field_with_its_comment():
     # catches undocumented flags, a comment over two lines that is cut, a field shown twice
     shown = cli.help_text(Config)
     for part in ("--out=out/x", "output folder", "how many, over two lines", "--lr=0.001",
-                 "how fast", "--bonus=0.5", "\nhow it learns:\n", "--seed=1", "\nthe run:\n"):
+                 "how fast", "--bonus=0.5", "\nhow it learns:\n", "--seed=1", "\nthe run:\n",
+                 "--resume=false "):
         assert shown.count(part) == 1, part
 
 

@@ -319,6 +319,10 @@ def test_script_and_twin_agree(folder, stage, n):
         found += [*differences(checkpoint["parents"], parents, "parents"),
                   *differences(checkpoint["metrics"], plain(final), "metrics")]
         assert set(checkpoint["weights"]) == set(result)
+        for row in steps:  # every epoch is kept, with its own figures
+            if stage in ("sft", "dpo") and row.get("epoch", 0) > 0 and row["kind"] == "validation":
+                kept = torch.load(out / f"model-epoch{row['epoch']}.pt", weights_only=True)
+                found += differences(kept["metrics"] | dict(kind="validation"), row, "epoch")
         for name, weight in checkpoint["weights"].items():
             distance = (weight - result[name]).abs().max().item()
             if not distance < 1e-8:
@@ -425,9 +429,9 @@ def test_texts_are_drawn_from_the_shortest_prompt_to_the_longest(folder, n, opti
 def test_too_few_samples_to_measure_the_scale_on(folder, capsys):
     # catches a scale of one sample, which is 0, and of none
     with in_folder(folder):
-        assert run_stage("reward", ["--init=sft", PAIRS, "--samples=1", "--max_new_tokens=9",
-                                    "--out=few"]) == 2
-    assert "too few to measure the scale on" in capsys.readouterr().err
+        for few in (["--samples=1"], ["--samples=3", "--max_new_tokens=1"]):
+            assert run_stage("reward", ["--init=sft", PAIRS, *few, "--out=few"]) == 2
+            assert "too few to measure the scale on" in capsys.readouterr().err
 
 
 def test_the_records_say_where_they_come_from(folder):
@@ -446,3 +450,16 @@ def test_the_records_say_where_they_come_from(folder):
             assert run_stage("reward", flags) == 0
             result[name] = torch.load(f"known/{name}/model.pt", weights_only=True)["hash"]
     assert result["ours"] == result["renamed"] and result["own"] == result["own renamed"]
+
+
+@pytest.mark.parametrize("stage, flags", [("reward", REWARD), ("dpo", DPO)])
+def test_rankings_of_another_model_are_said(folder, capsys, stage, flags):
+    # catches labels of one policy that train another in silence
+    with in_folder(folder):
+        for init, warns in (("sft", False), ("made/sft", True)):
+            flags = [*(f for f in flags if not f.startswith("--init")), f"--init={init}"]
+            if not (folder / init).exists():
+                assert run_stage("sft", [*SFT, "--data=demos.jsonl", f"--out={init}"]) == 0
+            capsys.readouterr()
+            assert run_stage(stage, [*flags, EMBEDDED, f"--out=said/{stage}{warns}"]) == 0
+            assert ("does not descend from the sft run" in capsys.readouterr().err) == warns

@@ -233,6 +233,8 @@ def test_dpo(folder, loss, flags):
         ipo=((margin - 0.5) / beta) ** 2, ipo_mean=((margin - 0.5) / beta) ** 2,
         simpo=-math.log(sigmoid(margin - beta * 0.8)),
         kto=(1.5 * (1 - sigmoid(rewards[0])) + 1.0 * (1 - sigmoid(-rewards[1]))) / 2)
+    flipped = "loss = -0.8 log sigmoid(margin) - 0.2 log sigmoid(-margin)"
+    assert (flipped in output) == (loss == "cdpo")
     if loss != "kto":
         assert number(output, r"margin = .* =") == near(margin)
     expected = expected.get(loss, -math.log(sigmoid(margin)))
