@@ -159,6 +159,8 @@ def folder(tmp_path_factory):
               for n in range(9)]
     pairs += [dict(prompt=[user(say(n)), bot("No."), user("Why?")], chosen="I do.",
                    rejected="The sea is blue.") for n in range(14)]
+    pairs += [dict(prompt="Go on. " * 30, chosen="Yes.", rejected="No.", held_out=side)
+              for side in (False, True)]
     pairs += [dict(prompt=say(3), chosen="Yes.", rejected="No. " * 60, held_out=True),
               dict(prompt=say(60), chosen="Yes.", rejected="No. " * 60)]
     write_jsonl(folder / "pairs.jsonl", pairs)
@@ -306,6 +308,8 @@ def test_script_and_twin_agree(folder, stage, n):
     assert not set(undocumented(stage, rows))
     first, *steps, last = rows
     assert first["parents"] == parents and first["stage"] == stage
+    assert (first["device"], first["threads"]) == ("cpu", torch.get_num_threads())
+    assert first["versions"] == dict(python=sys.version.split()[0], torch=torch.__version__)
     assert last.pop("seconds") >= 0 and last.pop("kind") == "final"
     found = [*differences(steps, plain(log), "log"), *differences(last, plain(final), "final")]
     if stage == "label":
@@ -463,3 +467,17 @@ def test_rankings_of_another_model_are_said(folder, capsys, stage, flags):
             capsys.readouterr()
             assert run_stage(stage, [*flags, EMBEDDED, f"--out=said/{stage}{warns}"]) == 0
             assert ("does not descend from the sft run" in capsys.readouterr().err) == warns
+
+
+def test_a_run_that_starts_again_leaves_nothing_of_the_one_before(folder):
+    # catches a log that goes on with the rows of the run before
+    flags = [*(f for f in DPO if not f.startswith("--epochs")), PAIRS]
+    with in_folder(folder):
+        assert run_stage("dpo", [*flags, "--epochs=3", "--out=again"]) == 0
+        assert run_stage("dpo", [*flags, "--out=once"]) == 0
+        assert run_stage("dpo", [*flags, "--out=again", "--overwrite=true"]) == 0
+    again, once = ([json.loads(line) for line in (folder / name / "log.jsonl").read_text()
+                    .splitlines()][1:-1] for name in ("again", "once"))
+    assert again == once
+    files = [sorted(p.name for p in (folder / name).iterdir()) for name in ("again", "once")]
+    assert files[0] == files[1]

@@ -165,7 +165,11 @@ def test_the_world_is_the_one_that_the_figures_were_measured_in():
         prompts=[[p.text, p.family, p.answer, p.user_claim, p.held_out, p.wrong_answers]
                  for part in (*prompts, some, all_prompts().values()) for p in part],
         gold=[[parts(p.text, t) for t in texts[n % 7::7]] for n, p in enumerate(prompts[0])],
+        stated=[[parts(p.text, f"{opening}{p.relation.state(p.x, y)}.") for opening in
+                 ("", "I do not know. ", "You are right. ", "- ")]
+                for p in prompts[1]
+                for y in (p.answer or "5", p.wrong_answers[0], p.relation.vague)],
         labeler=[taste.value("", t, 1.0) for t in texts for taste in (
             Labeler(), Labeler(0.5, 0.03, 0.7, -0.9, 1.3, 0.4))])
     digest = hashlib.sha256(json.dumps(world).encode()).hexdigest()[:16]
-    assert digest == "2befdd3cb1f51433"
+    assert digest == "eaa858e2adbc50c0"
