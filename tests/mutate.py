@@ -76,6 +76,32 @@ EQUIVALENT = [
      "temperature=1.0, generator=None, check_every=9,", "read on a GPU only"),
     ("model.py", "for i in range(0, max(N, 1), chunk):", "for i in range(0, max(N, 2), chunk):",
      "one chunk for none, one or two"),
+    ("common.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
+     "done.tolist()):", "for i, row, m, finished in zip(rows, tokens, mask.bool().tolist(), "
+     "done.tolist()):", "ids as tensors of one number: the same ids, slower"),
+    ("common.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
+     "done.tolist()):", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool(), "
+     "done.tolist()):", "true and false as tensors of one number"),
+    ("common.py", "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))",
+     "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(2, steps - warmup)))",
+     "only in a run of a single step, where the numerator is 0"),
+    ("common.py", 'old, new = same(before["config"]), same(self.settings)',
+     'old, new = before["config"], same(self.settings)', "only the keys of `new` are compared"),
+    ("grpo.py", "optimizer.zero_grad(set_to_none=True)", "optimizer.zero_grad(set_to_none=False)",
+     "every weight has a gradient in every step"),
+    ("grpo.py", "step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])",
+     "step += torch.stack([(weight * x).sum() for x in (loss, kl)])", MEMORY),
+    ("grpo.py", "if check and not steps:", "if check:", "it is set to False behind the first one"),
+    ("ppo.py", "explained_variance=explained.item(), **trained,",
+     "explained_variance=explained, **trained,", FLOAT),
+    ("reward.py", "for t in table) / len(margins),", "for t in table) / len(longer),",
+     "they are of one length"),
+    ("reward.py", "value, accuracy = loss_sum.item(), (right / count).item()",
+     "value, accuracy = loss_sum.item(), right / count", FLOAT),
+    ("label.py", '(run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\\n")',
+     '(run.folder / "card.json").write_text(json.dumps(card, indent=-1) + "\\n")', "white space"),
+    ("data/synthetic/people.py", "def demonstrations(prompts, seed, quality=0.5):",
+     "def demonstrations(prompts, seed, quality=-0.5):", "no stage leaves it out"),
 ]
 
 # --- what can be changed -------------------------------------------------------------------------
