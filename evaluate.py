@@ -32,7 +32,6 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -204,7 +204,7 @@ def plot(rows, path):
 
 
 def main(config):
-    device = common.set_up(config, "frontier")  # refuses bad numbers now, not after the runs
+    device = common.set_up(config, "frontier")  # refuses a device that is not there before the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)
     if embedded(config.data) is None:
