@@ -94,6 +94,10 @@ def read_flags(config_class, argv):
 
 
 def _read_value(name, text, kind):
+    if type(None) in get_args(kind):  # `X | None`: what "auto" means the script decides later
+        if text == "auto":
+            return None
+        kind = get_args(kind)[0]
     kind, *bounds = get_args(kind) or (kind,)
     if kind is bool:
         if text.lower() not in ("true", "false"):
@@ -111,6 +115,11 @@ def _read_value(name, text, kind):
     return value
 
 
+def as_text(value):
+    """A value of a Config as it is typed behind --name=."""
+    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
 def help_text(config_class):
     """What the script is for, its examples, and every flag with its default and its comment."""
     doc = inspect.getdoc(sys.modules[config_class.__module__])
@@ -124,7 +133,6 @@ def help_text(config_class):
                 lines += ["", f"{heading}:"]
             elif name in default:  # a field that two classes declare is shown once
                 value = default.pop(name)
-                value = str(value).lower() if isinstance(value, bool) else value
                 comment = " ".join(re.sub(r"\n *#", "", comment).split())
-                lines.append(f"  --{name}={value}".ljust(38) + comment)
+                lines.append(f"  --{name}={as_text(value)}".ljust(38) + comment)
     return "\n".join(lines)

@@ -25,10 +25,8 @@ class Config(cli.Config):
     out: str = "out/dpo"  # output folder
     init: str = "out/sft"  # policy to start from; also the reference
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
-    beta: NotNegative[float] = 0.0  # strength of the pull to the reference; 0 takes the loss's
-    #                                 own, SETTINGS
-    lr: NotNegative[float] = 0.0  # peak; warm-up, then cosine to 0; 0 takes the loss's own,
-    #                               SETTINGS
+    beta: Positive[float] | None = None  # pull to the reference; auto: the loss's own, SETTINGS
+    lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0; auto: the loss's own
     label_smoothing: NotNegative[float] = 0.1  # cdpo: share of the labels that are taken to be
     #                                            flipped
     simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
@@ -69,7 +67,7 @@ from evaluate import compare, held_out_prompts, sequence_logprobs
 from model import token_logprobs
 from reward import encode_ranking
 
-# beta and learning rate of each loss where the flags leave them at 0: those of dpo and ipo from a
+# beta and learning rate of each loss where the flags leave them open: those of dpo and ipo from a
 # sweep on the embedded data, the others at a margin of like size (docs/dpo.md). The units of beta
 # differ: it multiplies nats per sequence in dpo, cdpo and kto, nats per token in dpo_norm and
 # simpo, and the two ipo aim at a margin of 1 / (2 beta). Models of a billion parameters and more

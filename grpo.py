@@ -10,7 +10,7 @@ the trained reward model. Two networks with the verifier, policy and reference; 
 
     python grpo.py                               # embedded arithmetic; runs sft.py first if needed
     python grpo.py --reward=model                # all embedded prompts, scored by out/reward
-    python grpo.py --method=grpo --kl_estimator=k3 --beta=0.04   # as published
+    python grpo.py --method=grpo                 # or dr_grpo, dapo: the settings of their papers
     python grpo.py --data=out/data/gsm8k.jsonl --init=...
 """
 
@@ -28,13 +28,6 @@ class Config(cli.Config):
     init: str = "out/sft"  # policy to start from; also the reference
     reward: str = "verifier"  # "verifier": 1 for the right number, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
-    method: str = "rloo"  # grpo, dr_grpo, rloo, dapo: sets those of the next five left open
-    advantage: str = "auto"  # grpo (over the group's std), dr_grpo (its mean), rloo (the others')
-    aggregate: str = "auto"  # sequence (mean of means), constant (length), tokens, sum
-    clip_high: NotNegative[float] = 0.0  # upper clip of the ratio; 0 takes that of dapo, else
-    #                                      --clip
-    drop: str = "auto"  # true: groups whose scores are all equal leave the loss
-    kl_in: str = "auto"  # "reward": k1 of the sequence; "loss": kl_estimator
     iterations: Positive[int] = 60
     batch_size: Positive[int] = 256  # responses an iteration
     k: Positive[int] = 8  # responses to a prompt: the group
@@ -48,10 +41,6 @@ class Config(cli.Config):
     warmup: NotNegative[int] = 5  # iterations
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
-    clip: Positive[float] = 0.2  # lower clip of the ratio
-    beta: NotNegative[float] = 0.05  # KL coefficient, in units of score per nat; 0 needs no
-    #                                  reference
-    kl_estimator: str = "k2"  # in the loss: k2 (of the sequence) or k3 (per token, as published)
     ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
     #                                     (InstructGPT eq. 2)
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
@@ -61,6 +50,19 @@ class Config(cli.Config):
     #                                    repeatedly
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
+    # --- the method
+    method: str = "rloo"  # rloo, grpo, dr_grpo, dapo: what its paper sets of the flags below that
+    #                       are left at auto. Sizes and learning rates are ours; not here are the
+    #                       refill of dropped groups and the length penalty of DAPO, and the
+    #                       reference that is renewed in GRPO
+    advantage: str | None = None  # grpo (over the group's std), dr_grpo (its mean), rloo (others')
+    aggregate: str | None = None  # sequence (mean of means), constant (length), tokens, sum
+    clip: Positive[float] = 0.2  # of the ratio, below 1
+    clip_high: Positive[float] | None = None  # and above
+    drop: bool | None = None  # groups whose scores are all equal leave the loss
+    beta: NotNegative[float] | None = None  # KL coefficient, score per nat; 0 needs no reference
+    kl_in: str | None = None  # "reward": k1 of the sequence; "loss": kl_estimator
+    kl_estimator: str | None = None  # in the loss: k2 (of the sequence) or k3 (per token)
 
 
 # --help and bad flags are answered before torch is imported
@@ -90,13 +92,16 @@ METHODS = {  # what --method stands for
     # division by the length makes a long wrong answer cheap. With the std the KL belongs into the
     # loss: in the reward it would be divided as well, and in a group of equal scores beta would
     # cancel, so that noise of the KL made advantages as large as those of right and wrong
-    "grpo": dict(advantage="grpo", aggregate="sequence", drop="false", kl_in="loss"),
-    # Liu et al. 2025: neither division
-    "dr_grpo": dict(advantage="dr_grpo", aggregate="constant", drop="false", kl_in="reward"),
+    "grpo": dict(advantage="grpo", aggregate="sequence", drop=False, beta=0.04,
+                 kl_in="loss", kl_estimator="k3"),
+    # Liu et al. 2025: neither division, and no KL
+    "dr_grpo": dict(advantage="dr_grpo", aggregate="constant", drop=False, beta=0.0,
+                    kl_in="reward"),
     # Ahmadian et al. 2024: REINFORCE with the other answers as baseline; the gradient of J
-    "rloo": dict(advantage="rloo", aggregate="sum", drop="false", kl_in="reward"),
-    # Yu et al. 2025: unlikely tokens may rise further, every token counts the same
-    "dapo": dict(advantage="grpo", aggregate="tokens", clip_high=0.28, drop="true", kl_in="loss"),
+    "rloo": dict(advantage="rloo", aggregate="sum", drop=False, beta=0.05, kl_in="reward"),
+    # Yu et al. 2025: unlikely tokens may rise further, every token counts the same, no KL
+    "dapo": dict(advantage="grpo", aggregate="tokens", clip_high=0.28, drop=True, beta=0.0,
+                 kl_in="loss"),
 }
 
 
@@ -256,7 +261,7 @@ def prepare(policy, reference, tokens, mask, finished, score, config):
         # k1 of the sequence, before the baseline: the others pay theirs, so it is centred as well
         reward = score - config.beta * ((old_logp - ref_logp) * mask).sum(1)
     kept = torch.ones_like(score)
-    if config.drop == "true":  # by the score: the KL alone is no reason to keep a group
+    if config.drop:  # by the score: the KL alone is no reason to keep a group
         kept = has_signal(score, config.k).repeat_interleave(config.k).to(score.dtype)
     return dict(tokens=tokens, mask=mask, finished=finished, score=score, reward=reward, kept=kept,
                 advantage=group_advantage(reward, config.k, config.advantage), old_logp=old_logp,
@@ -335,24 +340,23 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
 
 def resolve(config):
     """The config with --method's choices where none was made; UserError for an unknown name."""
-    names = dict(reward=("verifier", "model"), method=METHODS,
-                 kl_in=("auto", "reward", "loss"),
-                 kl_estimator=("k2", "k3"), advantage=("auto", "grpo", "dr_grpo", "rloo"),
-                 aggregate=("auto", "sequence", "constant", "tokens", "sum"),
-                 drop=("auto", "true", "false"))
+    names = dict(reward=("verifier", "model"), method=METHODS, kl_in=("reward", "loss"),
+                 kl_estimator=("k2", "k3"), advantage=("grpo", "dr_grpo", "rloo"),
+                 aggregate=("sequence", "constant", "tokens", "sum"))
     for name, allowed in names.items():
-        if getattr(config, name) not in allowed:
+        if getattr(config, name) not in (None, *allowed):
             raise UserError(f"--{name}={getattr(config, name)}: expected one of "
                             + ", ".join(allowed))
     if config.k < 2 or config.batch_size % config.k or config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} must be a multiple of --k={config.k}, "
                         f"at least 2, and of --minibatches={config.minibatches}")
-    chosen = dict(clip_high=config.clip) | METHODS[config.method]
+    asked = config.kl_estimator
+    chosen = dict(clip_high=config.clip, kl_estimator="k2") | METHODS[config.method]
     config = dataclasses.replace(config, **{name: value for name, value in chosen.items()
-                                            if getattr(config, name) in ("auto", 0.0)})
-    if config.kl_in == "reward" and config.kl_estimator != "k2":
-        raise UserError(f"--kl_estimator={config.kl_estimator} belongs to --kl_in=loss; in the "
-                        "reward the KL is k1")
+                                            if getattr(config, name) is None})
+    if config.kl_in == "reward" and asked:
+        raise UserError(f"--kl_estimator={asked} belongs to --kl_in=loss; in the reward the KL is "
+                        "k1")
     return config
 
 

@@ -283,11 +283,11 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
     tokens, response_mask = trim(tokens, response_mask)
     predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1
     targets = tokens[:, 1:][predicts]  # (N,)
-    hidden = model(tokens)[:, :-1][predicts]  # (N, C)
+    hidden = model(tokens[:, :-1])[predicts]  # (N, C)
     ref_hidden = None
     if ref_model is not None:
         with torch.no_grad():
-            ref_hidden = ref_model(tokens)[:, :-1][predicts]
+            ref_hidden = ref_model(tokens[:, :-1])[predicts]
 
     def stats(hidden, targets, ref_hidden):
         logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)  # (n, V)

@@ -101,7 +101,7 @@ class ValueModel(nn.Module):
     def forward(self, tokens, response_mask):
         T = tokens.shape[1]
         tokens, response_mask = trim(tokens, response_mask)
-        hidden = self.gpt(tokens)[:, :-1]
+        hidden = self.gpt(tokens[:, :-1])
         with torch.autocast(tokens.device.type, enabled=False):
             value = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (B, T' - 1)
             value = nn.functional.pad(value, (1, 0)) * response_mask

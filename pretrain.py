@@ -24,11 +24,10 @@ class Config(cli.Config):
     #                             its own
     n_head: Positive[int] = 4
     n_embd: Positive[int] = 128
-    block_size: Positive[int] = 128  # longest sequence of this and every later stage
+    block_size: Positive[int] = 72  # tokens of context, all of them trained; for every later stage
     dropout: NotNegative[float] = 0.0
     steps: Positive[int] = 950  # optimiser steps
-    batch_size: Positive[int] = 48  # sequences a step
-    seq_len: Positive[int] = 40  # tokens a sequence
+    batch_size: Positive[int] = 27  # sequences a step, of block_size predictions each
     micro_batch: NotNegative[int] = 0  # sequences a forward pass; 0 takes the whole batch
     lr: Positive[float] = 5e-3  # AdamW's peak (embeddings, biases, gains); warm-up, then cosine to
     #                             0
@@ -132,10 +131,9 @@ def main(config):
     else:
         model, tokenizer, parent = common.load_policy(config.init, ("pretrain",), device)
         parents = dict(pretrain=parent["hash"])
-    if config.seq_len > model.config.block_size:
-        raise UserError(f"--seq_len={config.seq_len} is longer than the context of "
-                        f"{model.config.block_size}")
-    rows = text_rows(config.data, tokenizer, config.seq_len + 1, config.documents, config.seed)
+    # the whole context: a later stage that grows longer must not meet a position never trained
+    rows = text_rows(config.data, tokenizer, model.config.block_size + 1, config.documents,
+                     config.seed)
     n = max(1, min(256, len(rows) // 50))
     data = Split(rows[:-n], rows[-n:].to(device))
     run = common.Run("pretrain", config, device, parents)

@@ -407,7 +407,7 @@ def pretrain(c):
     else:
         network, parent, tokenizer = load(c.init)
         parents = dict(pretrain=parent["hash"])
-    rows = text_rows(c.data, tokenizer, c.seq_len + 1, c.documents, c.seed)
+    rows = text_rows(c.data, tokenizer, network.size["block_size"] + 1, c.documents, c.seed)
     n = max(1, min(256, len(rows) // 50))
     train, held_out = rows[:-n], rows[-n:]
     inner = [w for name, w in network.w.items() if name.startswith("h.") and w.dim() == 2]
@@ -428,7 +428,7 @@ def pretrain(c):
         adamw.step(factor)
         if step % 10 == 0 or step == c.steps - 1:
             log.add("step", step=step, loss=loss.item(), lr=c.lr * factor, grad_norm=norm,
-                    tok_per_s=c.batch_size * c.seq_len)
+                    tok_per_s=c.batch_size * network.size["block_size"])
     final = dict(loss=text_loss(network, held_out).item())
     final["perplexity"] = math.exp(final["loss"])
     if c.data == "synthetic":  # what it writes behind held-out prompts, as plain text
@@ -1089,10 +1089,10 @@ def episode_loss(policy, reference, critic, e, beta, c):
 
 
 def grpo(c):
-    method = dict(clip_high=c.clip) | METHODS[c.method]
-    pick = lambda name: method[name] if getattr(c, name) in ("auto", 0.0) else getattr(c, name)
-    advantage, aggregate, drop, kl_in, clip_high = map(
-        pick, ("advantage", "aggregate", "drop", "kl_in", "clip_high"))
+    method = dict(clip_high=c.clip, kl_estimator="k2") | METHODS[c.method]
+    pick = lambda name: method[name] if getattr(c, name) is None else getattr(c, name)
+    advantage, aggregate, drop, kl_in, clip_high, beta, estimator = map(pick, (
+        "advantage", "aggregate", "drop", "kl_in", "clip_high", "beta", "kl_estimator"))
     (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
     parents, block = {parent["stage"]: parent["hash"]}, policy.size["block_size"]
     reward_model = None
@@ -1134,7 +1134,7 @@ def grpo(c):
             else:
                 e["score"] = right(t, end, answer)
             e["kl"] = (e["old_logp"] - e["ref_logp"]).sum().item()
-            e["reward"] = e["score"] - (c.beta * e["kl"] if kl_in == "reward" else 0.0)
+            e["reward"] = e["score"] - (beta * e["kl"] if kl_in == "reward" else 0.0)
             episodes.append(e)
         groups = [episodes[i:i + c.k] for i in range(0, B, c.k)]
         signal = []
@@ -1148,7 +1148,7 @@ def grpo(c):
                 elif advantage == "rloo":
                     a = e["reward"] - (sum(rewards) - e["reward"]) / (c.k - 1)
                 e["advantage"] = a if max(rewards) > min(rewards) else 0.0
-                e["kept"] = signal[-1] or drop == "false"
+                e["kept"] = signal[-1] or not drop
 
         # train
         steps, seen, ptx = [], [], None
@@ -1172,7 +1172,7 @@ def grpo(c):
                     loss, kl = -torch.minimum(ratio * a, bounded * a).sum(), torch.zeros(())
                     l = logp - e["ref_logp"]
                     if kl_in == "loss":
-                        kl = c.beta * (0.5 * l.sum()**2 if c.kl_estimator == "k2"
+                        kl = beta * (0.5 * l.sum()**2 if estimator == "k2"
                                        else ((-l).exp() - 1 + l).sum())
                     weight = dict(sequence=1 / (len(batch) * length(e)), tokens=1 / total,
                                   constant=1 / (len(batch) * c.max_new_tokens),
@@ -1207,10 +1207,10 @@ def grpo(c):
             clip_fraction=sum(s[1] for s in seen) / max(tokens, 1),
             approx_kl=sum(s[2] for s in seen) / max(tokens, 1),
             generate_tok_per_s=n, score_tok_per_s=n, train_tok_per_s=n)
-        if c.beta > 0:
+        if beta > 0:
             row |= dict(kl=np.mean(kl), kl_se=clustered_se(kl, [question(p, c.data == "synthetic")
                                                                 for p, _ in tasks]),
-                        kl_per_token=sum(kl) / n, objective=score - c.beta * np.mean(kl))
+                        kl_per_token=sum(kl) / n, objective=score - beta * np.mean(kl))
         if c.data == "synthetic":
             row["gold"] = np.mean([gold_reward(p, t) for (p, _), t in zip(tasks, texts)])
         log.add("step", **row)

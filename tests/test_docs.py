@@ -43,8 +43,9 @@ def test_the_numbers_of_grpo_quoted_as_ours_are_the_defaults():
     config = Config()
     assert (config.k, config.minibatches, config.epochs, config.warmup) == (8, 2, 1, 5)
     assert (config.clip, config.missing_eos, config.ptx_coef) == (0.2, -3.0, 0.0)
-    assert config.method == "rloo" and config.kl_estimator == "k2" and "auto" == config.kl_in == \
-        config.advantage == config.aggregate == config.drop
+    assert config.method == "rloo" and METHODS["rloo"]["beta"] == 0.05
+    assert {getattr(config, name) for name in METHODS["rloo"]} == {None}
+    assert METHODS["grpo"]["beta"] == 0.04 and METHODS["grpo"]["kl_estimator"] == "k3"
     assert METHODS["dapo"]["clip_high"] == 0.28
 
 

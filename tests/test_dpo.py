@@ -700,11 +700,11 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--loss=orpo"], "--loss=orpo: expected one of dpo, cdpo, ipo, ipo_mean, dpo_norm, "),
-    (["--beta=-1"], "--beta=-1.0: must not be negative"),
+    (["--beta=-1"], "--beta=-1.0: must be above 0"),
     (["--undesirable=-1"], "--undesirable=-1.0: must not be negative"),
     (["--label_smoothing=0.5"], "--label_smoothing=0.5: expected 0 to below 0.5"),
     (["--epochs=0"], "--epochs=0: must be above 0"),
-    (["--lr=-1"], "--lr=-1.0: must not be negative"),
+    (["--lr=-1"], "--lr=-1.0: must be above 0"),
     (["--lr=inf"], "--lr=inf: must be a finite number"),
     (["--beta=nan"], "--beta=nan: must be a finite number"),
     (["--weight_decay=-1"], "--weight_decay=-1.0: must not be negative"),

@@ -158,15 +158,18 @@ def test_aggregations_by_hand(aggregate, all_kept, two_kept):
 def test_methods_are_those_of_the_papers():
     # catches a name that stands for another method, and a single choice that is overruled
     pick = lambda **flags: [getattr(resolve(Config(**flags)), n)
-                            for n in ("advantage", "aggregate", "clip_high", "drop", "kl_in")]
-    assert pick(method="grpo") == ["grpo", "sequence", 0.2, "false", "loss"]
-    assert pick(method="dr_grpo") == ["dr_grpo", "constant", 0.2, "false", "reward"]
-    assert pick(method="rloo") == ["rloo", "sum", 0.2, "false", "reward"]
-    assert pick(method="dapo") == ["grpo", "tokens", 0.28, "true", "loss"]
+                            for n in ("advantage", "aggregate", "clip_high", "drop", "beta", "kl_in",
+                                      "kl_estimator")]
+    assert pick(method="grpo") == ["grpo", "sequence", 0.2, False, 0.04, "loss", "k3"]
+    assert pick(method="dr_grpo") == ["dr_grpo", "constant", 0.2, False, 0.0, "reward", "k2"]
+    assert pick(method="rloo") == ["rloo", "sum", 0.2, False, 0.05, "reward", "k2"]
+    assert pick(method="dapo") == ["grpo", "tokens", 0.28, True, 0.0, "loss", "k2"]
     for name in METHODS:
         for kl_in in ("reward", "loss"):
             assert pick(method=name, advantage="dr_grpo", aggregate="tokens", clip_high=0.3,
-                        drop="false", kl_in=kl_in) == ["dr_grpo", "tokens", 0.3, "false", kl_in]
+                        drop=False, beta=0.1, kl_in=kl_in) == [
+                            "dr_grpo", "tokens", 0.3, False, 0.1, kl_in,
+                            "k3" if name == "grpo" else "k2"]
 
 
 @pytest.mark.parametrize("method, high", [("grpo", 0.1), ("dr_grpo", 0.1), ("rloo", 0.1),
@@ -226,11 +229,11 @@ def test_prepare_with_kl_in_the_loss_or_without(networks):
     # catches a KL that is paid twice, a group kept for its KL alone, a reference pass for nothing,
     # and advantages of unit size that are made of the KL of equal scores
     batch = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES,
-                    settings(kl_in="loss", drop="true"))
+                    settings(kl_in="loss", drop=True))
     assert batch["reward"].tolist() == batch["score"].tolist() == [2, -4, 1, 1]
     same(batch["ref_logp"].double(), of_tokens(networks[1]))
     assert batch["kept"].tolist() == [1, 1, 0, 0] and batch["advantage"].tolist() == [6, -6, 0, 0]
-    in_reward = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(drop="true"))
+    in_reward = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(drop=True))
     assert in_reward["kept"].tolist() == [1, 1, 0, 0]
     published = prepare(*networks, TOKENS, ROW_MASK, FINISHED, SCORES, settings(method="grpo"))
     same(published["advantage"], double(0.5**0.5, -0.5**0.5, 0, 0))
@@ -279,7 +282,7 @@ def gradient_of(loss, policy):
 
 @pytest.mark.parametrize("options", [
     dict(method="grpo"), dict(method="dr_grpo"), dict(method="rloo"), dict(method="dapo"),
-    dict(method="rloo", kl_in="loss"), dict(method="grpo", kl_in="loss", kl_estimator="k3"),
+    dict(method="rloo", kl_in="loss"), dict(method="grpo", kl_in="loss", kl_estimator="k2"),
     dict(method="dapo", kl_in="loss", kl_estimator="k3"),
     dict(method="rloo", ptx_coef=0.5, ptx_batch=2)])
 @pytest.mark.parametrize("kept", [(1, 1, 1, 1), (0, 0, 1, 1)])
@@ -301,7 +304,7 @@ def test_update_is_the_gradient_of_the_written_loss(networks, options, kept):
         policy = policy - share * batch["advantage"][i] * ratio.sum()
         l = (logp - q)[i][m]
         if config.kl_in == "loss":
-            kl = kl + 0.3 * share * (((-l).exp() - 1 + l).sum() if "kl_estimator" in options
+            kl = kl + 0.3 * share * (((-l).exp() - 1 + l).sum() if config.kl_estimator == "k3"
                                      else 0.5 * l.sum() ** 2)
     ptx = pretraining_loss(networks[0])
     expected = gradient_of(policy + kl + options.get("ptx_coef", 0.0) * ptx, networks[0])
@@ -568,9 +571,9 @@ def of(rows, kind):
 
 
 @pytest.mark.parametrize("flags", [
-    VERIFIER, ("--method=dapo", "--beta=0"), ("--method=grpo",),
+    VERIFIER, ("--method=dapo", "--advantage=dr_grpo"), ("--method=grpo",),
     ("--method=dr_grpo", "--minibatches=2", "--micro_batch=3", "--kl_in=loss",
-     "--kl_estimator=k3")])
+     "--kl_estimator=k3", "--beta=0.1")])
 def test_runs_log_what_one_needs_to_see(folder, monkeypatch, capsys, flags):
     # catches an option that does not run, a metric that is missing, a KL that does not start at 0
     rows = run(folder, monkeypatch, flags[0].strip("-") + str(len(flags)), *flags, "--lr=0.02",
@@ -581,7 +584,7 @@ def test_runs_log_what_one_needs_to_see(folder, monkeypatch, capsys, flags):
             "policy_loss", "kl_loss"} <= set(first)
     assert {"kl", "kl_se", "length", "eos_rate", "eos_rate_sft", "seconds"} <= set(final)
     assert "the policy loss starts at" in printed and "first minibatch: |log ratio|" in printed
-    assert first["kl"] is None if "--beta=0" in flags else abs(first["kl"]) < 1e-4
+    assert first["kl"] is None if "--method=dapo" in flags else abs(first["kl"]) < 1e-4
     assert first["eos_rate"] + first["truncated_rate"] == pytest.approx(1)
     assert (first["accuracy"] is not None) == ("accuracy" in final) == (VERIFIER[0] in flags)
     if "accuracy" in final:
@@ -742,11 +745,11 @@ def test_resume_is_exact(folder, monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     (["--method=ppo"], "--method=ppo: expected one of grpo, dr_grpo, rloo, dapo"),
     (["--reward=gold"], "--reward=gold: expected one of verifier, model"),
-    (["--drop=yes"], "--drop=yes: expected one of auto, true, false"),
+    (["--drop=yes"], "--drop=yes: expected true or false"),
     (["--kl_estimator=k3"], "--kl_estimator=k3 belongs to --kl_in=loss"),
     (["--k=3"], "must be a multiple of --k=3"),
     (["--k=1"], "must be a multiple of --k=1, at least 2"),
-    (["--clip_high=-1"], "--clip_high=-1.0: must not be negative"),
+    (["--clip_high=-1"], "--clip_high=-1.0: must be above 0"),
     (["--beta=-1"], "--beta=-1.0: must not be negative"),
     (["--ptx_coef=-1"], "--ptx_coef=-1.0: must not be negative"),
     (["--reward=verifier"], "pairs.jsonl:1: the field 'answer' is missing"),

@@ -27,7 +27,7 @@ from reward import RewardModel
 
 MODULES = {stage: __import__(stage) for stage in
            ("pretrain", "sft", "label", "reward", "dpo", "ppo", "grpo", "evaluate")}
-PRETRAIN = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=54", "--seq_len=23",
+PRETRAIN = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--block_size=54",
             "--batch_size=5", "--steps=31", "--warmup=3", "--eval_every=5", "--documents=120",
             "--lr=0.01", "--muon_lr=0.05"]
 SFT = ["--init=base", "--epochs=2", "--batch_size=5", "--samples=5", "--max_new_tokens=6",
@@ -51,8 +51,8 @@ CASES = dict(
         (PRETRAIN, "cut"),
         ([*PRETRAIN, "--data=text.txt", "--init=base", "--weight_decay=0.7", "--grad_clip=0.2",
           "--micro_batch=2", "--seed=3", "--steps=11", "--warmup=0"], ""),
-        ([*PRETRAIN, "--data=mixed.jsonl", "--seq_len=9"], ""),
-        ([*PRETRAIN, "--data=full.txt", "--seq_len=3", "--steps=3"], "")],
+        ([*PRETRAIN, "--data=mixed.jsonl", "--block_size=9"], ""),
+        ([*PRETRAIN, "--data=full.txt", "--block_size=3", "--steps=3"], "")],
     sft=[
         ([*SFT, "--data=demos.jsonl", "--pretrain_data=text.txt", "--weight_decay=0.5"], "cut"),
         ([*SFT, "--demos=60", "--quality=0.2", "--safety=0.3", "--epochs=1", "--seed=2",
@@ -71,7 +71,7 @@ CASES = dict(
     dpo=[
         ([*DPO, EMBEDDED, "--epochs=1"], "cut"),
         ([*DPO, PAIRS, "--nll=0.4", "--beta=0.7", "--weight_decay=0.5", "--temperature=0.8"], ""),
-        ([*DPO, PAIRS, "--loss=cdpo", "--label_smoothing=0.2", "--lr=0", "--seed=5"], ""),
+        ([*DPO, PAIRS, "--loss=cdpo", "--label_smoothing=0.2", "--lr=auto", "--seed=5"], ""),
         ([*DPO, PAIRS, "--loss=ipo", "--micro_batch=2"], ""),
         ([*DPO, PAIRS, "--loss=ipo_mean", "--grad_clip=0.1"], ""),
         ([*DPO, PAIRS, "--loss=dpo_norm"], ""),
@@ -460,7 +460,7 @@ def test_the_records_say_where_they_come_from(folder):
 def test_rankings_of_another_model_are_said(folder, capsys, stage, flags):
     # catches labels of one policy that train another in silence
     with in_folder(folder):
-        for init, warns in (("sft", False), ("made/sft", True)):
+        for init, warns in (("sft", False), ("said/sft", True)):
             flags = [*(f for f in flags if not f.startswith("--init")), f"--init={init}"]
             if not (folder / init).exists():
                 assert run_stage("sft", [*SFT, "--data=demos.jsonl", f"--out={init}"]) == 0

@@ -46,13 +46,26 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     logged = {}
     for size in (0, 1, 3):
         pretrain.main(cli.read_flags(pretrain.Config, [
-            "--data=text.txt", "--steps=2", "--batch_size=8", "--seq_len=16", "--n_layer=1",
+            "--data=text.txt", "--steps=2", "--batch_size=8", "--block_size=16", "--n_layer=1",
             "--n_head=1", "--n_embd=16", f"--micro_batch={size}", f"--out={size}"]))
         rows = map(json.loads, (tmp_path / str(size) / "log.jsonl").read_text().splitlines())
         logged[size] = [r[k] for r in rows for k in ("loss", "grad_norm") if k in r]
     assert len(logged[0]) >= 5
     assert logged[1] == pytest.approx(logged[0], rel=1e-4)
     assert logged[3] == pytest.approx(logged[0], rel=1e-4)
+
+
+def test_every_position_is_trained(tmp_path, monkeypatch):
+    # catches a context longer than the rows: a later stage walks into positions of random weights
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} plus {i} is {2 * i}." for i in range(90)))
+    states = []
+    monkeypatch.setattr(pretrain.common.Run, "save_state", lambda run, model, **_: states.append(
+        model["wpe.weight"].clone()))
+    pretrain.main(cli.read_flags(pretrain.Config, [
+        "--data=text.txt", "--steps=2", "--eval_every=1", "--batch_size=8", "--block_size=16",
+        "--n_layer=1", "--n_head=1", "--n_embd=16", "--weight_decay=0", "--out=out"]))
+    assert len(states[0]) == 16 and (states[0] != states[1]).any(1).all()
 
 
 def test_orthogonal_runs_in_full_precision(monkeypatch):

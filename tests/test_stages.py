@@ -15,7 +15,7 @@ from tiny_runs import make_inputs
 
 TINY = dict(
     pretrain=["--steps=12", "--n_layer=1", "--n_embd=64", "--n_head=2", "--documents=500",
-              "--batch_size=8"],
+              "--block_size=128", "--batch_size=8"],
     sft=["--demos=512", "--epochs=1", "--batch_size=8", "--samples=32", "--save_every=30"],
     label=["--prompts=24", "--held_out=12", "--k=3", "--oversample=1", "--max_new_tokens=80"],
     reward=["--batch_size=4", "--samples=16", "--max_new_tokens=80"],
@@ -237,7 +237,6 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("ppo.py", ["--seed=-1"], "--seed=-1: must not be negative"),
     ("sft.py", ["--max_new_tokens=127"], "no held-out prompt leaves that much room"),
     ("label.py", ["--max_new_tokens=127"], "do not fit the context of 128"),
-    ("pretrain.py", ["--seq_len=200"], "--seq_len=200 is longer than the context"),
     ("pretrain.py", ["--data=latin.txt"], "not UTF-8"),
     ("sft.py", ["--out=text.txt"], "--out=text.txt is no folder"),
     ("sft.py", ["--out=out/reward"], "out/reward holds a reward run: choose another --out"),
@@ -312,7 +311,8 @@ def test_real_pairs_without_embedded_data(chain):
     write_jsonl(folder / "pairs.jsonl", pairs)
     (folder / "text.txt").write_text("\n\n".join(f"It is {i}." for i in range(300)))
     for script, flags in (
-            ("pretrain.py", ["--data=text.txt", *TINY["pretrain"][:4], "--out=out/rp"]),
+            ("pretrain.py", ["--data=text.txt", *TINY["pretrain"][:4],
+                             "--block_size=128", "--out=out/rp"]),
             ("pretrain.py", ["--data=demos.jsonl", "--init=out/rp", "--steps=3", "--out=out/rp2"]),
             ("sft.py", ["--data=demos.jsonl", "--init=out/rp2", "--epochs=1", "--out=out/rs"]),
             ("reward.py", ["--data=pairs.jsonl", "--init=out/rs", "--out=out/rr",
