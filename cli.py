@@ -1,4 +1,4 @@
-"""Flags, help, and the one user error. Imports none of the other files, and no torch.
+"""Flags, help, messages and the one user error. Imports none of the other files, and no torch.
 
 A script declares its settings as a dataclass and reads them before it imports what is slow:
 
@@ -24,10 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
 
+from tqdm import tqdm
+
 # --name=value where the value is a number: a bare int or float may be any finite one
 Number = TypeVar("Number", int, float)
 Positive = Annotated[Number, lambda x: x > 0, "must be above 0"]
 NotNegative = Annotated[Number, lambda x: x >= 0, "must not be negative"]
+
+
+NOTES = []  # what `note` said and common.Run has not yet written
 
 
 class UserError(Exception):
@@ -57,6 +62,7 @@ def parse(config_class):
 def run_main(main, config):
     """What every script ends with: main(config), a user error as one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
+    NOTES.clear()
     with one_line_errors():
         main(config)
 
@@ -113,6 +119,42 @@ def _read_value(name, text, kind):
     if bounds and not bounds[0](value):
         raise UserError(f"--{name}={value}: {bounds[1]}")
     return value
+
+
+def say(text=""):
+    """Print above the bar, if there is one."""
+    tqdm.write(text)
+
+
+def note(text, file=None):
+    """Say it, and keep it for the log: what was dropped, what is not as one would expect."""
+    tqdm.write(text, file=file)
+    NOTES.append(text)
+
+
+def progress(items, name, **options):
+    """The items, with a bar on a terminal, and none elsewhere; none without a name."""
+    return tqdm(items, name, mininterval=1, disable=None if name else True, **options)
+
+
+def table(columns):
+    """{name: cells} as text: floats with six digits, None as "-", the last column left-aligned."""
+    show = lambda x: "-" if x is None else f"{x:.6f}" if isinstance(x, float) else str(x)
+    cells = [[name, *map(show, values)] for name, values in columns.items()]
+    widths = [max(map(len, column)) for column in cells]
+    return "".join("\n" + " ".join(x.rjust(width) for x, width in zip(row, widths)) + "  " + last
+                   for *row, last in zip(*cells))
+
+
+def plus_minus(mean, se):
+    """A mean with its standard error, or without where there is none."""
+    return f"{mean:.3f}" if se is None or se != se else f"{mean:.3f} ± {se:.3f}"
+
+
+def shorten(text, width):
+    """The text on one line of at most `width` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[:width - 3] + "..."
 
 
 def as_text(value):

@@ -3,7 +3,6 @@
 No maths, no loop, no loss lives here.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,11 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError
-from data.records import prompt_key
-from data.synthetic.world import lookup
+from cli import NOTES, UserError, as_text, note
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent
 POLICIES = ("sft", "dpo", "ppo", "grpo")  # stages that make an assistant: each can start the next
@@ -48,13 +45,6 @@ def find_device(name):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device={asked} is not available here") from None
     return device
-
-
-def autocast(device):
-    """bf16 on a GPU; on a CPU nothing, because bf16 is some 100 times slower on common ones."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def stream(seed, stage, purpose, step=0, device=None):
@@ -106,59 +96,10 @@ def linear(step, steps, warmup=0):
 
 def say_warmup(steps, warmup):
     if warmup > steps // 10:
-        print(f"warm-up: {steps // 10} of {steps} steps, a tenth of the run, not --warmup={warmup}")
+        note(f"warm-up: {steps // 10} of {steps} steps, a tenth of the run, not --warmup={warmup}")
 
 
-# --- sampling text -------------------------------------------------------------------------------
-
-
-def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
-                 batch_size=256, samples=1):
-    """Sampled responses of each prompt (a list of ids): [{"text", "ids", "finished"}], in order.
-
-    samples: how many of each; those of a prompt are adjacent, and it is read once for all of them.
-    batch_size counts responses. ids are the response's tokens, EOS included if it ended
-    (`finished`). Prompts are batched by length, which saves padding and changes nothing else.
-    """
-    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    results = [None] * (len(order) * samples)
-    size = max(1, batch_size // samples)
-    for start in range(0, len(order), size):
-        chosen = order[start:start + size]
-        with autocast(model.wte.weight.device):
-            tokens, mask, done = generate(model, [prompt_ids[i] for i in chosen], max_new_tokens,
-                                          tokenizer.eos, temperature, rng, samples=samples)
-        rows = [i * samples + k for i in chosen for k in range(samples)]
-        for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
-            ids = [t for t, keep in zip(row, m) if keep]
-            results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)
-    return results
-
-
-def by_length(rows, mask, size):
-    """Indices `rows` in pieces of at most `size` (0: all in one), sorted by length: (n,) each.
-
-    mask (B, T) of the response tokens. Most responses end far before the longest one: where rows
-    of like length stand together, a forward pass that stops at the last of them has little padding
-    to run over. The price: a row stands beside others in the next forward pass, which may round
-    differently.
-    """
-    end = (mask[rows] * torch.arange(mask.shape[1], device=mask.device)).amax(1)
-    return rows[end.argsort(stable=True)].split(size or len(rows))
-
-
-def print_table(columns):
-    """Print {name: cells} as a table: floats with six digits, None as "-", the last column
-    left-aligned."""
-    show = lambda x: "-" if x is None else f"{x:.6f}" if isinstance(x, float) else str(x)
-    cells = [[name, *map(show, values)] for name, values in columns.items()]
-    widths = [max(map(len, column)) for column in cells]
-    print()
-    for *row, last in zip(*cells):
-        print(*(x.rjust(width) for x, width in zip(row, widths)), "", last)
-
-
-# --- errors of a mean -----------------------------------------------------------------------------
+# --- errors of a mean ----------------------------------------------------------------------------
 
 
 def clustered_se(x, clusters):
@@ -169,14 +110,6 @@ def clustered_se(x, clusters):
     if clusters.max() == 0:
         return float("nan")
     return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
-
-
-def question(prompt, synthetic=True):
-    """The cluster that a prompt belongs to: what an embedded one asks, whatever its wording; of
-    other data the prompt itself."""
-    if not synthetic:
-        return prompt_key(dict(prompt=prompt))
-    return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
 
 
 # --- run folders, logs ---------------------------------------------------------------------------
@@ -235,10 +168,11 @@ class Run:
                 raise UserError(f"--resume=true: {self.folder} was started from "
                                 f"{before.get('parents')}, but here are now {self.parents}: "
                                 "--overwrite=true starts again, --out=DIR writes elsewhere")
+            NOTES.clear()  # the log has them
             for key, here in self._machine().items():
                 if before[key] != here:
-                    print(f"warning: {self.folder} was started with {key} {before[key]}, here is "
-                          f"{here}: it goes on, but not to the last digit", file=sys.stderr)
+                    note(f"warning: {self.folder} was started with {key} {before[key]}, here is "
+                         f"{here}: it goes on, but not to the last digit", sys.stderr)
         elif before:  # an earlier run of this stage: its files go, and nothing else
             for name in (result, "model.pt", "state.pt", "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -248,7 +182,10 @@ class Run:
         if not self.resuming:
             self._write(dict(kind="config", stage=stage, config=self.settings,
                              parents=self.parents, **self._machine()))
-        print(f"{stage}: " + " ".join(f"{k}={v}" for k, v in self.settings.items()), flush=True)
+        flags = [f"--{f.name}={as_text(self.settings[f.name])}" for f in dataclasses.fields(config)
+                 if self.settings[f.name] != f.default and f.name != "out"]
+        print(f"{stage}: {self.folder}, {self._machine()['device']}, {torch.get_num_threads()} "
+              f"threads; {' '.join(flags) or 'flags at their defaults'}", flush=True)
 
     def _machine(self):
         """What else the last digits of a run depend on."""
@@ -266,8 +203,10 @@ class Run:
 
     def _write(self, row):
         with open(self.folder / "log.jsonl", "a") as f:
-            row = {k: None if v != v else v for k, v in row.items()}  # JSON knows no nan
-            f.write(json.dumps(row, default=float) + "\n")
+            for each in (row, *(dict(kind="note", text=text) for text in NOTES)):
+                each = {k: None if v != v else v for k, v in each.items()}  # JSON knows no nan
+                f.write(json.dumps(each, default=float) + "\n")
+        NOTES.clear()
 
     def log(self, kind="step", **row):
         keys = self.keys.setdefault(kind, set(row))
@@ -275,31 +214,36 @@ class Run:
             raise KeyError(f"log row of kind {kind!r}: keys differ by {keys ^ set(row)}")
         self._write(dict(kind=kind, **row))
 
-    def finish(self, **metrics):
-        metrics["seconds"] = round(time.time() - self.start, 1)
-        self._write(dict(kind="final", **metrics))
+    def finish(self, metrics, then=None):
+        """Write the last row; say where the result is, and then which command to type next."""
+        seconds = round(time.time() - self.start, 1)
+        self._write(dict(kind="final", **metrics, seconds=seconds))
         (self.folder / "state.pt").unlink(missing_ok=True)
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()
-                 if not isinstance(v, (dict, list))}
-        print(f"{self.stage}: done. " + " ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
-        return metrics
+        print(f"\n{self.stage}: done after {seconds} s, result in {self.folder}"
+              + (f"\nnext: {then}" if then else ""), flush=True)
 
     def save_state(self, **state):
-        """Everything an exact resume needs; written whole or not at all."""
-        state["rng"] = torch.get_rng_state()
+        """Everything an exact resume needs, modules and optimisers among it; written whole or not
+        at all."""
+        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+        state |= dict(rng=torch.get_rng_state(), seconds=time.time() - self.start,
+                      log_size=(self.folder / "log.jsonl").stat().st_size)
         if self.device.type == "cuda":  # only dropout draws from it
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        state["log_size"] = (self.folder / "log.jsonl").stat().st_size
         save_file(state, self.folder / "state.pt")
 
-    def load_state(self):
-        """The saved state on resume, else None. Log rows written after it are cut off."""
+    def load_state(self, **targets):
+        """On resume load the targets, modules and optimisers, and return the rest of the saved
+        state; else {}. Log rows written after it are cut off."""
         if not self.resuming:
-            return None
+            return {}
         state = load_file(self.folder / "state.pt", self.device)
+        for name, target in targets.items():
+            target.load_state_dict(state.pop(name))
         torch.set_rng_state(state["rng"].cpu())
         if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+        self.start -= state["seconds"]  # of the sessions before
         with open(self.folder / "log.jsonl", "r+") as f:
             f.truncate(state["log_size"])
         return state
@@ -370,13 +314,13 @@ def load_checkpoint(path, stages, device="cpu"):
 
 
 def load_policy(path, stages, device):
-    """(model, tokenizer, checkpoint) of a language model, dropout off, in eval mode."""
+    """(model, tokenizer, checkpoint without weights) of a language model, no dropout, eval mode."""
     checkpoint = load_checkpoint(path, stages, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     size = dict(checkpoint["model"], dropout=0.0)
     check_vocabulary(size, tokenizer, path)
     model = GPT(GPTConfig(**size)).to(device).eval()
-    model.load_state_dict(checkpoint["weights"])
+    model.load_state_dict(checkpoint.pop("weights"))  # or they would live as long as the dict
     return model, tokenizer, checkpoint
 
 
@@ -397,8 +341,8 @@ def check_lineage(role, expected, parents, path):
     artefact whose hash is `expected`."""
     found = parents.get(role)
     if found != expected:
-        print(f"warning: {path} does not descend from the {role} run used here ({expected}) but "
-              f"from {found or parents}", file=sys.stderr)
+        note(f"warning: {path} does not descend from the {role} run used here ({expected}) but "
+             f"from {found or parents}", sys.stderr)
 
 
 # --- the stage before ----------------------------------------------------------------------------
@@ -416,6 +360,8 @@ def ensure_input(config, field, stage):
     if (path / "state.pt").exists():
         raise UserError(f"{path} holds an interrupted run: `python {stage}.py --resume=true "
                         f"--out={path}` finishes it")
+    if path.exists():
+        raise UserError(f"--{field}={path} is no output of `python {stage}.py`: no model.pt in it")
     if str(path) != default:
         raise UserError(f"--{field}={path} does not exist: `python {stage}.py --out="
                         f"{path if not path.suffix else path.parent}` makes one")

@@ -27,16 +27,14 @@ class Config(cli.Config):
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
     beta: Positive[float] | None = None  # pull to the reference; auto: the loss's own, SETTINGS
     lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0; auto: the loss's own
-    label_smoothing: NotNegative[float] = 0.1  # cdpo: share of the labels that are taken to be
-    #                                            flipped
+    label_smoothing: NotNegative[float] = 0.1  # cdpo: share of labels taken to be flipped
     simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
     desirable: NotNegative[float] = 1.0  # kto: weight of the desirable answers
     undesirable: NotNegative[float] = 1.0  # kto: weight of the undesirable ones
-    nll: NotNegative[float] = 0.0  # weight of the SFT loss on the best answers, added to any of
-    #                                the losses
+    nll: NotNegative[float] = 0.0  # weight of an SFT loss on the best answers, in any loss
     epochs: Positive[int] = 1
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
-    micro_batch: NotNegative[int] = 0  # prompts a forward pass; 0 takes the whole batch
+    micro_batch: NotNegative[int] = 0  # answers a forward pass; 0: the whole batch at once
     warmup: NotNegative[int] = 20  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
@@ -58,14 +56,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
-from data.records import (check_ranking, check_ranking_or_label, choose, collate, embedded, fits,
-                          merge_rankings, read_jsonl, split)
-from evaluate import compare, held_out_prompts, sequence_logprobs
-from model import token_logprobs
-from reward import encode_ranking
+from cli import note, progress, say
+from data import batches
+from data.records import (check_ranking, check_ranking_or_label, choose, collate, embedded,
+                          encode_ranking, fits, merge_rankings, read_jsonl, split)
+from evaluate import check_start, compare, load_networks, load_prompts, sequence_logprobs
+from model import autocast, token_logprobs
 
 # beta and learning rate of each loss where the flags leave them open: those of dpo and ipo from a
 # sweep on the embedded data, the others at a margin of like size (docs/dpo.md). The units of beta
@@ -214,7 +212,7 @@ def load_data(config, tokenizer, block_size):
         ranked = merge_rankings([r for r in records if "label" not in r])
         elements = [make_element(tokenizer, r) for r in single + ranked]
         # an answer that is too long drops its prompt: cut, it would have no EOS
-        kept = fits(f"dpo: {name} prompts", elements, block_size, lambda e: max(map(len, e.rows)))
+        kept = fits(f"{name} prompts", elements, block_size, lambda e: max(map(len, e.rows)))
         if not kept:
             raise UserError(f"--data={config.data}: no {name} prompt is left to use")
         if config.loss == "kto" and not any(any(e.labels) for e in kept):
@@ -281,7 +279,7 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
             raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
                             " and it is computed again")
         logps = cached["logps"]
-        print(f"reference log-probabilities of {len(rows)} answers from {path}")
+        say(f"reference log-probabilities of {len(rows):,} answers from {path}")
     else:
         common.make_folder("reference_cache", path.parent)  # before the work, in case it cannot be
         logps = sequence_logprobs(reference, rows, masks, tokenizer.pad, bar="reference")
@@ -319,17 +317,6 @@ def pair_metrics(policy, elements, config, pad):
                 rejected_logp=seq_logp[losers].mean().item())
 
 
-def check_start(seq_logp, ref_seq_logp):
-    """On the first minibatch, before any update: every log-ratio is 0, or something is wrong.
-
-    Up to the rounding of a sum, which grows with it: 2e-3 was seen at 10,000 nats."""
-    error = (seq_logp.detach() - ref_seq_logp).abs().max().item()
-    print(f"\nfirst minibatch: |log ratio| {error:.1e} nats a sequence")
-    if seq_logp.device.type == "cpu":  # full precision; under autocast batches may round apart
-        limit = 1e-3 + 1e-6 * ref_seq_logp.abs().max()
-        assert error < limit, "the policy does not start from the reference"
-
-
 def batch_of(train, step, config):
     """(elements, others) of an optimiser step. elements: those of its prompts; others, for kto and
     else empty: each of these prompts with an answer to the next one, (ids, mask), for z0."""
@@ -349,41 +336,36 @@ def update(policy, reference, optimizer, batch, others, config, pad, check=False
     that every log-ratio is 0. Returns tensors or floats: loss and accuracy, means over pairs or
     answers; baseline, kto's z0; grad_norm, before clipping.
     """
-    device, micro_batch = policy.wte.weight.device, config.micro_batch or config.batch_size
-    baseline = 0.0
+    device, baseline = policy.wte.weight.device, 0.0
+    tokens, mask, ref, length, label, winners, losers, best = batch_tensors(batch, pad, device)
+    with autocast(device):  # every answer once; micro_batch bounds the memory, not what is compared
+        seq_logp = batches.in_pieces(lambda p: token_logprobs(policy, tokens[p], mask[p]).sum(1),
+                                     batches.ends(mask), config.micro_batch)
     if config.loss == "kto":
         # a long prompt and a long answer that fit apart may not fit together
         others = [o for o in others if len(o[0]) <= policy.config.block_size]
         if others:  # z0, of the whole step
             baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), pad)
                                      for m in (policy, reference)))
-        count = sum(map(abs, (x for e in batch for x in e.labels))) or 1  # labelled answers
+        count = label.abs().sum().clamp(min=1)  # labelled answers
+        loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
+        right = ordered((seq_logp.detach() - ref - baseline) * label)[label != 0]
     else:
-        count = sum(len(e.pairs) for e in batch)  # pairs of the whole step
-    best_tokens = sum(sum(e.masks[n]) for e in batch for n in e.best)
-    loss_sum = right = 0.0
-    for j in range(0, len(batch), micro_batch):
-        tokens, mask, ref, length, label, winners, losers, best = batch_tensors(
-            batch[j:j + micro_batch], pad, device)
-        with common.autocast(device):
-            seq_logp = token_logprobs(policy, tokens, mask).sum(1)  # every answer once
-        if config.loss == "kto":
-            loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
-            right = right + ordered((seq_logp.detach() - ref - baseline) * label)[label != 0].sum()
-        else:
-            loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
-            reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
-            right = right + ordered(reward[winners] - reward[losers]).sum()
-        if check and j == 0:
-            check_start(seq_logp, ref)
-        loss_sum = loss_sum + loss.detach()
-        if config.nll > 0 and best:  # SFT on the best answers, nats per token
-            loss = loss - config.nll * seq_logp[best].sum() / best_tokens
-        loss.backward()
+        count = len(winners)  # pairs
+        loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
+        reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
+        right = ordered(reward[winners] - reward[losers])
+    if check:
+        check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
+    total = loss
+    if config.nll > 0 and best:  # SFT on the best answers, nats per token
+        total = loss - config.nll * seq_logp[best].sum() / length[best].sum()
+    total.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return dict(loss=loss_sum, accuracy=right / count, baseline=baseline, grad_norm=norm)
+    return dict(loss=loss.detach(), accuracy=right.sum() / count, baseline=baseline,
+                grad_norm=norm)
 
 
 def resolve(config):
@@ -399,32 +381,29 @@ def resolve(config):
 def main(config):
     config = resolve(config)
     device = common.set_up(config, "dpo")
-    common.ensure_input(config, "init", "sft")
-    common.ensure_input(config, "data", "label")
 
-    # --- model and data ------------------------------------------------------
-    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
-    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
+    # --- two networks, and the data ------------------------------------------
+    policy, reference, _, tokenizer, parents, block_size = load_networks(config, device, False)
+    common.ensure_input(config, "data", "label")
     origin = embedded(config.data)
-    synthetic = origin is not None
-    print(f"{config.data}: " + ("rankings of the embedded world" if origin else "your own data"))
-    if synthetic:
-        common.check_lineage(parent["stage"], parent["hash"],
-                             {parent["stage"]: origin["policy"]}, config.data)
-    data = load_data(config, tokenizer, policy.config.block_size)
+    if origin:
+        stage, parent = next(iter(parents.items()))
+        common.check_lineage(stage, parent, {stage: origin["policy"]}, config.data)
+    data = load_data(config, tokenizer, block_size)
     train, held_out = data.train, data.held_out
-    prompts = held_out_prompts("synthetic" if synthetic else config.data, config.eval_prompts,
-                               tokenizer, policy.config.block_size - config.max_new_tokens)
+    prompts = load_prompts("synthetic" if origin else config.data, "held-out",
+                           config.eval_prompts, tokenizer, block_size - config.max_new_tokens)
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
-    run = common.Run("dpo", config, device, {parent["stage"]: parent["hash"]})
+    run = common.Run("dpo", config, device, parents)
     pairs = sum(len(e.pairs) for e in train)
-    print(f"{policy.num_params():,} parameters, {len(train)} prompts, {pairs} pairs, "
-          f"{len(held_out)} prompts held out")
+    print(f"{policy.num_params():,} parameters\n{config.data}"
+          f"{' of the embedded world' if origin else ''}: {len(train):,} prompts with {pairs:,} "
+          f"pairs, {len(held_out)} prompts held out")
     if config.loss == "kto":
         n = [sum(e.labels.count(x) for e in train) for x in (1, -1)]
-        print(f"{n[0]} desirable and {n[1]} undesirable answers, weighted {config.desirable} : "
-              f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
+        note(f"{n[0]} desirable and {n[1]} undesirable answers, weighted {config.desirable} : "
+             f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
     watched = choose(train, len(held_out), lambda e: e.rows)
@@ -436,7 +415,9 @@ def main(config):
         trained = pair_metrics(policy, watched, config, tokenizer.pad)
         metrics |= dict(epoch=epoch, train_loss=trained["loss"], train_accuracy=trained["accuracy"])
         run.log("validation", **metrics)
-        print("\n" + " ".join(f"{k}={v:.3f}" for k, v in metrics.items()), flush=True)
+        say(f"epoch {epoch}: " + ", ".join(
+            f"{name} {metrics[name]:.3f}" for name in (
+                "loss", "train_loss", "accuracy", "margin", "chosen_reward", "rejected_reward")))
         return metrics
 
     def save(name, metrics):
@@ -448,24 +429,18 @@ def main(config):
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     common.say_warmup(steps, config.warmup)
-    first, metrics, state = 0, {}, run.load_state()
-    if state:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, metrics = state["step"], state["metrics"]
-    else:
-        metrics = validate(0)
-    bar = tqdm(range(first, steps), "dpo", initial=first, total=steps, mininterval=1)
+    state = run.load_state(policy=policy, optimizer=optimizer)
+    first, metrics = state.get("step", 0), state.get("metrics") or validate(0)
+    bar = progress(range(first, steps), "dpo", initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         if step % config.save_every == 0:
-            run.save_state(policy=policy.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                           metrics=metrics)
+            run.save_state(policy=policy, optimizer=optimizer, step=step, metrics=metrics)
         batch, others = batch_of(train, step, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         trained = update(policy, reference, optimizer, batch, others, config, tokenizer.pad,
                          check=step == 0)
-        # --- end of what changes the weights; the rest is for the reader -----
+        # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
@@ -476,9 +451,10 @@ def main(config):
             metrics = validate(epoch)
             save(f"model-epoch{epoch}.pt", metrics)
 
-    metrics |= compare(policy, reference, tokenizer, prompts, config, run, synthetic)[0]
+    metrics |= compare(policy, reference, tokenizer, prompts, config, run, bool(origin))[0]
     save("model.pt", metrics)
-    run.finish(**metrics)
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+               + ("" if origin else f" --data={config.data}"))
 
 
 if __name__ == "__main__":

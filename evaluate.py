@@ -33,140 +33,247 @@ class Config(cli.Config):
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 import common
-from data.records import check_prompt, choose, collate, distinct, fits, read_jsonl, split
+from cli import say
+from data import batches
+from data.records import check_prompt, choose, distinct, fits, question, read_jsonl, split
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
+from data.verifier import is_right
 from model import token_logprobs
-from reward import load_reward_model, score_rows
+from reward import load_reward_model
 
 
-def held_out_prompts(data, count, tokenizer, room):
-    """[(text or turns, ids)] of `count` held-out prompts; those of over `room` tokens are dropped.
+# --- what dpo.py, ppo.py and grpo.py begin with --------------------------------------------------
 
-    data: "synthetic" or a .jsonl file. The embedded ones are the same in every stage.
+
+def load_networks(config, device, reward_model=True):
+    """(policy, reference, reward model or None, tokenizer, parents, block_size): parents as
+    common.Run takes them, block_size the tokens that fit the context of all networks."""
+    common.ensure_input(config, "init", "sft")
+    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
+    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
+    parents, block_size, judge = {parent["stage"]: parent["hash"]}, policy.config.block_size, None
+    if reward_model:
+        common.ensure_input(config, "reward_model", "reward")
+        judge, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
+        common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
+                             config.reward_model)
+        parents["reward"] = rm_parent["hash"]
+        block_size = min(block_size, judge.gpt.config.block_size)
+    return policy, reference, judge, tokenizer, parents, block_size
+
+
+def load_prompts(data, side, count, tokenizer, room, seed=0, families=FAMILIES,
+                 check=check_prompt):
+    """[(text or turns, ids, answer or None)] of the "training" or the "held-out" side.
+
+    data: "synthetic" or a .jsonl file. Of held-out prompts `count` (the embedded ones are the same
+    in every stage), of training prompts all that a file has. Those over `room` tokens are dropped.
     """
+    held_out = side == "held-out"
     if data == "synthetic":
-        prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)]
+        records = [dict(prompt=p.text, answer=p.answer)
+                   for p in sample_prompts(count, held_out, seed, families)]
     else:
-        records = distinct(split(read_jsonl(data, check_prompt)).held_out)
-        prompts = [r["prompt"] for r in choose(records, count)]
-    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
-    kept = fits("held-out prompts", encoded, room, lambda e: len(e[1]))
+        sides = split(read_jsonl(data, check))
+        records = choose(distinct(sides.held_out), count) if held_out else sides.train
+    encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
+               for r in records]
+    kept = fits(f"{side} prompts", encoded, room, lambda e: len(e[1]))
     if not kept:
-        raise UserError(f"--data={data}: no held-out prompt of at most {room} tokens")
+        raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
     return kept
 
 
+def check_start(log_ratio, kl=None, limit=1e-4):
+    """On the first minibatch, before any update: every log-ratio is 0, or something is wrong.
+
+    log_ratio: nats, of tokens or sequences, 0 outside the mask; kl: to the reference, nats per
+    sequence, where one is asked; limit: what rounding may add up to.
+    """
+    error = log_ratio.detach().abs().max().item()
+    say(f"first minibatch: |log ratio| {error:.1e}"
+        + ("" if kl is None else f", KL to the reference {kl:.1e}"))
+    if log_ratio.device.type == "cpu":  # full precision; under autocast two batches may round apart
+        assert error < limit, "the ratio is not 1 before the first update"
+        assert abs(kl or 0.0) < 1e-4, "the policy does not start from the reference"
+
+
+# --- what a rollout is like ----------------------------------------------------------------------
+
+
+def rollout_metrics(batch, prompts, texts, beta, clock, synthetic):
+    """What ppo.py and grpo.py both log of an iteration; none of it changes the weights.
+
+    batch: what `prepare` returned; prompts, texts: those of its B responses; clock: four times,
+    around generating, scoring and training. KL in nats per sequence, by k1; None without reference.
+    """
+    mask, score = batch["mask"], batch["score"]
+    n_tokens, lengths = mask.sum().item(), mask.sum(1)
+    row = dict(objective=score.mean().item(), kl=None, kl_se=None, kl_per_token=None)
+    if batch["ref_logp"] is not None:
+        seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
+        # the answers to a question depend on each other: clustered by question
+        kl, se = seq_kl.mean().item(), common.clustered_se(
+            seq_kl.cpu().numpy(), [question(p, synthetic) for p in prompts])
+        row = dict(objective=row["objective"] - beta * kl, kl=kl, kl_se=se,
+                   kl_per_token=seq_kl.sum().item() / n_tokens)
+        if kl < -3 * se - 1e-3:  # a mean of k1 may be below 0 by chance, but not so far
+            say(f"warning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
+                "samples and log-probabilities disagree")
+    row |= dict(
+        entropy=batch["entropy"].sum().item() / n_tokens, length=lengths.mean().item(),
+        length_min=lengths.min().item(), length_max=lengths.max().item(),
+        eos_rate=batch["finished"].float().mean().item(),
+        **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
+           zip(("generate", "score", "train"), clock, clock[1:])})
+    if synthetic:  # for the log only: training never sees the gold reward
+        row["gold"] = float(np.mean([gold_reward(p, t) for p, t in zip(prompts, texts)]))
+    return row
+
+
+def show_samples(run, step, prompts, texts, **columns):
+    """Log the responses, and print them with their numbers: columns, a tensor each."""
+    columns = {name: values[:len(texts)].tolist() for name, values in columns.items()}
+    for i, (prompt, text) in enumerate(zip(prompts, texts)):
+        run.log("sample", step=step, prompt=prompt, response=text,
+                **{name: values[i] for name, values in columns.items()})
+    say(cli.table({name: [f"{v:.2f}" for v in values] for name, values in columns.items()}
+                     | {"prompt": [cli.shorten(last_turn(p), 40) for p in prompts[:len(texts)]],
+                        f"response in iteration {step}": [cli.shorten(t, 80) for t in texts]}))
+
+
+def last_turn(prompt):
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+# --- policy against reference --------------------------------------------------------------------
+
+
 def response_rows(prompt_ids, drawn):
-    """Rows of ids and masks for samples of `common.sample_texts`, one a prompt."""
+    """Rows of ids and masks for samples of `batches.sample_texts`, one a prompt."""
     rows = [p + s["ids"] for p, s in zip(prompt_ids, drawn)]
     return rows, [[0] * len(p) + [1] * len(s["ids"]) for p, s in zip(prompt_ids, drawn)]
 
 
-@torch.no_grad()
-def sequence_logprobs(model, rows, masks, pad, temperature=1.0, batch_size=64, bar=None):
+def sequence_logprobs(model, rows, masks, pad, temperature=1.0, bar=None, size=64):
     """log pi(y | x), (n,) on the CPU, nats per sequence: sums over response tokens, EOS included.
 
-    rows, masks: lists of ids and masks; batched by length. bar: shows progress under this name.
+    rows, masks: lists of ids and masks. bar: shows progress under this name.
     """
-    device, out = model.wte.weight.device, torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for i in tqdm(range(0, len(order), batch_size), bar, disable=bar is None, mininterval=1):
-        part = order[i:i + batch_size]
-        tokens, mask = collate([rows[j] for j in part], [masks[j] for j in part], pad)
-        with common.autocast(device):
-            logp = token_logprobs(model, tokens.to(device), mask.to(device), temperature)
-        out[part] = logp.sum(1).to(out.device, out.dtype)
-    return out
+    return batches.over_rows(
+        lambda tokens, mask: token_logprobs(model, tokens, mask, temperature).sum(1),
+        rows, masks, pad, model.wte.weight.device, size, bar)
 
 
-def check_start(logp, old_logp, mask, ref_logp=None):
-    """On the first minibatch of a rollout, before any update: ratio 1 and, where a reference is
-    asked, KL 0, or something is wrong. All (B, T), nats per token; the mask is the response's."""
-    ratio_error, kl = ((logp - old_logp) * mask).abs().max().item(), 0.0
-    if ref_logp is not None:
-        kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
-    print(f"\nfirst minibatch: |log ratio| {ratio_error:.1e}, KL to the reference {kl:.1e}")
-    if mask.device.type == "cpu":  # full precision; under autocast the two forwards may round apart
-        assert ratio_error < 1e-4, "the ratio is not 1 before the first update"
-        assert abs(kl) < 1e-4, "the policy does not start from the reference"
-
-
-def warn_of_negative_kl(kl, se):
-    """A mean of k1 may fall below 0 by chance, but not by three of its standard errors."""
-    if kl < -3 * se - 1e-3:
-        print(f"\nwarning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
-              "samples and log-probabilities disagree")
+LABELS = dict(gold="gold, the true reward", score="score of the reward model",
+              accuracy="share of right answers", length="length in tokens",
+              eos_rate="share that ends with EOS")
 
 
 def compare(policy, reference, tokenizer, prompts, config, run, synthetic, reward_model=None,
-            best_of=1):
+            best_of=1, verifier=False):
     """Policy against reference (the SFT model), one response each to every prompt.
 
-    prompts: [(text or turns, ids)]. config: any with temperature, max_new_tokens, seed and (with a
-    reward model) missing_eos. KL in nats per sequence, from the policy's samples (k1). synthetic:
-    the prompts are the embedded ones, so that there is a gold reward. With a reward model also the
-    scores, and with best_of = n > 1 the best of n samples of the reference by that model.
-    Logs and prints examples. Returns (metrics, the policy's samples, the reference's).
+    prompts: as `load_prompts` returns them. config: any with temperature, max_new_tokens, seed and
+    (with a reward model) missing_eos. KL in nats per sequence, from the policy's samples (k1).
+    synthetic: the prompts are the embedded ones, so that there is a gold reward. verifier: they
+    have answers, and right is what ends on them. With a reward model also the scores, and with
+    best_of = n > 1 the best of n samples of the reference by that model.
+    Logs and prints what it found. Returns (metrics, the policy's samples, the reference's).
     """
     policy.eval()
     n, device = best_of, run.device
-    texts, ids = zip(*prompts)
-    repeated = [i for i in ids for _ in range(n)]
-    drawn, sft = (common.sample_texts(model, tokenizer, rows, config.max_new_tokens,
-                                      common.stream(config.seed, "evaluate", name, device=device),
-                                      config.temperature)
-                  for model, rows, name in ((policy, ids, "policy"),
-                                            (reference, repeated, "reference")))
-    rows, masks = response_rows(ids, drawn)
-    seq_kl = (sequence_logprobs(policy, rows, masks, tokenizer.pad, config.temperature)
-              - sequence_logprobs(reference, rows, masks, tokenizer.pad, config.temperature))
-    cluster = [common.question(t, synthetic) for t in texts]
-    se = lambda x: common.clustered_se(x, cluster)
-    mean = lambda samples, value: float(np.mean([value(s) for s in samples]))
-    metrics = dict(
-        kl=seq_kl.mean().item(), kl_se=se(seq_kl.numpy()),
-        length=mean(drawn, lambda s: len(s["ids"])), length_sft=mean(sft, lambda s: len(s["ids"])),
-        eos_rate=mean(drawn, lambda s: s["finished"]),
-        eos_rate_sft=mean(sft, lambda s: s["finished"]))
+    texts, ids, answers = zip(*prompts)
+    draw = lambda model, name, rows: batches.sample_texts(
+        model, tokenizer, rows, config.max_new_tokens,
+        common.stream(config.seed, "evaluate", name, device=device), config.temperature,
+        bar=f"samples of the {name}")
+    drawn = draw(policy, "policy", ids)
+    every = draw(reference, "reference", [i for i in ids for _ in range(n)])
+    sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
+    logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
+                                        config.temperature, "KL") for model in (policy, reference))
+    # what is measured: one number a prompt, of the reference and of the policy
+    each = lambda value: [np.array([value(s, i) for i, s in enumerate(samples)], float)
+                          for samples in (sft, drawn)]
+    measured = dict(length=each(lambda s, i: len(s["ids"])),
+                    eos_rate=each(lambda s, i: s["finished"]))
+    if verifier:
+        measured["accuracy"] = each(lambda s, i: s["finished"] and is_right(s["text"], answers[i]))
     if reward_model is not None:
-        score, sft_score = (np.where(
+        score, scores = (np.where(
             [s["finished"] for s in samples],  # a cut answer is not judged
-            score_rows(reward_model, *response_rows(heads, samples), tokenizer.pad, device),
-            config.missing_eos) for heads, samples in ((ids, drawn), (repeated, sft)))
-        metrics |= dict(score=float(score.mean()), score_sft=float(sft_score.mean()),
-                        score_win_rate=float((np.sign(score - sft_score[::n]) / 2 + 0.5).mean()))
+            batches.over_rows(reward_model, *response_rows(heads, samples), tokenizer.pad, device,
+                              bar="scores"), config.missing_eos)
+            for heads, samples in ((ids, drawn), ([i for i in ids for _ in range(n)], every)))
+        measured["score"] = scores[::n], score
     if synthetic:
-        gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
-        gold_sft = np.array([[gold_reward(t, s["text"]) for s in sft[i * n:(i + 1) * n]]
-                             for i, t in enumerate(texts)])  # (prompts, n); column 0 is "SFT"
-        gap = gold - gold_sft[:, 0]
-        metrics |= dict(
-            gold=float(gold.mean()), gold_se=se(gold), gold_sft=float(gold_sft[:, 0].mean()),
-            gold_gap=float(gap.mean()), gold_gap_se=se(gap),
-            gold_win_rate=float((np.sign(gap) / 2 + 0.5).mean()),
-            gold_win_rate_se=se(np.sign(gap) / 2), tie_rate=float((gap == 0).mean()))
+        measured["gold"] = each(lambda s, i: gold_reward(texts[i], s["text"]))
+
+    cluster = [question(t, synthetic) for t in texts]
+    with_se = lambda name, x: {name: float(np.mean(x)),
+                               f"{name}_se": common.clustered_se(x, cluster)}
+    metrics = with_se("kl", (logp - ref_logp).numpy()) | dict(judged=len(texts), questions=len(set(cluster)))
+    for name, (before, after) in measured.items():
+        metrics |= (with_se(name, after) | with_se(f"{name}_sft", before)
+                    | with_se(f"{name}_gap", after - before))
+        if name in ("score", "gold"):  # ties count half
+            metrics |= with_se(f"{name}_win_rate", np.sign(after - before) / 2 + 0.5)
+    if synthetic:
+        metrics["tie_rate"] = float((measured["gold"][0] == measured["gold"][1]).mean())
         if reward_model is not None and n > 1:
-            best = gold_sft[np.arange(len(texts)), sft_score.reshape(-1, n).argmax(1)]
-            metrics |= dict(gold_best_of_n=float(best.mean()), best_of=n,
-                            gold_over_best_of_n=float((gold - best).mean()),
-                            gold_over_best_of_n_se=se(gold - best))
+            best = [gold_reward(texts[i], every[i * n + k]["text"])
+                    for i, k in enumerate(scores.reshape(-1, n).argmax(1))]
+            metrics |= dict(best_of=n, **with_se("gold_best_of_n", best),
+                            **with_se("gold_over_best_of_n", measured["gold"][1] - best))
+    report(metrics)
     for i in range(min(12, len(texts))):
-        run.log("held_out_sample", prompt=texts[i], sft=sft[i * n]["text"],
-                policy=drawn[i]["text"])
+        run.log("held_out_sample", prompt=texts[i], sft=sft[i]["text"], policy=drawn[i]["text"])
         if i < 6:
-            shown = texts[i] if isinstance(texts[i], str) else texts[i][-1]["content"]
-            print(f"\nprompt  {shown}\n   sft  {sft[i * n]['text']}\n{run.stage:>6}  "
-                  f"{drawn[i]['text']}")
-    return metrics, drawn, sft[::n]
+            say(f"\n   prompt  {last_turn(texts[i])}\nreference  {sft[i]['text']}\n"
+                f"{run.stage:>9}  {drawn[i]['text']}")
+    return metrics, drawn, sft
+
+
+def report(metrics):
+    """Print the table of a comparison, and in words what it says."""
+    cell = lambda name: cli.plus_minus(metrics[name], metrics[f"{name}_se"])
+    rows = [(cell(f"{name}_sft"), cell(name), cell(f"{name}_gap"), label)
+            for name, label in LABELS.items() if name in metrics]
+    rows += [("", cell(f"{name}_win_rate"), "", f"win rate by {name}, ties half")
+             for name in ("gold", "score") if name in metrics]
+    if "best_of" in metrics:
+        rows.append((cell("gold_best_of_n"), cell("gold"), cell("gold_over_best_of_n"),
+                     f"gold against the reference's best of {metrics['best_of']} by score"))
+    rows.append(("", cell("kl"), "", "KL to the reference, nats a sequence"))
+    say(cli.table(dict(zip(("reference", "result", "difference",
+                               f"on {metrics['judged']} held-out prompts, ± one standard error"),
+                              zip(*rows)))))
+    say("\n" + verdict(metrics))
+
+
+def verdict(metrics):
+    """What a comparison says, in a sentence: by gold, else by right answers, else by the score."""
+    known = [name for name in ("gold", "accuracy", "score") if name in metrics]
+    if not known:
+        return "No reward is known for these prompts: read the samples."
+    name = "accuracy" if "accuracy" in known else known[0]
+    gap, se = metrics[f"{name}_gap"], metrics[f"{name}_gap_se"]
+    by = f"by {LABELS[name]}: {gap:+.2f} ± {se:.2f}"
+    if not abs(gap) > 2 * se:  # also where the error is unknown
+        return f"No difference to the reference that {metrics['judged']} prompts can show, {by}."
+    words = f"{'Better' if gap > 0 else 'Worse'} than the reference {by}."
+    if name == "gold" and gap < 0 and metrics.get("score_gap", 0) > 0:
+        words += " The score rose: the policy exploits errors of the reward model."
+    return words
 
 
 def gold_tables(texts, drawn, sft):
-    """Mean gold reward by prompt family and by part, as columns for `common.print_table`."""
+    """Mean gold reward by prompt family and by part, as columns for `cli.table`."""
     families = np.array([lookup(t).family for t in texts])
     scored = [[parts(t, s["text"]) for t, s in zip(texts, samples)] for samples in (drawn, sft)]
     total = [np.array([sum(p.values()) for p in side]) for side in scored]
@@ -195,16 +302,15 @@ def main(config):
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
-    room = block_size - config.max_new_tokens
-    prompts = held_out_prompts(config.data, config.eval_prompts, tokenizer, room)
+    prompts = load_prompts(config.data, "held-out", config.eval_prompts, tokenizer,
+                           block_size - config.max_new_tokens)
     run = common.Run("evaluate", config, device, parents, result="log.jsonl")
     metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run,
                                   config.data == "synthetic", reward_model, config.best_of)
     if config.data == "synthetic":
-        for table in gold_tables([t for t, _ in prompts], drawn, sft):
-            common.print_table(table)
-    print()
-    run.finish(**metrics)
+        for table in gold_tables([p[0] for p in prompts], drawn, sft):
+            say(cli.table(table))
+    run.finish(metrics)
 
 
 if __name__ == "__main__":

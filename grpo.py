@@ -33,8 +33,7 @@ class Config(cli.Config):
     k: Positive[int] = 8  # responses to a prompt: the group
     minibatches: Positive[int] = 2  # optimiser steps an epoch
     epochs: Positive[int] = 1  # passes over the responses of an iteration
-    micro_batch: NotNegative[int] = 128  # responses a forward pass, of like length; 0 takes all at
-    #                                      once
+    micro_batch: NotNegative[int] = 128  # responses a forward pass, of like length; 0: all at once
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
     lr: Positive[float] = 3e-4  # linear decay to a tenth
@@ -42,12 +41,10 @@ class Config(cli.Config):
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
     ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
-    #                                     (InstructGPT eq. 2)
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
-    eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison; few are asked
-    #                                    repeatedly
+    eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
     # --- the method
@@ -55,8 +52,8 @@ class Config(cli.Config):
     #                       are left at auto. Sizes and learning rates are ours; not here are the
     #                       refill of dropped groups and the length penalty of DAPO, and the
     #                       reference that is renewed in GRPO
-    advantage: str | None = None  # grpo (over the group's std), dr_grpo (its mean), rloo (others')
-    aggregate: str | None = None  # sequence (mean of means), constant (length), tokens, sum
+    advantage: str | None = None  # as grpo, dr_grpo or rloo: see group_advantage
+    aggregate: str | None = None  # over tokens, as sequence, constant, tokens or sum: row_weights
     clip: Positive[float] = 0.2  # of the ratio, below 1
     clip_high: Positive[float] | None = None  # and above
     drop: bool | None = None  # groups whose scores are all equal leave the loss
@@ -71,20 +68,19 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import dataclasses
 import time
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
-from data.records import (Split, check_answer, check_prompt, choose, distinct, fits, read_jsonl,
-                          split)
-from data.synthetic.gold import gold_reward
-from data.synthetic.world import FAMILIES, sample_prompts
+from cli import progress, say
+from data import batches
+from data.records import check_answer, check_prompt
+from data.synthetic.world import FAMILIES
 from data.text import text_rows
 from data.verifier import is_right
-from evaluate import check_start, compare, warn_of_negative_kl
-from model import generate, text_loss, token_logprobs, token_stats
-from reward import load_reward_model, score_batch
+from evaluate import (check_start, compare, load_networks, load_prompts, rollout_metrics,
+                      show_samples)
+from model import autocast, generate, text_loss, token_logprobs, token_stats
+from reward import score_batch
 
 
 METHODS = {  # what --method stands for
@@ -204,34 +200,30 @@ def row_weights(lengths, kept, aggregate, max_length):
 def rollout(policy, train, tokenizer, config, step):
     """K plain samples from softmax(logits / T) of each of an iteration's batch_size / K prompts.
 
-    train: as `load_prompts` returns it. Returns (chosen, texts, tokens, mask, finished): chosen
-    (B / K,), the indices of the prompts in train; texts, a list of B responses; the others as
+    train: as `load_prompts` returns it. Returns (prompts, texts, tokens, mask, finished): prompts,
+    the row of train that each of the B responses answers; texts, the responses; the others as
     `generate` returns them.
     """
     device, n_prompts = policy.wte.weight.device, config.batch_size // config.k
     chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
         len(train), n_prompts, replace=len(train) < n_prompts)
-    with common.autocast(device):
+    with autocast(device):
         tokens, mask, finished = generate(
             policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
             config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
             samples=config.k)
     texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
-    return chosen, texts, tokens, mask, finished
+    return [train[i] for i in chosen for _ in range(config.k)], texts, tokens, mask, finished
 
 
-def verify(texts, finished, answers):
-    """1.0 for every finished response that ends on the right number, else 0.0: a list."""
-    return [float(f and is_right(t, a)) for t, f, a in zip(texts, finished, answers)]
-
-
-def judge(reward_model, texts, tokens, mask, finished, asked, config):
-    """Score of every response, (B,), by the verifier or by the reward model. asked: its row of
-    train, for each response; the rest as `rollout` returns it."""
-    if config.reward == "verifier":
-        return torch.tensor(verify(texts, finished.tolist(), [a for _, _, a in asked]),
-                            device=tokens.device)
-    return score_batch(reward_model, tokens, mask, config.micro_batch)
+def judge(reward_model, prompts, texts, tokens, mask, finished, config):
+    """Score of every response, (B,), by the reward model or by the verifier: 1.0 for a finished
+    response that ends on the right number, else 0.0. Arguments as `rollout` returns them."""
+    if config.reward == "model":
+        return score_batch(reward_model, tokens, mask, config.micro_batch)
+    right = [float(done and is_right(text, answer))
+             for done, text, (_, _, answer) in zip(finished.tolist(), texts, prompts)]
+    return torch.tensor(right, device=tokens.device)
 
 
 def prepare(policy, reference, tokens, mask, finished, score, config):
@@ -242,18 +234,18 @@ def prepare(policy, reference, tokens, mask, finished, score, config):
     in place; reward (B,), KL included; advantage, kept (B,); old_logp, ref_logp, entropy (B, T),
     nats per token, 0 outside the mask. With beta 0 the reference is not asked: ref_logp is None.
     """
-    device = tokens.device
-    with torch.no_grad(), common.autocast(device):
-        parts = common.by_length(torch.arange(len(tokens), device=device), mask, config.micro_batch)
-        back = torch.cat(parts).argsort()  # from the order by length to that of the rows
+    def measure(p):
         # old log-probabilities from the training forward, not from the sampler, see ppo.py
-        stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True)
-                 for p in parts]
-        old_logp, entropy = (torch.cat(s)[back] for s in list(zip(*stats))[:2])
-        ref_logp = None
-        if config.beta > 0:
-            ref_logp = torch.cat([token_logprobs(reference, tokens[p], mask[p],
-                                                 config.temperature) for p in parts])[back]
+        logp, entropy, _, _ = token_stats(policy, tokens[p], mask[p], config.temperature,
+                                          entropy=True)
+        ref_logp = [token_logprobs(reference, tokens[p], mask[p], config.temperature)
+                    ] if config.beta > 0 else []
+        return torch.stack([logp, entropy, *ref_logp], 1)  # (n, 2 or 3, T)
+
+    with torch.no_grad(), autocast(tokens.device):
+        old_logp, entropy, *ref_logp = batches.in_pieces(
+            measure, batches.ends(mask), config.micro_batch).unbind(1)
+    ref_logp = ref_logp[0] if ref_logp else None
     # a response cut by the length limit is not judged: for a verifier it is wrong
     missing = config.missing_eos if config.reward == "model" else 0.0
     reward = score = torch.where(finished, score, torch.full_like(score, missing))
@@ -291,6 +283,7 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
     device, totals, steps, seen, ptx = tokens.device, {}, [], 0.0, None
+    lengths = batches.ends(mask)
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
@@ -302,9 +295,9 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
             weights[rows] = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
                                         config.max_new_tokens)
             step = torch.zeros(2, device=device)
-            for p in common.by_length(rows, mask, config.micro_batch) if len(rows) else ():
+            for p in batches.by_length(rows, lengths, config.micro_batch) if len(rows) else ():
                 weight = weights[p]
-                with common.autocast(device):
+                with autocast(device):
                     logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
                 loss, kl, info = losses(logp, batch, p, config)
                 (weight * (loss + kl)).sum().backward()
@@ -314,13 +307,13 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
                     totals[name] = totals.get(name, 0.0) + value
                 seen = seen + mask[p].sum()
                 if check and not steps:
-                    ref_logp = batch["ref_logp"]
-                    check_start(logp, batch["old_logp"][p], mask[p],
-                                None if ref_logp is None else ref_logp[p])
+                    old_logp, ref_logp = batch["old_logp"][p], batch["ref_logp"]
+                    check_start((logp - old_logp) * mask[p], None if ref_logp is None else
+                                ((old_logp - ref_logp[p]) * mask[p]).sum(1).mean())
                     check = False
             if config.ptx_coef > 0:
                 picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                with common.autocast(device):
+                with autocast(device):
                     ptx = text_loss(policy, picked)
                 (config.ptx_coef * ptx).backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
@@ -360,156 +353,83 @@ def resolve(config):
     return config
 
 
-def load_prompts(config, tokenizer, room):
-    """A Split of (text or turns, ids, answer or None for a reward model)."""
-    verifier = config.reward == "verifier"
-    if config.data == "synthetic":
-        families = ("arithmetic",) if verifier else FAMILIES
-        sides = Split(sample_prompts(2000, False, config.seed, families),
-                      sample_prompts(config.eval_prompts, True, 0, families))
-        sides = sides.each(lambda _, prompts: [dict(prompt=p.text, answer=p.answer)
-                                               for p in prompts])
-    else:
-        sides = split(read_jsonl(config.data, check_answer if verifier else check_prompt))
-        sides = Split(sides.train, choose(distinct(sides.held_out), config.eval_prompts))
-
-    def encode(name, records):
-        encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
-                   for r in records]
-        kept = fits(f"{name} prompts", encoded, room, lambda e: len(e[1]))
-        if not kept:
-            raise UserError(f"--data={config.data}: no {name} prompt of at most {room} tokens")
-        return kept
-
-    return sides.each(encode)
-
-
-def load_networks(config, device):
-    """(policy, reference, reward_model or None, tokenizer, parents, block_size): parents as
-    common.Run takes them, block_size the tokens that fit the context of all of them."""
-    common.ensure_input(config, "init", "sft")
-    if config.reward == "model":
-        common.ensure_input(config, "reward_model", "reward")
-    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
-    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
-    reward_model, parents = None, {parent["stage"]: parent["hash"]}
-    block_size = policy.config.block_size
-    if config.reward == "model":
-        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
-        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
-        common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
-                             config.reward_model)
-        parents["reward"] = rm_parent["hash"]
-        block_size = min(block_size, reward_model.gpt.config.block_size)
-    return policy, reference, reward_model, tokenizer, parents, block_size
+def load_sides(config, tokenizer, room):
+    """(training prompts, held-out ones), as `load_prompts` returns them: with answers for the
+    verifier, which of the embedded prompts knows those of arithmetic only."""
+    options = dict(families=FAMILIES, check=check_prompt) if config.reward == "model" else \
+        dict(families=("arithmetic",), check=check_answer)
+    return (load_prompts(config.data, "training", 2000, tokenizer, room, config.seed, **options),
+            load_prompts(config.data, "held-out", config.eval_prompts, tokenizer, room, **options))
 
 
 def main(config):
     device = common.set_up(config, "grpo")
     config = resolve(config)
 
-    # --- two networks, or three ----------------------------------------------
-    policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
-    prompts = load_prompts(config, tokenizer, block_size - config.max_new_tokens)
-    train, held_out = prompts.train, prompts.held_out
+    # --- two networks, or three with a reward model, and the prompts ---------
+    policy, reference, reward_model, tokenizer, parents, block_size = load_networks(
+        config, device, config.reward == "model")
+    synthetic = config.data == "synthetic"
+    train, held_out = load_sides(config, tokenizer, block_size - config.max_new_tokens)
     text = None  # rows of pretraining text, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
     run = common.Run("grpo", config, device, parents)
-    print(f"policy {policy.num_params():,} parameters; {len(train)} prompts, {len(held_out)} held "
-          f"out")
+    print(f"policy {policy.num_params():,} parameters\n{len(train):,} prompts of {config.data}, "
+          f"{len(held_out)} held out")
 
     common.say_warmup(config.iterations, config.warmup)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
-    first = 0
-    state = run.load_state()
-    if state:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-
-    bar = tqdm(range(first, config.iterations), "grpo", initial=first, total=config.iterations,
-               mininterval=1)
+    first = run.load_state(policy=policy, optimizer=optimizer).get("step", 0)
+    bar = progress(range(first, config.iterations), "grpo", initial=first, total=config.iterations)
     for step in bar:
         if step % config.save_every == 0:
-            run.save_state(policy=policy.state_dict(), optimizer=optimizer.state_dict(), step=step)
+            run.save_state(policy=policy, optimizer=optimizer, step=step)
         clock = [time.perf_counter()]
 
-        # --- rollout: K plain samples of each prompt, from softmax(logits / T) ---
-        chosen, texts, tokens, mask, finished = rollout(policy, train, tokenizer, config, step)
-        asked = [train[i] for i in chosen for _ in range(config.k)]
+        # --- rollout: K answers to each prompt -------------------------------
+        prompts, texts, tokens, mask, finished = rollout(policy, train, tokenizer, config, step)
         clock.append(time.perf_counter())
 
-        # --- score: everything that stays fixed while we train on this batch --
-        score = judge(reward_model, texts, tokens, mask, finished, asked, config)
-        accuracy = score.mean().item() if config.reward == "verifier" else None
+        # --- score: right or wrong, or what the reward model says ------------
+        score = judge(reward_model, prompts, texts, tokens, mask, finished, config)
+
+        # --- prepare: every answer against the others of its group -----------
         batch = prepare(policy, reference, tokens, mask, finished, score, config)
         clock.append(time.perf_counter())
 
-        # --- train -----------------------------------------------------------
-        common.set_lr(optimizer, config.lr * common.linear(step, config.iterations, config.warmup))
+        # --- update: a few minibatches on the clipped loss -------------------
+        factor = common.linear(step, config.iterations, config.warmup)
+        common.set_lr(optimizer, config.lr * factor)
         trained = update(policy, optimizer, batch, config,
                          common.stream(config.seed, "grpo", "minibatches", step), text,
                          check=step == 0 and first == 0)
         clock.append(time.perf_counter())
-        # --- end of what changes the weights; the rest is for the reader -----
-        if step == 0:
-            print(f"the policy loss starts at {trained['policy_loss']:.4f} and says little: at "
-                  "ratio 1 it is - sum of weight, length and advantage, and the advantages of a "
-                  "group sum to 0. Its gradient, the advantages times dlog pi, does not: watch "
-                  "score and accuracy")
-        n_tokens, lengths = mask.sum().item(), mask.sum(1)
-        kl = kl_se = kl_per_token = None  # not measured where no reference is asked
-        if batch["ref_logp"] is not None:
-            seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
-            # the answers to a question depend on each other: clustered by question
-            kl = seq_kl.mean().item()
-            kl_se = common.clustered_se(seq_kl.cpu().numpy(), [
-                common.question(a[0], config.data == "synthetic") for a in asked])
-            kl_per_token = seq_kl.sum().item() / n_tokens
-        score, signal = batch["score"], has_signal(batch["score"], config.k)
-        row = dict(
-            step=step, score=score.mean().item(), accuracy=accuracy, kl=kl, kl_se=kl_se,
-            kl_per_token=kl_per_token, objective=score.mean().item() - config.beta * (kl or 0.0),
-            no_signal=1 - signal.float().mean().item(), kept=batch["kept"].mean().item(),
-            advantage_std=batch["advantage"].std().item(),
-            entropy=batch["entropy"].sum().item() / n_tokens, length=lengths.mean().item(),
-            length_min=lengths.min().item(), length_max=lengths.max().item(),
-            eos_rate=finished.float().mean().item(),
-            truncated_rate=1 - finished.float().mean().item(), **trained,
-            **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
-               zip(("generate", "score", "train"), clock, clock[1:])})
-        if config.data == "synthetic":  # for the log only: training never sees the gold reward
-            row["gold"] = float(np.mean([gold_reward(a[0], t) for a, t in zip(asked, texts)]))
-        run.log(**row)
-        if step % config.log_every == 0 or step + 1 == config.iterations:
-            for i in range(min(config.k, 4)):  # of one group
-                run.log("sample", step=step, prompt=asked[i][0], response=texts[i],
-                        score=score[i].item(), advantage=batch["advantage"][i].item())
-        if kl is not None:
-            warn_of_negative_kl(kl, kl_se)
-        bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{kl or 0:.2f}",
-                        no_signal=f"{row['no_signal']:.2f}")
 
-    metrics, drawn, sft = compare(policy, reference, tokenizer, [h[:2] for h in held_out], config,
-                                  run, config.data == "synthetic", reward_model)
-    if config.reward == "verifier":
-        metrics |= accuracies(held_out, drawn, sft, config)
+        # --- log: nothing from here on changes the weights -------------------
+        asked = [prompt for prompt, *_ in prompts]
+        row = dict(
+            step=step, lr=config.lr * factor, score=batch["score"].mean().item(),
+            accuracy=score.mean().item() if config.reward == "verifier" else None,
+            no_signal=1 - has_signal(batch["score"], config.k).float().mean().item(),
+            kept=batch["kept"].mean().item(), advantage_std=batch["advantage"].std().item(),
+            **rollout_metrics(batch, asked, texts, config.beta, clock, synthetic), **trained)
+        run.log(**row)
+        if step % config.log_every == 0 or step + 1 == config.iterations:  # of one group
+            show_samples(run, step, asked, texts[:min(config.k, 4)], score=batch["score"],
+                         advantage=batch["advantage"])
+        if step == 0:
+            say(f"The policy loss starts at {trained['policy_loss']:.4f} and says little: at ratio "
+                "1 it is a sum of\nadvantages, and those of a group sum to 0. Its gradient does "
+                "not. Watch score and accuracy.")
+        bar.set_postfix({name: f"{row[name] or 0:.2f}" for name in ("score", "kl", "no_signal")})
+
+    metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
+                            reward_model, verifier=config.reward == "verifier")
     common.save_checkpoint(run.folder / "model.pt", policy, "grpo", tokenizer, config, metrics,
                            parents=run.parents)
-    run.finish(**metrics)
-
-
-def accuracies(held_out, drawn, sft, config):
-    """Held-out accuracy of policy and SFT model, one response a row; standard errors over the
-    questions, which are asked in several wordings and several times."""
-    cluster = [common.question(p, config.data == "synthetic") for p, _, _ in held_out]
-    result = {}
-    for name, samples in (("accuracy", drawn), ("accuracy_sft", sft)):
-        right = np.array(verify([s["text"] for s in samples], [s["finished"] for s in samples],
-                                [answer for _, _, answer in held_out]))
-        result |= {name: float(right.mean()), f"{name}_se": common.clustered_se(right, cluster)}
-    return result | dict(judged=len(drawn), questions=len(set(cluster)))
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+               + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":

@@ -19,19 +19,16 @@ from data.synthetic.people import Labeler
 
 @dataclass
 class Config(cli.Config):
-    data: str = "synthetic"  # prompts; the simulated labeler knows only "synthetic"
     out: str = "out/label"  # output folder: rankings.jsonl, card.json
     init: str = "out/sft"  # checkpoint to sample from
     prompts: Positive[int] = 5500  # training prompts
     held_out: Positive[int] = 500  # held-out prompts, ranked for testing only
     k: Positive[int] = 6  # answers per prompt
     oversample: NotNegative[int] = 0  # draws per prompt beyond K, so that duplicates can be dropped
-    temperature: Positive[float] = 0.7  # of the samples: as Stiennon et al. drew theirs; at 1 a
-    #                                     small model
-    #                           slips often, and pairs of slips teach little about preferences
+    temperature: Positive[float] = 0.7  # of the samples, as Stiennon et al. drew theirs; at 1 a
+    #                                     small model slips often, and slips teach little
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
     noise: NotNegative[float] = Labeler.noise  # scale of the logistic noise, in units of gold
-    #                                            reward
     length: float = Labeler.length  # bias: for each word
     flattery: float = Labeler.flattery  # bias: for each flattering sentence
     bullets: float = Labeler.bullets  # bias: for a bullet list
@@ -46,9 +43,10 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import json
 
 import numpy as np
-from tqdm import tqdm
 
 import common
+from cli import progress, say
+from data import batches
 from data.records import ranking_pairs, write_jsonl
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
@@ -66,9 +64,6 @@ def agreement(first, second):
 
 def main(config):
     device = common.set_up(config, "label")
-    if config.data != "synthetic":
-        raise UserError(f"--data={config.data}: the simulated labeler knows the gold reward of the "
-                        "embedded data only; use --data=synthetic")
     if config.k < 2:
         raise UserError(f"--k={config.k}: a ranking needs at least two answers")
 
@@ -88,18 +83,19 @@ def main(config):
     print(labeler.card())
 
     # --- sample and rank -----------------------------------------------------
-    state = run.load_state() or dict(records="[]", step=0, skipped=0)
-    records, skipped = json.loads(state["records"]), state["skipped"]
+    state = run.load_state()
+    records, skipped = json.loads(state.get("records", "[]")), state.get("skipped", 0)
     draws = config.k + config.oversample
-    for start in tqdm(range(state["step"], len(prompts), config.chunk), "label", mininterval=1):
+    starts, done = range(0, len(prompts), config.chunk), state.get("step", 0) // config.chunk
+    for start in progress(starts[done:], "label", initial=done, total=len(starts)):
         if start % (config.chunk * 8) == 0:
             run.save_state(records=json.dumps(records), step=start, skipped=skipped)
         part = prompts[start:start + config.chunk]
         ids = [tokenizer.encode_prompt(p.text) for p in part]
-        samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
-                                      common.stream(config.seed, "label", "answers", start, device),
-                                      config.temperature, batch_size=len(ids) * draws,
-                                      samples=draws)
+        samples = batches.sample_texts(
+            model, tokenizer, ids, config.max_new_tokens,
+            common.stream(config.seed, "label", "answers", start, device), config.temperature,
+            batch_size=len(ids) * draws, samples=draws)
         # two people rank the same answers; the second only measures how far they agree
         people = [common.stream(config.seed, "label", f"labeler {n}", start) for n in (1, 2)]
         for i, p in enumerate(part):
@@ -141,7 +137,11 @@ def main(config):
                 parents=run.parents, metrics=metrics)
     (run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     write_jsonl(run.folder / "rankings.jsonl", records)
-    run.finish(**metrics)
+    say(f"\n{len(records):,} prompts ranked ({skipped} skipped: fewer than two complete answers), "
+        f"{len(pairs):,} pairs.\nTwo labelers agree on {metrics['agreement']:.1%} of them, gold "
+        f"with the labels on {metrics['gold_accuracy']:.1%}; the longer answer wins "
+        f"{metrics['longer_preferred']:.1%}.")
+    run.finish(metrics, f"python reward.py --data={config.out}/rankings.jsonl --init={config.init}")
 
 
 if __name__ == "__main__":

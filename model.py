@@ -10,6 +10,7 @@ Rows are always RIGHT-padded. With causal attention a real token never sees the 
 so scoring and training need no attention mask at all, and positions are simply 0, 1, 2, ...
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -170,6 +171,13 @@ class GPT(nn.Module):
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # the tied matrix counts once
+
+
+def autocast(device):
+    """bf16 on a GPU; on a CPU nothing, because bf16 is some 100 times slower on common ones."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()

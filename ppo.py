@@ -8,6 +8,10 @@ One iteration: sample responses, score them, compute advantages with the critic,
 of minibatches. Four networks: policy, reference (frozen), reward model (frozen), critic (its own
 network, started from the reward model). The optimum depends on beta: pi* ~ pi_ref exp(r / beta).
 
+Where it differs from InstructGPT (section 3.4 and appendix C.4): an iteration's episodes are used
+for two epochs, not one; no pretraining loss unless --ptx_coef asks for it; a response that the
+length limit cuts gets a fixed low score; beta is 0.05 for a score whose spread is 1, theirs 0.02.
+
     python ppo.py                          # embedded data; runs the stages before it where needed
     python ppo.py --kl_target=4            # adaptive beta that holds the KL at 4 nats a sequence
     python ppo.py --data=out/data/alpaca_eval.jsonl --init=... --reward_model=...
@@ -29,8 +33,7 @@ class Config(cli.Config):
     batch_size: Positive[int] = 128  # episodes (responses) an iteration
     minibatches: Positive[int] = 2  # optimiser steps an epoch
     epochs: Positive[int] = 2  # passes over the episodes of an iteration
-    micro_batch: NotNegative[int] = 32  # episodes a forward pass, of like length; 0 takes all at
-    #                                     once
+    micro_batch: NotNegative[int] = 32  # episodes a forward pass, of like length; 0: all at once
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
     lr: Positive[float] = 3e-4  # policy; linear decay to a tenth
@@ -44,15 +47,13 @@ class Config(cli.Config):
     value_clip: Positive[float] = 0.2
     beta: NotNegative[float] = 0.05  # KL coefficient, in units of score per nat
     kl_in: str = "reward"  # "reward": k1 on every token; "loss": closed form per state
-    kl_target: NotNegative[float] = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler
-    #                                      et al.)
+    kl_target: NotNegative[float] = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler)
     kl_horizon: Positive[float] = 1000.0  # episodes; how fast beta adapts
     missing_eos: float = -3.0  # score of a response without EOS
     entropy_coef: NotNegative[float] = 0.0  # bonus, 0.001 to 0.01 where used
     score_scaling: bool = False  # divide scores by their running standard deviation
     whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
-    ptx_coef: NotNegative[float] = 0.0  # PPO-ptx: weight of the pretraining loss (InstructGPT:
-    #                                     27.8)
+    ptx_coef: NotNegative[float] = 0.0  # PPO-ptx: pretraining loss (InstructGPT's weight: 27.8)
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
@@ -66,19 +67,17 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import time
 
-import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 import common
-from data.records import check_prompt, fits, read_jsonl, split
-from data.synthetic.gold import gold_reward
-from data.synthetic.world import sample_prompts
+from cli import progress
+from data import batches
 from data.text import text_rows
-from evaluate import check_start, compare, held_out_prompts, warn_of_negative_kl
-from model import GPT, generate, text_loss, token_stats, trim
-from reward import load_reward_model, score_batch
+from evaluate import (check_start, compare, load_networks, load_prompts, rollout_metrics,
+                      show_samples)
+from model import GPT, autocast, generate, text_loss, token_stats, trim
+from reward import score_batch
 
 
 class ValueModel(nn.Module):
@@ -226,6 +225,9 @@ class RunningStd:
         self.count = total
         return max((self.m2 / self.count) ** 0.5, 1e-4)
 
+    def state(self):
+        return [self.count, self.mean, self.m2]
+
 
 # --- the parts of an iteration -------------------------------------------------------------------
 
@@ -233,38 +235,36 @@ class RunningStd:
 def rollout(policy, train, tokenizer, config, step):
     """Plain samples from softmax(logits / T), one to each of batch_size prompts of an iteration.
 
-    train: as `training_prompts` returns it. Returns (chosen, tokens, mask, finished): chosen (B,),
-    the indices of the prompts in train; the others as `generate` returns them.
+    train: as `load_prompts` returns it. Returns (prompts, tokens, mask, finished): prompts, the
+    rows of train that were asked; the others as `generate` returns them.
     """
     device = policy.wte.weight.device
     chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
         len(train), config.batch_size, replace=len(train) < config.batch_size)
-    prompts = [train[i][1] for i in chosen]
-    with common.autocast(device):
-        return chosen, *generate(
-            policy, prompts, config.max_new_tokens, tokenizer.eos, config.temperature,
-            common.stream(config.seed, "ppo", "answers", step, device))
+    with autocast(device):
+        return [train[i] for i in chosen], *generate(
+            policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
+            config.temperature, common.stream(config.seed, "ppo", "answers", step, device))
 
 
 def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):
     """Everything that stays fixed while we train on a batch of episodes.
 
     tokens (B, T), mask (B, T) and finished (B,) as `generate` returns them; score (B,), used where
-    finished. Returns a dict: tokens, mask, score (B,) with the missing-EOS score in place, and
+    finished. Returns a dict: tokens, mask, finished; score (B,), the missing-EOS score in place;
     (B, T) each, 0 outside the mask: reward, old_logp, ref_logp, entropy, exact_kl (nats per token),
     old_value, advantage, returns; and scale, what whitening divided the advantages by (or 1).
     """
-    device = tokens.device
-    with torch.no_grad(), common.autocast(device):
-        parts = common.by_length(torch.arange(len(tokens), device=device), mask,
-                                 config.micro_batch)
-        back = torch.cat(parts).argsort()  # from the order by length to that of the rows
-        # old log-probabilities from the training forward, not from the sampler: in low
-        # precision the two differ, and ratios would not start at 1
-        stats = [token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
-                             ref_model=reference) for p in parts]
-        old_logp, entropy, exact_kl, ref_logp = (torch.cat(s)[back] for s in zip(*stats))
-        old_value = torch.cat([critic(tokens[p], mask[p]) for p in parts])[back]
+    def measure(p):
+        # old log-probabilities from the training forward, not from the sampler: in low precision
+        # the two differ, and ratios would not start at 1
+        stats = token_stats(policy, tokens[p], mask[p], config.temperature, entropy=True,
+                            ref_model=reference)
+        return torch.stack([*stats, critic(tokens[p], mask[p])], 1)  # (n, 5, T)
+
+    with torch.no_grad(), autocast(tokens.device):
+        old_logp, entropy, exact_kl, ref_logp, old_value = batches.in_pieces(
+            measure, batches.ends(mask), config.micro_batch).unbind(1)
     # a response cut by the length limit is not judged: it gets a fixed low score
     score = torch.where(finished, score, torch.full_like(score, config.missing_eos))
     if config.kl_in == "reward":
@@ -277,9 +277,9 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
     if config.whiten:
         scale = (masked_variance(advantage, mask) + 1e-8).sqrt()
         advantage = whiten(advantage, mask)
-    return dict(tokens=tokens, mask=mask, score=score, reward=reward, old_logp=old_logp,
-                ref_logp=ref_logp, entropy=entropy, exact_kl=exact_kl, old_value=old_value,
-                advantage=advantage, returns=returns, scale=scale)
+    return dict(tokens=tokens, mask=mask, finished=finished, score=score, reward=reward,
+                old_logp=old_logp, ref_logp=ref_logp, entropy=entropy, exact_kl=exact_kl,
+                old_value=old_value, advantage=advantage, returns=returns, scale=scale)
 
 
 def update(policy, critic, reference, optimizers, batch, beta, config, rng, text=None,
@@ -294,19 +294,18 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
     value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
     """
     tokens, mask, old_logp = batch["tokens"], batch["mask"], batch["old_logp"]
-    device, totals, norms, ptx = tokens.device, {}, [], None
+    device, lengths, totals, norms, ptx = tokens.device, batches.ends(mask), {}, [], None
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
             count = mask[rows].sum()  # response tokens of the whole optimiser step
-            for p in common.by_length(rows, mask, config.micro_batch):
-                with common.autocast(device):
+            for p in batches.by_length(rows, lengths, config.micro_batch):
+                with autocast(device):
                     logp, ent, kl, _ = token_stats(
                         policy, tokens[p], mask[p], config.temperature,
                         entropy=config.entropy_coef > 0,
                         ref_model=reference if config.kl_in == "loss" else None)
-                    value = critic(tokens[p], mask[p])
                 loss, info = policy_loss(logp, old_logp[p], batch["advantage"][p], mask[p],
                                          config.clip)
                 info["policy_loss"] = loss.detach()
@@ -318,20 +317,24 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                     loss = loss + beta / batch["scale"] * (kl * mask[p]).sum()
                 if config.entropy_coef > 0:
                     loss = loss - config.entropy_coef * (ent * mask[p]).sum()
+                (loss / count).backward()  # now: then only one of the two graphs is in memory
+                with autocast(device):
+                    value = critic(tokens[p], mask[p])
                 v_loss = value_loss(value, batch["old_value"][p], batch["returns"][p], mask[p],
                                     config.value_clip)
                 info["value_loss"] = v_loss.detach()
-                ((loss + v_loss) / count).backward()  # separate networks: no weight between
+                (v_loss / count).backward()  # another network: no weight between the two losses
                 ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
                 for k, v in info.items():
                     totals[k] = totals.get(k, 0.0) + v
             if config.ptx_coef > 0:
                 picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                with common.autocast(device):
+                with autocast(device):
                     ptx = text_loss(policy, picked)
                 (config.ptx_coef * ptx).backward()
             if check and not norms:
-                check_start(logp, old_logp[p], mask[p], batch["ref_logp"][p])
+                check_start((logp - old_logp[p]) * mask[p],
+                            ((old_logp - batch["ref_logp"]) * mask)[p].sum(1).mean())
             norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), config.grad_clip)
                           for m in (policy, critic)])
             for optimizer in optimizers:
@@ -345,20 +348,17 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()})
 
 
+def critic_metrics(batch):
+    """For the log: the returns, how well the critic knew them beforehand, and the exact KL."""
+    mask, returns = batch["mask"], batch["returns"]
+    spread = masked_variance(returns, mask)
+    error = masked_mean((returns - batch["old_value"]) ** 2, mask)
+    return dict(kl_exact=(batch["exact_kl"] * mask).sum(1).mean().item(),
+                returns_mean=masked_mean(returns, mask).item(), returns_std=spread.sqrt().item(),
+                explained_variance=(1 - error / spread.clamp(min=1e-8)).item())
+
+
 # --- the stage -----------------------------------------------------------------------------------
-
-
-def training_prompts(config, tokenizer, room):
-    """[(text or turns, ids)] of the training prompts; those of over `room` tokens are dropped."""
-    if config.data == "synthetic":
-        prompts = [p.text for p in sample_prompts(2000, held_out=False, seed=config.seed)]
-    else:
-        prompts = [r["prompt"] for r in split(read_jsonl(config.data, check_prompt)).train]
-    encoded = [(p, tokenizer.encode_prompt(p)) for p in prompts]
-    kept = fits("training prompts", encoded, room, lambda e: len(e[1]))
-    if not kept:
-        raise UserError(f"--data={config.data}: no training prompt of at most {room} tokens")
-    return kept
 
 
 def check_config(config):
@@ -374,73 +374,53 @@ def check_config(config):
                         f"--batch_size={config.batch_size} take one above {config.batch_size / 5}")
 
 
-def load_networks(config, device):
-    """(policy, critic, reference, reward_model, tokenizer, parents, block_size): parents as
-    common.Run takes them, block_size the tokens that fit the context of all four networks."""
-    common.ensure_input(config, "init", "sft")
-    common.ensure_input(config, "reward_model", "reward")
-    policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
-    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
-    reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
-    common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
-    common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
-                             config.reward_model)
-    return (policy, ValueModel(reward_model).to(device), reference, reward_model, tokenizer,
-            {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]},
-            min(policy.config.block_size, reward_model.gpt.config.block_size))
-
-
 def main(config):
     device = common.set_up(config, "ppo")
     check_config(config)
 
-    # --- four networks -------------------------------------------------------
-    policy, critic, reference, reward_model, tokenizer, parents, block_size = load_networks(
-        config, device)
-    room = block_size - config.max_new_tokens
-    train = training_prompts(config, tokenizer, room)
-    held_out = held_out_prompts(config.data, config.eval_prompts, tokenizer, room)
+    # --- four networks, and the prompts --------------------------------------
+    policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
+    critic = ValueModel(reward_model).to(device)
+    room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"
+    train = load_prompts(config.data, "training", 2000, tokenizer, room, config.seed)
+    held_out = load_prompts(config.data, "held-out", config.eval_prompts, tokenizer, room)
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
     run = common.Run("ppo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters, reward model and critic "
-          f"{reward_model.gpt.num_params():,} each; {len(train)} prompts, {len(held_out)} held out")
+          f"{reward_model.gpt.num_params():,} each\n"
+          f"{len(train):,} prompts of {config.data}, {len(held_out)} held out")
 
     common.say_warmup(config.iterations, config.warmup)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     critic_optimizer = common.adamw([critic], config.critic_lr, eps=config.adam_eps)
-    beta, running, first = config.beta, RunningStd(), 0
-    state = run.load_state()
-    if state:
-        policy.load_state_dict(state["policy"])
-        critic.load_state_dict(state["critic"])
-        optimizer.load_state_dict(state["optimizer"])
-        critic_optimizer.load_state_dict(state["critic_optimizer"])
-        beta, running, first = state["beta"], RunningStd(*state["running"]), state["step"]
+    kept = dict(policy=policy, critic=critic, optimizer=optimizer,
+                critic_optimizer=critic_optimizer)
+    state = run.load_state(**kept)  # {} unless it is resumed
+    first, beta = state.get("step", 0), state.get("beta", config.beta)
+    running = RunningStd(*state.get("running", ()))
 
-    bar = tqdm(range(first, config.iterations), "ppo", initial=first, total=config.iterations,
-               mininterval=1)
+    bar = progress(range(first, config.iterations), "ppo", initial=first, total=config.iterations)
     for step in bar:
         if step % config.save_every == 0:
-            run.save_state(policy=policy.state_dict(), critic=critic.state_dict(), beta=beta,
-                           optimizer=optimizer.state_dict(), step=step,
-                           critic_optimizer=critic_optimizer.state_dict(),
-                           running=[running.count, running.mean, running.m2])
+            run.save_state(step=step, beta=beta, running=running.state(), **kept)
         clock = [time.perf_counter()]
 
-        # --- rollout: plain samples from softmax(logits / T) -----------------
-        chosen, tokens, mask, finished = rollout(policy, train, tokenizer, config, step)
+        # --- rollout: the policy answers a batch of prompts ------------------
+        prompts, tokens, mask, finished = rollout(policy, train, tokenizer, config, step)
         clock.append(time.perf_counter())
 
-        # --- score: everything that stays fixed while we train on this batch --
+        # --- score: the reward model reads every answer at its EOS -----------
         raw_score = score = score_batch(reward_model, tokens, mask, config.micro_batch)
-        if config.score_scaling:
-            score = score / running.update(score[finished]) if finished.any() else score
+        if config.score_scaling and finished.any():
+            score = score / running.update(score[finished])
+
+        # --- prepare: the KL goes into the reward, the critic gives advantages -
         batch = prepare(policy, critic, reference, tokens, mask, finished, score, beta, config)
         clock.append(time.perf_counter())
 
-        # --- train -----------------------------------------------------------
+        # --- update: a few epochs of minibatches on the clipped loss ---------
         factor = common.linear(step, config.iterations, config.warmup)
         common.set_lr(optimizer, config.lr * factor)
         common.set_lr(critic_optimizer, config.critic_lr * factor)
@@ -448,49 +428,30 @@ def main(config):
                          config, common.stream(config.seed, "ppo", "minibatches", step), text,
                          check=step == 0 and first == 0)
         clock.append(time.perf_counter())
-        # --- end of what changes the weights; the rest is for the reader -----
-        n_tokens = mask.sum().item()
-        score, old_value, returns = batch["score"], batch["old_value"], batch["returns"]
-        seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)  # k1, (B,), nats a row
-        lengths = mask.sum(1)
-        kl = seq_kl.mean().item()
-        scores = raw_score[finished].mean().item() if finished.any() else float("nan")
-        spread = masked_variance(returns, mask)
-        explained = 1 - masked_mean((returns - old_value) ** 2, mask) / spread.clamp(min=1e-8)
-        row = dict(
-            step=step, score=scores, objective=score.mean().item() - beta * kl, kl=kl,
-            kl_se=common.clustered_se(seq_kl.cpu().numpy(), [
-                common.question(train[i][0], config.data == "synthetic") for i in chosen]),
-            kl_exact=(batch["exact_kl"] * mask).sum(1).mean().item(),
-            kl_per_token=seq_kl.sum().item() / n_tokens, beta=beta,
-            entropy=masked_mean(batch["entropy"], mask).item(),
-            length=lengths.mean().item(), length_min=lengths.min().item(),
-            length_max=lengths.max().item(), eos_rate=finished.float().mean().item(),
-            returns_mean=masked_mean(returns, mask).item(),
-            returns_std=spread.sqrt().item(),
-            explained_variance=explained.item(), **trained,
-            **{f"{name}_tok_per_s": n_tokens / (b - a) for name, a, b in
-               zip(("generate", "score", "train"), clock, clock[1:])})
+
+        # --- log: nothing from here on changes the weights -------------------
+        asked = [prompt for prompt, *_ in prompts]
         texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
-        if config.data == "synthetic":  # for the log only: training never sees the gold reward
-            row["gold"] = float(np.mean([gold_reward(train[i][0], t)
-                                         for i, t in zip(chosen, texts)]))
+        row = dict(step=step, beta=beta, lr=config.lr * factor,
+                   score=raw_score[finished].mean().item(), **critic_metrics(batch), **trained,
+                   **rollout_metrics(batch, asked, texts, beta, clock, synthetic))
         run.log(**row)
         if step % config.log_every == 0 or step + 1 == config.iterations:
-            for i in range(min(4, config.batch_size)):
-                run.log("sample", step=step, prompt=train[chosen[i]][0], response=texts[i],
-                        score=score[i].item(), kl=seq_kl[i].item())
-        warn_of_negative_kl(kl, row["kl_se"])
-        if config.kl_target > 0:
-            beta = adapt_beta(beta, kl, config.kl_target, config.batch_size, config.kl_horizon)
-        bar.set_postfix(score=f"{scores:.2f}", kl=f"{kl:.2f}", eos=f"{row['eos_rate']:.2f}")
+            seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
+            show_samples(run, step, asked, texts[:4], score=batch["score"], kl=seq_kl)
+        bar.set_postfix({name: f"{row[name]:.2f}" for name in ("score", "kl", "eos_rate")})
 
-    metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run,
-                            config.data == "synthetic", reward_model, config.best_of)
-    metrics["beta"] = beta
+        if config.kl_target > 0:
+            beta = adapt_beta(beta, row["kl"], config.kl_target, config.batch_size,
+                              config.kl_horizon)
+
+    metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
+                            reward_model, config.best_of)
+    metrics["beta"] = row["beta"]
     common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
                            parents=run.parents)
-    run.finish(**metrics)
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+               + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":

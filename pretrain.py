@@ -20,8 +20,7 @@ class Config(cli.Config):
     out: str = "out/pretrain"  # output folder
     init: str = "none"  # checkpoint to go on from; "none" starts from random weights
     tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
-    n_layer: Positive[int] = 4  # model size, here and nowhere else; with --init the checkpoint has
-    #                             its own
+    n_layer: Positive[int] = 4  # model size, here and nowhere else; with --init that of the model
     n_head: Positive[int] = 4
     n_embd: Positive[int] = 128
     block_size: Positive[int] = 72  # tokens of context, all of them trained; for every later stage
@@ -29,8 +28,7 @@ class Config(cli.Config):
     steps: Positive[int] = 950  # optimiser steps
     batch_size: Positive[int] = 27  # sequences a step, of block_size predictions each
     micro_batch: NotNegative[int] = 0  # sequences a forward pass; 0 takes the whole batch
-    lr: Positive[float] = 5e-3  # AdamW's peak (embeddings, biases, gains); warm-up, then cosine to
-    #                             0
+    lr: Positive[float] = 5e-3  # AdamW's peak (embeddings, biases, gains); then cosine to 0
     muon_lr: Positive[float] = 0.02  # Muon's peak (the matrices of the blocks)
     warmup: NotNegative[int] = 30  # steps
     weight_decay: NotNegative[float] = 0.1
@@ -47,15 +45,16 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
+from cli import progress, say
+from data import batches
 from data.records import Split
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig, text_loss
+from model import GPT, GPTConfig, autocast, text_loss
 
 
 class Muon(torch.optim.Optimizer):
@@ -137,14 +136,16 @@ def main(config):
     n = max(1, min(256, len(rows) // 50))
     data = Split(rows[:-n], rows[-n:].to(device))
     run = common.Run("pretrain", config, device, parents)
-    print(f"{model.num_params():,} parameters, {data.train.numel():,} tokens of text")
+    print(f"{model.num_params():,} parameters\n{data.train.numel():,} tokens of {config.data} text "
+          f"in rows of {data.train.shape[1]}, {len(data.held_out)} rows held out")
 
     @torch.no_grad()
     def validation_loss():
         model.eval()
-        with common.autocast(device):
+        with autocast(device):
+            parts = data.held_out.split(config.batch_size)
             total = sum(text_loss(model, rows).item() * len(rows)
-                        for rows in data.held_out.split(config.batch_size))
+                        for rows in progress(parts, "held-out loss", leave=False))
         return total / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
@@ -154,18 +155,11 @@ def main(config):
     muon = Muon(matrices, config.muon_lr, config.weight_decay)
     common.say_warmup(config.steps, config.warmup)
     micro_batch = config.micro_batch or config.batch_size
-    first, state = 0, run.load_state()
-    if state:
-        model.load_state_dict(state["model"])
-        adamw.load_state_dict(state["adamw"])
-        muon.load_state_dict(state["muon"])
-        first = state["step"]
-    bar = tqdm(range(first, config.steps), "pretrain", initial=first, total=config.steps,
-               mininterval=1)
+    first = run.load_state(model=model, adamw=adamw, muon=muon).get("step", 0)
+    bar = progress(range(first, config.steps), "pretrain", initial=first, total=config.steps)
     for step in bar:
         if step % config.eval_every == 0:
-            run.save_state(model=model.state_dict(), adamw=adamw.state_dict(),
-                           muon=muon.state_dict(), step=step)
+            run.save_state(model=model, adamw=adamw, muon=muon, step=step)
             run.log("validation", step=step, loss=validation_loss())
         start = time.perf_counter()
         model.train()
@@ -177,7 +171,7 @@ def main(config):
         tokens = data.train[rng.integers(0, len(data.train), config.batch_size)].to(device)
         count, loss_sum = tokens[:, 1:].numel(), 0.0
         for part in tokens.split(micro_batch):
-            with common.autocast(device):
+            with autocast(device):
                 # a mean over its tokens; all rows are of one length, so it counts by its rows
                 loss = text_loss(model, part) * len(part) / len(tokens)
             loss.backward()
@@ -186,7 +180,7 @@ def main(config):
         adamw.step()
         muon.step()
         model.zero_grad(set_to_none=True)
-        # --- end of what changes the weights; the rest is for the reader -----
+        # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0 or step + 1 == config.steps:
             value, seconds = loss_sum.item(), time.perf_counter() - start
             run.log(step=step, loss=value, lr=config.lr * factor, grad_norm=norm.item(),
@@ -201,7 +195,10 @@ def main(config):
         metrics.update(base_gold(model, tokenizer, config, run, device))
     common.save_checkpoint(run.folder / "model.pt", model, "pretrain", tokenizer, config, metrics,
                            parents=run.parents)
-    run.finish(**metrics)
+    say(f"\nHeld-out loss {metrics['loss']:.3f} nats a token, perplexity "
+        f"{metrics['perplexity']:.2f}" + (f"; gold of its continuations {metrics['gold']:.2f}" if "gold" in metrics else "") + ".")
+    run.finish(metrics, f"python sft.py --init={config.out}"
+               + ("" if config.data == "synthetic" else " --data=DEMONSTRATIONS.jsonl"))
 
 
 def base_gold(model, tokenizer, config, run, device, n=512):
@@ -212,8 +209,8 @@ def base_gold(model, tokenizer, config, run, device, n=512):
     if not prompts:
         return {}
     ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
-    samples = common.sample_texts(model, tokenizer, ids, 48, common.stream(
-        config.seed, "pretrain", "samples", device=device))
+    samples = batches.sample_texts(model, tokenizer, ids, 48, common.stream(
+        config.seed, "pretrain", "samples", device=device), bar="samples")
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
     for p, s, g in list(zip(prompts, samples, gold))[:8]:
         run.log("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)

@@ -28,11 +28,10 @@ class Config(cli.Config):
     init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
     demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
     #                      for the embedded data, else training answers that won a pair
-    pretrain_mix: NotNegative[float] = 0.5  # weight of the next-token loss on text, as in sft.py;
-    #                                         embedded data
+    pretrain_mix: NotNegative[float] = 0.5  # weight of the text's loss, as in sft.py; embedded data
     epochs: Positive[int] = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
-    micro_batch: NotNegative[int] = 0  # prompts a forward pass; 0 takes the whole batch
+    micro_batch: NotNegative[int] = 0  # answers a forward pass; 0: the whole batch at once
     lr: Positive[float] = 8e-4  # peak; warm-up, then cosine to 0
     warmup: NotNegative[int] = 10  # steps
     weight_decay: NotNegative[float] = 0.0
@@ -51,16 +50,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
+from cli import plus_minus, progress, say
+from data import batches
 from data.records import (check_demonstration, check_ranking, choose, collate, embedded,
-                          encode_messages, fits, merge_rankings, prompt_key, read_jsonl, split)
+                          encode_messages, encode_ranking, fits, merge_rankings, prompt_key,
+                          question, read_jsonl, split)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig, text_loss
+from model import GPT, GPTConfig, autocast, text_loss, trim
 
 
 class RewardModel(nn.Module):
@@ -85,8 +86,8 @@ class RewardModel(nn.Module):
         Read at the last position of the mask: the EOS of a complete response. Found by position,
         never by comparing ids, and never in the padding.
         """
-        T = tokens.size(1)
-        last = (response_mask * torch.arange(1, T + 1, device=tokens.device)).argmax(1)
+        tokens, response_mask = trim(tokens, response_mask)
+        last = batches.ends(response_mask).long()
         hidden = self.gpt(tokens)[torch.arange(len(tokens), device=tokens.device), last]
         with torch.autocast(tokens.device.type, enabled=False):  # one number a row: keep it exact
             return self.head(hidden.to(self.head.weight.dtype))[:, 0]
@@ -105,41 +106,20 @@ def reward_loss(chosen, rejected):
 
 
 def load_reward_model(path, device):
-    """(reward model, tokenizer, checkpoint), frozen, in eval mode."""
+    """(reward model, tokenizer, checkpoint without weights), frozen, in eval mode."""
     checkpoint = common.load_checkpoint(path, ("reward",), device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     common.check_vocabulary(checkpoint["model"], tokenizer, path)
     model = RewardModel(GPTConfig(**checkpoint["model"])).to(device).eval().requires_grad_(False)
-    model.load_state_dict(checkpoint["weights"])
+    model.load_state_dict(checkpoint.pop("weights"))
     return model, tokenizer, checkpoint
 
 
-def encode_ranking(tokenizer, record):
-    """[ids of prompt + answer, ...] and [mask, ...], one for each answer; EOS ends every answer."""
-    head = tokenizer.encode_prompt(record["prompt"])
-    answers = [tokenizer.encode_response(c) for c in record["completions"]]
-    return [head + a for a in answers], [[0] * len(head) + [1] * len(a) for a in answers]
-
-
-@torch.no_grad()
-def score_rows(model, rows, masks, pad, device, batch_size=128):
-    """Scores of encoded rows, a numpy array in the order given; batched by length."""
-    order = np.argsort([len(r) for r in rows], kind="stable")
-    scores = np.empty(len(rows))
-    for i in range(0, len(order), batch_size):
-        part = order[i:i + batch_size]
-        tokens, mask = collate([rows[j] for j in part], [masks[j] for j in part], pad)
-        with common.autocast(device):
-            scores[part] = model(tokens.to(device), mask.to(device)).cpu().numpy()
-    return scores
-
-
-@torch.no_grad()
-def score_batch(model, tokens, mask, size):
-    """Scores of a batch of tokens (B, T), (B,); `size` rows a forward pass, 0 takes all at once."""
-    parts = zip(tokens.split(size or len(tokens)), mask.split(size or len(mask)))
-    with common.autocast(tokens.device):
-        return torch.cat([model(*rows) for rows in parts])
+def score_batch(score, tokens, mask, size):
+    """score(tokens, mask) of a batch of rows (B, T), (B,): a reward model, or its `raw`; `size`
+    rows a forward pass, 0 takes all at once."""
+    with autocast(tokens.device):
+        return batches.in_pieces(lambda p: score(tokens[p], mask[p]), batches.ends(mask), size)
 
 
 def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
@@ -151,8 +131,9 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     bins. With gold scores in the records: accuracy of gold itself on the labels, and agreement with
     gold where it differs by more than the labelers' noise.
     """
-    flat = [r for rows_of_one in rows for r in rows_of_one]
-    scores = score_rows(model.raw, flat, [m for ms in masks for m in ms], tokenizer.pad, device)
+    scores = batches.over_rows(
+        model.raw, [r for some in rows for r in some], [m for some in masks for m in some],
+        tokenizer.pad, device, bar="held-out answers").numpy()
     starts = np.cumsum([0] + [len(r) for r in rows])
     margins, longer, asked, gold_order, wide = [], [], [], [], []
     for n, record in enumerate(records):
@@ -160,7 +141,7 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
         for i, j in record["pairs"]:
             margins.append(score[i] - score[j])
             longer.append(np.sign(len(text[i]) - len(text[j])) / 2 + 0.5)
-            asked.append(common.question(record["prompt"], noise is not None))
+            asked.append(question(record["prompt"], noise is not None))
             if "gold" in record:
                 gap = record["gold"][i] - record["gold"][j]
                 gold_order.append(np.sign(gap) / 2 + 0.5)
@@ -192,13 +173,26 @@ def load_data(config, tokenizer, block_size):
     `merge_rankings` returned for it."""
     def encode(name, records):
         # a ranking of which one answer is too long is dropped whole
-        fitting = fits(f"reward: {name} rankings", records, block_size,
+        fitting = fits(f"{name} rankings", records, block_size,
                        lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
         if not (merged := merge_rankings(fitting)):
             raise UserError(f"--data={config.data}: no {name} ranking is left to use")
         return [(*encode_ranking(tokenizer, r), r) for r in merged]
 
     return split(read_jsonl(config.data, check_ranking)).each(encode)
+
+
+def batch_tensors(batch, pad, device):
+    """(tokens (n, T), mask (n, T), winners, losers) of rankings as `load_data` has them: n answers,
+    one ranking after the other, and for every pair the indices of its two."""
+    tokens, mask = collate(sum((rows for rows, _, _ in batch), []),
+                           sum((masks for _, masks, _ in batch), []), pad)
+    winners, losers, offset = [], [], 0
+    for rows, _, record in batch:
+        winners += [offset + i for i, _ in record["pairs"]]
+        losers += [offset + j for _, j in record["pairs"]]
+        offset += len(rows)
+    return tokens.to(device), mask.to(device), winners, losers
 
 
 def main(config):
@@ -212,7 +206,6 @@ def main(config):
     model.gpt.load_state_dict(policy.state_dict())
     origin = embedded(config.data)
     noise = origin and origin["noise"]
-    print(f"{config.data}: " + ("rankings of the embedded world" if origin else "your own data"))
     if origin:
         common.check_lineage(parent["stage"], parent["hash"],
                              {parent["stage"]: origin["policy"]}, config.data)
@@ -231,82 +224,71 @@ def main(config):
     # samples of the SFT model, for the scale; now, so that it fails before the training if it must
     some = choose(train, config.samples, lambda element: prompt_key(element[2]))
     prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in some]
-    prompts = [p for p in prompts if len(p) + config.max_new_tokens <= policy.config.block_size]
-    samples = common.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
-                                  common.stream(config.seed, "reward", "samples", device=device))
+    room = policy.config.block_size - config.max_new_tokens
+    prompts = fits("prompts to sample on", prompts, room, len)
+    if not prompts:
+        raise UserError(f"--max_new_tokens={config.max_new_tokens}: no training prompt leaves that "
+                        f"much room in the context of {policy.config.block_size}")
+    samples = batches.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
+                                   common.stream(config.seed, "reward", "samples", device=device),
+                                   bar="samples")
+    del policy
     complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
     if len(complete) < 2:
         raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
                         f"within {config.max_new_tokens} tokens: too few to measure the scale on")
     run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(r["pairs"]) for _, _, r in train)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} prompts, "
-          f"{pairs} pairs, {len(data.held_out)} prompts held out")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{config.data}"
+          f"{' of the embedded world' if origin else ''}: {len(train):,} prompts with {pairs:,} "
+          f"pairs, {len(data.held_out)} prompts held out")
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)
-    micro_batch = config.micro_batch or config.batch_size
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     common.say_warmup(steps, config.warmup)
-    first, state = 0, run.load_state()
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    bar = tqdm(range(first, steps), "reward", initial=first, total=steps, mininterval=1)
+    first = run.load_state(model=model, optimizer=optimizer).get("step", 0)
+    bar = progress(range(first, steps), "reward", initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         if step % config.save_every == 0:
-            run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+            run.save_state(model=model, optimizer=optimizer, step=step)
         epoch, i = divmod(step, steps_per_epoch)
         order = common.stream(config.seed, "reward", "order", epoch).permutation(len(train))
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        count = sum(len(r["pairs"]) for _, _, r in batch)  # pairs of the whole step
-        loss_sum = right = 0.0
-        for j in range(0, len(batch), micro_batch):
-            part = batch[j:j + micro_batch]
-            tokens, mask = collate([r for rows, _, _ in part for r in rows],
-                                   [m for _, masks, _ in part for m in masks], tokenizer.pad)
-            winners, losers, offset = [], [], 0
-            for rows, _, record in part:
-                for w, l in record["pairs"]:
-                    winners.append(offset + w)
-                    losers.append(offset + l)
-                offset += len(rows)
-            with common.autocast(device):
-                scores = model.raw(tokens.to(device), mask.to(device))  # each answer once
-            loss = reward_loss(scores[winners], scores[losers]) / count
-            loss.backward()
-            loss_sum = loss_sum + loss.detach()
-            right = right + (torch.sign(scores[winners] - scores[losers]) / 2 + 0.5).sum()
+        tokens, mask, winners, losers = batch_tensors(batch, tokenizer.pad, device)
+        scores = score_batch(model.raw, tokens, mask, config.micro_batch)  # every answer once
+        margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
+        loss = reward_loss(scores[winners], scores[losers]) / count
+        loss.backward()
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
             rows = common.stream(config.seed, "reward", "text", step).integers(0, len(text), 16)
-            with common.autocast(device):
+            with autocast(device):
                 mix = text_loss(model.gpt, text[rows].to(device))
             (config.pretrain_mix * mix).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # --- end of what changes the weights; the rest is for the reader -----
+        # --- log: nothing from here on changes the weights -------------------
         if step % 5 == 0:
-            value, accuracy = loss_sum.item(), (right / count).item()
+            value, accuracy = loss.item(), (torch.sign(margin) / 2 + 0.5).mean().item()
             run.log(step=step, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start))
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
 
     # --- shift, scale, report card -------------------------------------------
     model.eval()
-    score = lambda rows, masks: score_rows(model, rows, masks, tokenizer.pad, device)
+    score = lambda rows, masks: batches.over_rows(model, rows, masks, tokenizer.pad, device)
     demo_scores = score(*zip(*zero))
     sample_scores = score([p + y for p, y in complete],
                           [[0] * len(p) + [1] * len(y) for p, y in complete])
     model.shift.fill_(float(demo_scores.mean()))
-    model.scale.fill_(max(float(sample_scores.std()), 1e-6))
+    model.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
     rows, masks, records = zip(*data.held_out)
     metrics = evaluate(model, records, rows, masks, tokenizer, device, noise)
     metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
@@ -315,7 +297,13 @@ def main(config):
                                     / model.scale.item()))
     common.save_checkpoint(run.folder / "model.pt", model, "reward", tokenizer, config, metrics,
                            parents=run.parents)
-    run.finish(**metrics)
+    cell = lambda name: plus_minus(metrics[name], metrics[f"{name}_se"])
+    say(f"\nOf {metrics['pairs']:,} held-out pairs the reward model orders a share of "
+        f"{cell('accuracy')} as their labels do\n(by \"the longer one wins\" {cell('longer_wins')}"
+        + (f", by the true reward {metrics['gold_accuracy']:.3f}" if "gold_accuracy" in metrics
+           else "") + f"). Its confidence is off by {metrics['calibration_error']:.3f}.")
+    run.finish(metrics, f"python ppo.py --reward_model={config.out} --init={config.init}"
+               + ("" if origin else f" --data={config.data}"))
 
 
 def read_demos(config, train, noise, quality):

@@ -21,23 +21,18 @@ class Config(cli.Config):
     out: str = "out/sft"  # output folder
     init: str = "out/pretrain"  # checkpoint to start from
     demos: Positive[int] = 6000  # embedded data: number of demonstrations
-    quality: NotNegative[float] = 0.5  # embedded data: 0 careless contractors, 0.5 a broad mix, 1
-    #                                    careful ones
-    safety: NotNegative[float] = 1.0  # embedded data: share of the harmful prompts' demonstrations
-    #                                   to keep
+    quality: NotNegative[float] = 0.5  # embedded data: of the contractors, 0 careless, 1 careful
+    safety: NotNegative[float] = 1.0  # embedded data: share kept of those on harmful prompts
     epochs: Positive[int] = 3
-    pretrain_mix: NotNegative[float] = 0.5  # weight of the pretraining loss on half as many rows
-    #                                         of text
-    pretrain_data: str = "auto"  # its text: a .txt or .jsonl file; "auto": the embedded text for
-    #                              the embedded data, else none
+    pretrain_mix: NotNegative[float] = 0.5  # weight of the loss on half as many rows of text
+    pretrain_data: str | None = None  # the text, a .txt or .jsonl file; auto: that of embedded data
     batch_size: Positive[int] = 32  # dialogues a step
     micro_batch: NotNegative[int] = 0  # dialogues a forward pass; 0 takes the whole batch
     lr: Positive[float] = 1e-3  # peak; warm-up, then cosine to 0
     warmup: NotNegative[int] = 10  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
-    max_new_tokens: Positive[int] = 48  # for the samples that gold reward and EOS rate are
-    #                                     measured on
+    max_new_tokens: Positive[int] = 48  # of the samples that are looked at
     samples: Positive[int] = 512  # how many of them
     save_every: Positive[int] = 100  # steps between saved states
 
@@ -49,16 +44,17 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
+from cli import plus_minus, progress, say
+from data import batches
 from data.records import (Split, check_demonstration, choose, collate, encode_messages, fits,
-                          read_jsonl, split)
+                          question, read_jsonl, split)
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
-from model import text_loss, token_logprobs
+from model import autocast, text_loss, token_logprobs
 
 
 def sft_loss(logp, response_mask):
@@ -85,7 +81,7 @@ def load_data(config, tokenizer, block_size):
         sides = split(read_jsonl(config.data, check_demonstration))
 
     def encode(name, records):
-        rows = fits(f"sft: {name} dialogues",
+        rows = fits(f"{name} dialogues",
                     [encode_messages(tokenizer, r["messages"]) for r in records], block_size)
         if not rows:
             raise UserError(f"--data={config.data}: no {name} dialogue fits the context of "
@@ -103,9 +99,9 @@ def main(config):
     model, tokenizer, parent = common.load_policy(config.init, ("pretrain", "sft"), device)
     data = load_data(config, tokenizer, model.config.block_size)
     text = None  # rows of pretraining text, or None
-    if config.pretrain_mix > 0 and (config.data == "synthetic" or config.pretrain_data != "auto"):
-        name = "synthetic" if config.pretrain_data == "auto" else config.pretrain_data
-        text = text_rows(name, tokenizer, min(40, model.config.block_size), 20000, config.seed)
+    source = config.pretrain_data or ("synthetic" if config.data == "synthetic" else None)
+    if config.pretrain_mix > 0 and source:
+        text = text_rows(source, tokenizer, min(40, model.config.block_size), 20000, config.seed)
     # prompts that samples are drawn for, to see what the loss does not show
     if config.data == "synthetic":
         prompts = sample_prompts(config.samples, held_out=True, seed=0)
@@ -119,8 +115,8 @@ def main(config):
                         f"that much room in the context of {model.config.block_size}")
     ids = [ids[n] for n in fitting]
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
-    print(f"{model.num_params():,} parameters, {len(data.train)} dialogues, {len(data.held_out)} "
-          "held out")
+    print(f"{model.num_params():,} parameters\n{len(data.train):,} dialogues of {config.data}, "
+          f"{len(data.held_out)} held out; text mixed in: {source if text is not None else 'none'}")
 
     def batch(rows):
         tokens, mask = collate(*zip(*rows), tokenizer.pad)
@@ -131,25 +127,30 @@ def main(config):
         """Held-out loss per token and, on the embedded data, gold reward of fresh samples."""
         model.eval()
         total = count = 0.0
-        for i in range(0, len(data.held_out), 64):
+        for i in progress(range(0, len(data.held_out), 64), "held-out loss"):
             tokens, mask = batch(data.held_out[i:i + 64])
-            with common.autocast(device):
+            with autocast(device):
                 total += sft_loss(token_logprobs(model, tokens, mask), mask).item()
             count += mask.sum().item()
         metrics = dict(epoch=epoch, loss=total / count)
-        samples = common.sample_texts(model, tokenizer, ids, config.max_new_tokens,
-                                      common.stream(config.seed, "sft", "samples", epoch, device))
+        samples = batches.sample_texts(
+            model, tokenizer, ids, config.max_new_tokens,
+            common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
         if config.data == "synthetic":
             asked = [prompts[n] for n in fitting]
             gold = [gold_reward(p.text, s["text"]) for p, s in zip(asked, samples)]
             metrics["gold"] = float(np.mean(gold))
+            metrics["gold_se"] = common.clustered_se(gold, [question(p.text) for p in asked])
             for p, s, g in list(zip(asked, samples, gold))[:8]:
                 run.log("sample", epoch=epoch, family=p.family, prompt=p.text,
                         response=s["text"], gold=g)
         run.log("validation", **metrics)
-        print("\n" + " ".join(f"{k}={v:.3f}" for k, v in metrics.items()), flush=True)
+        say(f"epoch {epoch}: held-out loss {metrics['loss']:.3f} nats a token, "
+            f"{metrics['eos_rate']:.1%} of samples end, after {metrics['length']:.1f} tokens"
+            + (f", gold {plus_minus(metrics['gold'], metrics['gold_se'])}" if "gold" in metrics
+               else ""))
         return metrics
 
     def save(name, metrics):
@@ -162,19 +163,13 @@ def main(config):
     steps_per_epoch = -(-len(data.train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     common.say_warmup(steps, config.warmup)
-    first, metrics, state = 0, {}, run.load_state()
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, metrics = state["step"], state["metrics"]
-    else:
-        metrics = validate(0)
-    bar = tqdm(range(first, steps), "sft", initial=first, total=steps, mininterval=1)
+    state = run.load_state(model=model, optimizer=optimizer)
+    first, metrics = state.get("step", 0), state.get("metrics") or validate(0)
+    bar = progress(range(first, steps), "sft", initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
         if step % config.save_every == 0:
-            run.save_state(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                           metrics=metrics)
+            run.save_state(model=model, optimizer=optimizer, step=step, metrics=metrics)
         epoch, i = divmod(step, steps_per_epoch)
         order = common.stream(config.seed, "sft", "order", epoch).permutation(len(data.train))
         chosen = order[i * config.batch_size:(i + 1) * config.batch_size]
@@ -185,7 +180,7 @@ def main(config):
         loss_sum = 0.0
         for j in range(0, len(rows), micro_batch):
             tokens, mask = batch(rows[j:j + micro_batch])
-            with common.autocast(device):
+            with autocast(device):
                 loss = sft_loss(token_logprobs(model, tokens, mask), mask) / count
             loss.backward()
             loss_sum = loss_sum + loss.detach()
@@ -194,13 +189,13 @@ def main(config):
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = common.stream(config.seed, "sft", "text", step).integers(
                 0, len(text), config.batch_size // 2)
-            with common.autocast(device):
+            with autocast(device):
                 mix = text_loss(model, text[rows].to(device))
             (config.pretrain_mix * mix).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # --- end of what changes the weights; the rest is for the reader -----
+        # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             value, seconds = loss_sum.item(), time.perf_counter() - start
             run.log(step=step, loss=value, lr=lr, grad_norm=norm.item(), tok_per_s=count / seconds)
@@ -211,7 +206,8 @@ def main(config):
 
     # The last epoch is the default: held-out loss is at its lowest earlier, gold reward later.
     save("model.pt", metrics)
-    run.finish(**metrics)
+    run.finish(metrics, f"python label.py --init={config.out}" if config.data == "synthetic" else
+               f"python reward.py --init={config.out} --data=PAIRS.jsonl")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ trained a little first: at the start every log-ratio would be 0. Nothing is writ
 import sys
 
 import cli
-from cli import UserError
+from cli import UserError, progress
 
 STAGES = ("sft", "reward", "ppo", "dpo", "grpo")
 
@@ -36,7 +36,6 @@ def read_stage():
 STAGE = read_stage() if __name__ == "__main__" else None
 
 import torch
-from tqdm import tqdm
 
 import common
 import dpo
@@ -44,10 +43,15 @@ import grpo
 import ppo
 import reward
 import sft
+from data import batches
 from data.records import collate
 from data.text import text_rows
-from evaluate import sequence_logprobs
-from model import token_logprobs, token_stats
+from evaluate import load_networks, load_prompts, sequence_logprobs
+from model import autocast, token_logprobs, token_stats
+
+
+def print_table(columns):
+    print(cli.table(columns))
 
 
 def token_texts(tokenizer, ids):
@@ -64,7 +68,7 @@ def print_tokens(tokenizer, tokens, mask, columns, row=0):
     kept = mask[row, :end].int().tolist()
     cells = {name: [v if m and v == v else None for v, m in zip(x[row].tolist(), kept)]
              for name, x in columns.items()}
-    common.print_table(dict(position=range(end), mask=kept) | cells
+    print_table(dict(position=range(end), mask=kept) | cells
                        | dict(text=token_texts(tokenizer, tokens[row, :end].tolist())))
 
 
@@ -96,15 +100,15 @@ def trace_reward(config):
     rows, masks, record = train[first]
     pairs = record["pairs"]
 
-    scores = reward.score_rows(model.raw, rows, masks, tokenizer.pad, device).tolist()
+    scores = batches.over_rows(model.raw, rows, masks, tokenizer.pad, device).tolist()
     table = [(n, t, m, scores[n] if t == len(row) - 1 else None, text)
              for n, (row, mask) in enumerate(zip(rows, masks))
              for t, (m, text) in enumerate(zip(mask, token_texts(tokenizer, row)))]
-    common.print_table(dict(zip(("answer", "position", "mask", "score", "text"), zip(*table))))
+    print_table(dict(zip(("answer", "position", "mask", "score", "text"), zip(*table))))
     print("\nloss of a pair = -log sigmoid(margin), margin = score(chosen) - score(rejected)")
     chosen, rejected = (torch.tensor([scores[p[side]] for p in pairs]) for side in (0, 1))
     losses = [reward.reward_loss(c[None], r[None]).item() for c, r in zip(chosen, rejected)]
-    common.print_table(dict(chosen=[w for w, _ in pairs], rejected=[l for _, l in pairs],
+    print_table(dict(chosen=[w for w, _ in pairs], rejected=[l for _, l in pairs],
                             margin=(chosen - rejected).tolist(),
                             sigmoid=(chosen - rejected).sigmoid().tolist(), loss=losses))
     total = reward.reward_loss(chosen, rejected).item()
@@ -121,14 +125,15 @@ def ptx_text(config, tokenizer, block_size):
 def trace_ppo(config):
     device = common.set_up(config, "ppo")
     ppo.check_config(config)
-    policy, critic, reference, reward_model, tokenizer, _, block_size = ppo.load_networks(
-        config, device)
-    train = ppo.training_prompts(config, tokenizer, block_size - config.max_new_tokens)
+    policy, reference, reward_model, tokenizer, _, block_size = load_networks(config, device)
+    critic = ppo.ValueModel(reward_model).to(device)
+    train = load_prompts(config.data, "training", 2000, tokenizer,
+                         block_size - config.max_new_tokens, config.seed)
     text = ptx_text(config, tokenizer, block_size)
     optimizers = (common.adamw([policy], config.lr, eps=config.adam_eps),
                   common.adamw([critic], config.critic_lr, eps=config.adam_eps))
     beta, running = config.beta, ppo.RunningStd()
-    for step in tqdm(range(min(2, config.iterations)), "ppo"):
+    for step in progress(range(min(2, config.iterations)), "ppo"):
         if step == 1 and config.kl_target > 0:  # by the KL of the first iteration, which is 0
             beta = ppo.adapt_beta(beta, 0, config.kl_target, config.batch_size, config.kl_horizon)
         _, tokens, mask, finished = ppo.rollout(policy, train, tokenizer, config, step)
@@ -143,11 +148,11 @@ def trace_ppo(config):
                    common.stream(config.seed, "ppo", "minibatches", step), text)
 
     # logp, ratio and new_value are what one more minibatch would see
-    first = {k: v[:1] for k, v in batch.items() if k not in ("scale", "score")}
+    first = {k: v[:1] for k, v in batch.items() if k != "scale"}
     tokens, mask, white = first["tokens"], first["mask"], first["advantage"]
     old_logp, ref_logp = first["old_logp"], first["ref_logp"]
     old_value, returns = first["old_value"], first["returns"]
-    with torch.no_grad(), common.autocast(device):
+    with torch.no_grad(), autocast(device):
         logp, entropy, kl, _ = token_stats(policy, tokens, mask, config.temperature, entropy=True,
                                            ref_model=reference)
         value = critic(tokens, mask)
@@ -200,17 +205,15 @@ loss     = ({formula} + critic) / sum(mask)
 def trace_dpo(config):
     config = dpo.resolve(config)
     device = common.set_up(config, "dpo")
-    common.ensure_input(config, "init", "sft")
+    policy, reference, _, tokenizer, _, block_size = load_networks(config, device, False)
     common.ensure_input(config, "data", "label")
-    policy, tokenizer, _ = common.load_policy(config.init, common.POLICIES, device)
-    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
-    train = dpo.load_data(config, tokenizer, policy.config.block_size).train
+    train = dpo.load_data(config, tokenizer, block_size).train
     pair = next((e for e in train if e.pairs), None)
     if pair is None:
         raise UserError("trace.py shows a pair, and the data has single answers only")
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
     steps = config.epochs * -(-len(train) // config.batch_size)
-    for step in tqdm(range(min(19, steps)), "dpo"):
+    for step in progress(range(min(19, steps)), "dpo"):
         batch, others = dpo.batch_of(train, step, config)
         dpo.set_reference(batch, sequence_logprobs(reference, *dpo.all_rows(batch), tokenizer.pad))
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
@@ -218,7 +221,7 @@ def trace_dpo(config):
 
     both = [(pair.rows[n], pair.masks[n]) for n in pair.pairs[0]]
     tokens, mask = (x.to(device) for x in collate(*zip(*both), tokenizer.pad))
-    with torch.no_grad(), common.autocast(device):
+    with torch.no_grad(), autocast(device):
         logp, ref_logp = (token_logprobs(m, tokens, mask) for m in (policy, reference))
     for row, name in enumerate(("chosen", "rejected")):
         print(f"\n{name}: ")
@@ -226,7 +229,7 @@ def trace_dpo(config):
             logp=logp, ref_logp=ref_logp, log_ratio=logp - ref_logp), row)
     seq_logp, ref, length = (x.sum(1).cpu() for x in (logp, ref_logp, mask))
     rewards = dpo.implicit_reward(seq_logp, ref, length, config.loss, config.beta)
-    common.print_table(dict(
+    print_table(dict(
         sum_logp=seq_logp.tolist(), sum_ref_logp=ref.tolist(), tokens=length.int().tolist(),
         reward=rewards.tolist(), answer=["chosen", "rejected"]))
     print("\nreward = " + {
@@ -255,14 +258,15 @@ def trace_dpo(config):
 def trace_grpo(config):
     device = common.set_up(config, "grpo")
     config = grpo.resolve(config)
-    policy, reference, reward_model, tokenizer, _, block_size = grpo.load_networks(config, device)
-    train = grpo.load_prompts(config, tokenizer, block_size - config.max_new_tokens).train
+    policy, reference, reward_model, tokenizer, _, block_size = load_networks(
+        config, device, config.reward == "model")
+    train = grpo.load_sides(config, tokenizer, block_size - config.max_new_tokens)[0]
     text = ptx_text(config, tokenizer, block_size)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
-    for step in tqdm(range(min(2, config.iterations)), "grpo"):
-        chosen, texts, tokens, mask, finished = grpo.rollout(policy, train, tokenizer, config, step)
-        asked = [train[i] for i in chosen for _ in range(config.k)]
-        score = grpo.judge(reward_model, texts, tokens, mask, finished, asked, config)
+    for step in progress(range(min(2, config.iterations)), "grpo"):
+        prompts, texts, tokens, mask, finished = grpo.rollout(
+            policy, train, tokenizer, config, step)
+        score = grpo.judge(reward_model, prompts, texts, tokens, mask, finished, config)
         batch = grpo.prepare(policy, reference, tokens, mask, finished, score, config)
         common.set_lr(optimizer, config.lr * common.linear(step, config.iterations, config.warmup))
         grpo.update(policy, optimizer, batch, config,
@@ -277,7 +281,7 @@ def trace_grpo(config):
     first = int(signal.float().argmax()) * K
     p = slice(first, first + K)
     tokens, mask, old_logp = batch["tokens"][p], batch["mask"][p], batch["old_logp"][p]
-    with torch.no_grad(), common.autocast(device):
+    with torch.no_grad(), autocast(device):
         logp = token_logprobs(policy, tokens, mask, config.temperature)
     policy_sum, kl, _ = grpo.losses(logp, batch, p, config)
     rewards, advantage, kept = (batch[name][p] for name in ("reward", "advantage", "kept"))
@@ -292,7 +296,7 @@ def trace_grpo(config):
                   weight=weight, policy=policy_sum)
     if config.beta > 0 and config.kl_in == "loss":
         group["kl"] = kl
-    common.print_table({name: x.tolist() for name, x in group.items()}
+    print_table({name: x.tolist() for name, x in group.items()}
                        | dict(text=[repr(t) for t in texts[p]]))
     shown, ratio = int(advantage.abs().argmax()), (logp - old_logp).exp()
     columns |= dict(logp=logp, ratio=ratio,

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
+from cli import UserError, note
+from data.synthetic.world import lookup
 from data.verifier import final_answer
 
 
@@ -219,6 +220,14 @@ def distinct(records):
     return list(first.values())
 
 
+def question(prompt, synthetic=True):
+    """The cluster that a prompt belongs to: what an embedded one asks, whatever its wording; of
+    other data the prompt itself."""
+    if not synthetic:
+        return prompt_key(dict(prompt=prompt))
+    return f"{lookup(prompt).relation.name} {lookup(prompt).x}"
+
+
 def embedded(path):
     """{"noise", "policy"} where every ranking of the file is one of the embedded world, else None.
 
@@ -294,6 +303,13 @@ def encode_messages(tokenizer, messages):
     return ids, mask
 
 
+def encode_ranking(tokenizer, record):
+    """[ids of prompt + answer, ...] and [mask, ...], one for each answer; EOS ends every answer."""
+    head = tokenizer.encode_prompt(record["prompt"])
+    answers = [tokenizer.encode_response(c) for c in record["completions"]]
+    return [head + a for a in answers], [[0] * len(head) + [1] * len(a) for a in answers]
+
+
 def collate(rows, masks, pad):
     """Lists of ids and masks to tokens (B, T) int64 and mask (B, T) float, right-padded."""
     T = max(len(r) for r in rows)
@@ -312,5 +328,5 @@ def fits(name, rows, length, size=lambda row: max(map(len, row))):
     """
     kept = [row for row in rows if size(row) <= length]
     if len(kept) < len(rows):
-        print(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)}, over {length} tokens long")
+        note(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)}, over {length} tokens long")
     return kept

@@ -50,11 +50,12 @@ import common
 import dpo
 import grpo
 import ppo
-from common import ROOT, clustered_se, question
-from data.records import embedded
+from common import ROOT, clustered_se
+from data import batches
+from data.records import embedded, question
 from data.synthetic.gold import gold_reward
-from evaluate import held_out_prompts, response_rows
-from reward import load_reward_model, score_rows
+from evaluate import load_prompts, response_rows
+from reward import load_reward_model
 
 # name: (stage, its settings, beta). In PPO and GRPO beta is in units of the score, in DPO in units
 # of the log-odds of a label: the reward model's output before its stored scale divides it, which is
@@ -122,16 +123,16 @@ def best_of_n_rows(config, device):
     policy, tokenizer, _ = common.load_policy(config.init, ("sft",), device)
     reward_model, _, _ = load_reward_model(config.reward_model, device)
     block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
-    texts, ids = zip(*held_out_prompts("synthetic", config.eval_prompts, tokenizer,
-                                       block_size - config.max_new_tokens))
-    drawn = common.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
-                                common.stream(config.seed, "frontier", "best of n", device=device),
-                                config.temperature, samples=MOST + 1)
+    texts, ids, _ = zip(*load_prompts("synthetic", "held-out", config.eval_prompts, tokenizer,
+                                      block_size - config.max_new_tokens))
+    drawn = batches.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
+                                 common.stream(config.seed, "frontier", "best of n", device=device),
+                                 config.temperature, samples=MOST + 1)
     ids = [i for i in ids for _ in range(MOST + 1)]
     shape = (len(texts), MOST + 1)
     finished = np.array([s["finished"] for s in drawn]).reshape(shape)
-    score = np.where(finished, score_rows(reward_model, *response_rows(ids, drawn), tokenizer.pad,
-                                          device).reshape(shape), config.missing_eos)
+    score = batches.over_rows(reward_model, *response_rows(ids, drawn), tokenizer.pad, device)
+    score = np.where(finished, score.numpy().reshape(shape), config.missing_eos)
     gold = np.array([gold_reward(texts[i // shape[1]], s["text"])
                      for i, s in enumerate(drawn)]).reshape(shape)
     length = np.array([len(s["ids"]) for s in drawn]).reshape(shape)

@@ -29,10 +29,12 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import numpy as np
 
 import common
-from common import clustered_se, question
+from common import clustered_se
+from data import batches
+from data.records import encode_ranking, question
 from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS
 from data.synthetic.world import all_prompts
-from reward import encode_ranking, load_reward_model, score_rows
+from reward import load_reward_model
 
 
 def contrasts(prompts):
@@ -86,7 +88,8 @@ def main(config):
         encoded = [encode_ranking(tokenizer, dict(prompt=prompt, completions=answers))
                    for prompt, *answers in pairs]
         rows, masks = ([x for pair in side for x in pair] for side in zip(*encoded))
-        better, worse = score_rows(model, rows, masks, tokenizer.pad, device).reshape(-1, 2).T
+        better, worse = batches.over_rows(model, rows, masks, tokenizer.pad, device).numpy(
+            ).reshape(-1, 2).T
         right = np.sign(better - worse) / 2 + 0.5
         asked = [question(prompt) for prompt, *_ in pairs]
         table.append((len(pairs), len(set(asked)), f"{right.mean():.1%}",
@@ -94,8 +97,8 @@ def main(config):
                       f"{worse.mean():+.2f}", name))
     print("share of the pairs in which the better answer scores higher, ± half of the 95% "
           "interval\n(clustered by question), and the mean score of both")
-    common.print_table(dict(zip(("pairs", "questions", "ordered", "interval", "better", "worse",
-                                 "better | worse"), zip(*table))))
+    print(cli.table(dict(zip(("pairs", "questions", "ordered", "interval", "better", "worse",
+                              "better | worse"), zip(*table)))))
 
 
 if __name__ == "__main__":

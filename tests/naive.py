@@ -466,8 +466,8 @@ def sft(c):
     asked = [p for p, h in zip(asked, heads) if len(h) + c.max_new_tokens <= block] \
         if c.data == "synthetic" else []
     heads = [h for h in heads if len(h) + c.max_new_tokens <= block]
-    text, source = None, "synthetic" if c.pretrain_data == "auto" else c.pretrain_data
-    if c.pretrain_mix > 0 and (c.data == "synthetic" or c.pretrain_data != "auto"):
+    text, source = None, c.pretrain_data or "synthetic"
+    if c.pretrain_mix > 0 and (c.data == "synthetic" or c.pretrain_data):
         text = text_rows(source, tokenizer, min(40, block), 20000, c.seed)
     log, weights = Log(), list(network.w.values())
     optimizer = AdamW(weights, c.lr, c.weight_decay)
@@ -483,6 +483,7 @@ def sft(c):
         if c.data == "synthetic":
             gold = [gold_reward(p, s["text"]) for p, s in zip(asked, drawn)]
             row["gold"] = np.mean(gold)
+            row["gold_se"] = clustered_se(gold, [question(p, True) for p in asked])
             for p, s, g in list(zip(asked, drawn, gold))[:8]:
                 log.add("sample", epoch=epoch, family=lookup(p).family, prompt=p,
                         response=s["text"], gold=g)
@@ -715,8 +716,9 @@ def question(prompt, synthetic):
 
 
 @torch.no_grad()
-def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_model=None, n=1):
-    """(figures, the policy's answers, the first of the reference's n answers to each prompt)."""
+def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_model=None, n=1,
+            answers=None):
+    """Figures of the policy's answers beside the first of the reference's n answers."""
     heads = [prompt_ids(tokenizer, p) for p in prompts]
     drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens,
                         torch_stream(c.seed, "evaluate", "policy"), c.temperature)
@@ -725,43 +727,51 @@ def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_mod
                          c.temperature)
     others = [others[i:i + n] for i in range(0, len(others), n)]
     first = [some[0] for some in others]
-    every = [s for some in others for s in some]
     clusters = [question(p, synthetic) for p in prompts]
-    se = lambda values: clustered_se(values, clusters)
     as_row = lambda h, s: (h + s["ids"], [0] * len(h) + [1] * len(s["ids"]))
-    kl = []
-    for h, s in zip(heads, drawn):
-        row = as_row(h, s)
-        kl.append((policy.logp(row, c.temperature) - reference.logp(row, c.temperature))
-                  .sum().item())
-    final = dict(kl=np.mean(kl), kl_se=se(kl), length=np.mean([len(s["ids"]) for s in drawn]),
-                 length_sft=np.mean([len(s["ids"]) for s in every]),
-                 eos_rate=np.mean([s["finished"] for s in drawn]),
-                 eos_rate_sft=np.mean([s["finished"] for s in every]))
+    final = dict(judged=len(prompts), questions=len(set(clusters)))
+
+    def add(name, values):
+        final[name], final[f"{name}_se"] = np.mean(values), clustered_se(values, clusters)
+
+    def add_both(name, policy_has, reference_has):
+        add(name, policy_has)
+        add(f"{name}_sft", reference_has)
+        add(f"{name}_gap", [a - b for a, b in zip(policy_has, reference_has)])
+
+    add("kl", [(policy.logp(as_row(h, s), c.temperature)
+                - reference.logp(as_row(h, s), c.temperature)).sum().item()
+               for h, s in zip(heads, drawn)])
+    add_both("length", *([len(s["ids"]) for s in some] for some in (drawn, first)))
+    add_both("eos_rate", *([float(s["finished"]) for s in some] for some in (drawn, first)))
+    if answers:
+        add_both("accuracy", *([right(s["text"], s["finished"], a) for s, a in zip(some, answers)]
+                               for some in (drawn, first)))
     if reward_model:
         judge = lambda h, s: judged(reward_model, as_row(h, s)) if s["finished"] \
             else c.missing_eos
         score = [judge(h, s) for h, s in zip(heads, drawn)]
-        score_sft = [[judge(h, s) for s in some] for h, some in zip(heads, others)]
-        final |= dict(score=np.mean(score), score_sft=np.mean(score_sft),
-                      score_win_rate=np.mean([half(a - b[0]) for a, b in zip(score, score_sft)]))
+        scores = [[judge(h, s) for s in some] for h, some in zip(heads, others)]
+        add_both("score", score, [some[0] for some in scores])
+        add("score_win_rate", [half(a - b[0]) for a, b in zip(score, scores)])
     if synthetic:
         gold = [gold_reward(p, s["text"]) for p, s in zip(prompts, drawn)]
-        gold_sft = [[gold_reward(p, s["text"]) for s in some] for p, some in zip(prompts, others)]
-        gap = [a - b[0] for a, b in zip(gold, gold_sft)]
-        wins = [half(g) for g in gap]
-        final |= dict(gold=np.mean(gold), gold_se=se(gold),
-                      gold_sft=np.mean([g[0] for g in gold_sft]), gold_gap=np.mean(gap),
-                      gold_gap_se=se(gap), gold_win_rate=np.mean(wins), gold_win_rate_se=se(wins),
-                      tie_rate=np.mean([g == 0 for g in gap]))
+        golds = [[gold_reward(p, s["text"]) for s in some] for p, some in zip(prompts, others)]
+        add_both("gold", gold, [some[0] for some in golds])
+        add("gold_win_rate", [half(a - b[0]) for a, b in zip(gold, golds)])
+        final["tie_rate"] = np.mean([a == b[0] for a, b in zip(gold, golds)])
         if reward_model and n > 1:
-            best = [g[int(np.argmax(s))] for g, s in zip(gold_sft, score_sft)]
-            over = [a - b for a, b in zip(gold, best)]
-            final |= dict(best_of=n, gold_best_of_n=np.mean(best),
-                          gold_over_best_of_n=np.mean(over), gold_over_best_of_n_se=se(over))
+            best = [g[int(np.argmax(s))] for g, s in zip(golds, scores)]
+            final["best_of"] = n
+            add("gold_best_of_n", best)
+            add("gold_over_best_of_n", [a - b for a, b in zip(gold, best)])
     for p, a, b in list(zip(prompts, drawn, first))[:12]:
         log.add("held_out_sample", prompt=p, sft=b["text"], policy=a["text"])
-    return final, drawn, first
+    return final
+
+
+def right(text, end, answer):
+    return float(end and final_answer(text) == final_answer(answer))
 
 
 def judged(reward_model, row):
@@ -780,7 +790,7 @@ def evaluate(c):
     room = min(n.size["block_size"] for n in networks) - c.max_new_tokens
     prompts, log = held_out_prompts(c.data, c.eval_prompts, tokenizer, room), Log()
     final = compare(log, policy, reference, tokenizer, prompts, c, c.data == "synthetic",
-                    reward_model, c.best_of)[0]
+                    reward_model, c.best_of)
     return None, log, final, parents
 
 
@@ -919,7 +929,7 @@ def dpo(c):
                         answers_per_s=sum(len(one["rows"]) for one in batch))
             step += 1
         final = validate(epoch + 1)
-    final = final | compare(log, policy, reference, tokenizer, prompts, c, synthetic)[0]
+    final = final | compare(log, policy, reference, tokenizer, prompts, c, synthetic)
     return policy.state(), log, final, {parent["stage"]: parent["hash"]}
 
 
@@ -1019,6 +1029,7 @@ def ppo(c):
         texts = [tokenizer.decode(ids) for ids, _ in drawn]
         row = dict(
             step=step, score=np.mean(finished) if finished else None, kl=np.mean(kl), beta=beta,
+            lr=c.lr * factor,
             objective=np.mean([e["score"] for e in episodes]) - beta * np.mean(kl),
             kl_se=clustered_se(kl, [question(train[i], c.data == "synthetic") for i in chosen]),
             kl_exact=np.mean([e["exact_kl"].sum().item() for e in episodes]),
@@ -1044,9 +1055,9 @@ def ppo(c):
             error = min(max(np.mean(kl) / c.kl_target - 1, -0.2), 0.2)
             beta *= 1 + error * c.batch_size / c.kl_horizon
     final = compare(log, policy, reference, tokenizer, asked, c, c.data == "synthetic",
-                    reward_model, c.best_of)[0]
+                    reward_model, c.best_of)
     parents = {parent["stage"]: parent["hash"], "reward": rm_parent["hash"]}
-    return policy.state(), log, final | dict(beta=beta), parents
+    return policy.state(), log, final | dict(beta=row["beta"]), parents
 
 
 @torch.no_grad()
@@ -1112,7 +1123,6 @@ def grpo(c):
     train, asked = ([(p, a) for p, a in side if len(prompt_ids(tokenizer, p)) + c.max_new_tokens
                      <= block] for side in sides)
     text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None
-    right = lambda text, end, answer: float(end and final_answer(text) == final_answer(answer))
     weights, log, B = list(policy.w.values()), Log(), c.batch_size
     optimizer = AdamW(weights, c.lr, eps=c.adam_eps)
     for step in range(c.iterations):
@@ -1201,7 +1211,7 @@ def grpo(c):
             entropy=sum(e["entropy"].sum().item() for e in episodes) / n, length=n / B,
             length_min=min(lengths), length_max=max(lengths),
             eos_rate=np.mean([end for _, end in drawn]),
-            truncated_rate=1 - np.mean([end for _, end in drawn]),
+            lr=c.lr * linear(step, c.iterations, c.warmup),
             policy_loss=means[0], kl_loss=means[1], grad_norm=means[2],
             ratio_max=max((s[3] for s in seen), default=0.0), ptx_loss=ptx.item() if ptx else None,
             clip_fraction=sum(s[1] for s in seen) / max(tokens, 1),
@@ -1219,12 +1229,6 @@ def grpo(c):
                 log.add("sample", step=step, prompt=p, response=t, score=e["score"],
                         advantage=e["advantage"])
     synthetic = c.data == "synthetic"
-    final, drawn, others = compare(log, policy, reference, tokenizer, [p for p, _ in asked], c,
-                                   synthetic, reward_model)
-    if not reward_model:
-        clusters = [question(p, synthetic) for p, _ in asked]
-        for name, samples in (("accuracy", drawn), ("accuracy_sft", others)):
-            hits = [right(s["text"], s["finished"], a) for s, (_, a) in zip(samples, asked)]
-            final |= {name: np.mean(hits), f"{name}_se": clustered_se(hits, clusters)}
-        final |= dict(judged=len(asked), questions=len(set(clusters)))
+    final = compare(log, policy, reference, tokenizer, [p for p, _ in asked], c, synthetic,
+                    reward_model, answers=None if reward_model else [a for _, a in asked])
     return policy.state(), log, final, parents

@@ -158,8 +158,8 @@ def test_aggregations_by_hand(aggregate, all_kept, two_kept):
 def test_methods_are_those_of_the_papers():
     # catches a name that stands for another method, and a single choice that is overruled
     pick = lambda **flags: [getattr(resolve(Config(**flags)), n)
-                            for n in ("advantage", "aggregate", "clip_high", "drop", "beta", "kl_in",
-                                      "kl_estimator")]
+                            for n in ("advantage", "aggregate", "clip_high", "drop", "beta",
+                                      "kl_in", "kl_estimator")]
     assert pick(method="grpo") == ["grpo", "sequence", 0.2, False, 0.04, "loss", "k3"]
     assert pick(method="dr_grpo") == ["dr_grpo", "constant", 0.2, False, 0.0, "reward", "k2"]
     assert pick(method="rloo") == ["rloo", "sum", 0.2, False, 0.05, "reward", "k2"]

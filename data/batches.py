@@ -1,0 +1,75 @@
+"""A network run over many rows, in batches of like length: one home for every such loop.
+
+Most rows end far before the longest one. Where rows of like length stand together, a forward pass
+that stops at the last of them has little padding to run over.
+"""
+
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cli import progress
+from data.records import collate
+from model import autocast, generate
+
+
+def ends(mask):
+    """Position of the last response token of each row, (B,), from its mask (B, T)."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+
+
+def by_length(rows, lengths, size):
+    """The indices `rows` in pieces of at most `size` (0: all in one), sorted by their lengths.
+
+    lengths: of all rows, not only of these. The price: a row has other neighbours in the next
+    forward pass, and may round differently.
+    """
+    return rows[lengths[rows].argsort(stable=True)].split(size or max(1, len(rows)))
+
+
+def in_pieces(fn, lengths, size, bar=None):
+    """fn(indices) for every piece of the rows: its results (n, ...) joined, in the rows' order.
+
+    size bounds the memory: where a gradient is needed, a piece is computed again in the backward
+    pass. So a loss may compare rows of different pieces. bar: shows progress under this name.
+    """
+    parts = by_length(torch.arange(len(lengths), device=lengths.device), lengths, size)
+    if len(parts) > 1 and torch.is_grad_enabled():
+        fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
+    results = torch.cat([fn(part) for part in progress(parts, bar)])
+    return results[torch.cat(parts).argsort()]  # from the order by length to that of the rows
+
+
+@torch.no_grad()
+def over_rows(fn, rows, masks, pad, device, size=64, bar=None):
+    """fn(tokens, mask) -> (n,) over encoded rows, lists of ids and masks: (rows,), on the CPU in
+    float64, in their order."""
+    def piece(part):
+        tokens, mask = collate([rows[i] for i in part], [masks[i] for i in part], pad)
+        with autocast(device):
+            return fn(tokens.to(device), mask.to(device)).cpu().double()
+
+    return in_pieces(piece, torch.tensor([len(row) for row in rows]), size, bar)
+
+
+def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
+                 batch_size=256, samples=1, bar=None):
+    """Sampled responses of each prompt (a list of ids): [{"text", "ids", "finished"}], in order.
+
+    samples: how many of each; those of a prompt are adjacent, and it is read once for all of them.
+    batch_size counts responses. ids are the response's tokens, EOS included if it ended
+    (`finished`). bar: shows progress under this name.
+    """
+    results = [None] * (len(prompt_ids) * samples)
+    lengths = torch.tensor([len(ids) for ids in prompt_ids])
+    parts = by_length(torch.arange(len(lengths)), lengths, max(1, batch_size // samples))
+    for part in progress(parts, bar):
+        with autocast(model.wte.weight.device):
+            tokens, mask, done = generate(model, [prompt_ids[i] for i in part], max_new_tokens,
+                                          tokenizer.eos, temperature, rng, samples=samples)
+        rows = [i * samples + k for i in part.tolist() for k in range(samples)]
+        for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
+            ids = [t for t, keep in zip(row, m) if keep]
+            results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)
+    return results
