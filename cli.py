@@ -133,8 +133,10 @@ def note(text, file=None):
 
 
 def progress(items, name, **options):
-    """The items, with a bar on a terminal, and none elsewhere; none without a name."""
-    return tqdm(items, name, mininterval=1, disable=None if name else True, **options)
+    """The items, with a bar while that takes longer than a second; none where the output is no
+    terminal, or without a name."""
+    return tqdm(items, name, mininterval=1, delay=1, leave=False, disable=None if name else True,
+                **options)
 
 
 def table(columns):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cli import NOTES, UserError, as_text, note
+from data.records import file_hash
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -140,7 +141,7 @@ class Run:
         for name in ("data", "demos", "pretrain_data", "ptx_data"):
             value = self.settings.get(name)  # a file, or a name such as "synthetic"
             if isinstance(value, str) and Path(value).is_file():  # in sft.py --demos is a number
-                self.parents[name] = file_hash(value)
+                self.parents[name] = file_hash(value)[:16]
         before = self._first_row()  # of the run that the folder holds, if any
         if before and before["stage"] != stage:
             raise UserError(f"{self.folder} holds a {before['stage']} run: choose another --out")
@@ -184,8 +185,8 @@ class Run:
                              parents=self.parents, **self._machine()))
         flags = [f"--{f.name}={as_text(self.settings[f.name])}" for f in dataclasses.fields(config)
                  if self.settings[f.name] != f.default and f.name != "out"]
-        print(f"{stage}: {self.folder}, {self._machine()['device']}, {torch.get_num_threads()} "
-              f"threads; {' '.join(flags) or 'flags at their defaults'}", flush=True)
+        print(f"{stage}: writes to {self.folder}, runs on {self._machine()['device']}; "
+              f"{' '.join(flags) or 'flags at their defaults'}", flush=True)
 
     def _machine(self):
         """What else the last digits of a run depend on."""
@@ -276,10 +277,6 @@ def weights_hash(weights):
 
 def text_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None):

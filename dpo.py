@@ -61,7 +61,7 @@ import common
 from cli import note, progress, say
 from data import batches
 from data.records import (check_ranking, check_ranking_or_label, choose, collate, embedded,
-                          encode_ranking, fits, merge_rankings, read_jsonl, split)
+                          encode_ranking, fits, merge_rankings, read_sides)
 from evaluate import check_start, compare, load_networks, load_prompts, sequence_logprobs
 from model import autocast, token_logprobs
 
@@ -210,7 +210,7 @@ def load_data(config, tokenizer, block_size):
         single = [dict(prompt=r["prompt"], completions=[r["completion"]], pairs=[],
                        labels=[1 if r["label"] else -1]) for r in records if "label" in r]
         ranked = merge_rankings([r for r in records if "label" not in r])
-        elements = [make_element(tokenizer, r) for r in single + ranked]
+        elements = [make_element(tokenizer, r) for r in progress(single + ranked, "tokens")]
         # an answer that is too long drops its prompt: cut, it would have no EOS
         kept = fits(f"{name} prompts", elements, block_size, lambda e: max(map(len, e.rows)))
         if not kept:
@@ -220,7 +220,7 @@ def load_data(config, tokenizer, block_size):
                             "so kto has no labels")
         return kept
 
-    return split(read_jsonl(config.data, check)).each(encode)
+    return read_sides(config.data, check).each(encode)
 
 
 def batch_tensors(elements, pad, device):

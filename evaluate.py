@@ -10,6 +10,7 @@ same for any checkpoint, and adds the gold reward by family of prompts and by pa
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cli
 from cli import Positive, UserError
@@ -24,6 +25,7 @@ class Config(cli.Config):
     out: str = "out/evaluate"  # output folder: the log with the figures and samples
     eval_prompts: Positive[int] = 512  # held-out prompts
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
+    resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
     temperature: Positive[float] = 1.0  # of both models
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
     missing_eos: float = -3.0  # score of a response without EOS
@@ -35,9 +37,9 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import numpy as np
 
 import common
-from cli import say
+from cli import progress, say
 from data import batches
-from data.records import check_prompt, choose, distinct, fits, question, read_jsonl, split
+from data.records import check_prompt, choose, distinct, fits, question, read_side
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from data.verifier import is_right
@@ -78,10 +80,10 @@ def load_prompts(data, side, count, tokenizer, room, seed=0, families=FAMILIES,
         records = [dict(prompt=p.text, answer=p.answer)
                    for p in sample_prompts(count, held_out, seed, families)]
     else:
-        sides = split(read_jsonl(data, check))
-        records = choose(distinct(sides.held_out), count) if held_out else sides.train
+        records = read_side(data, check, side)
+        records = choose(distinct(records), count) if held_out else records
     encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
-               for r in records]
+               for r in progress(records, "tokens")]
     kept = fits(f"{side} prompts", encoded, room, lambda e: len(e[1]))
     if not kept:
         raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
@@ -217,7 +219,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     cluster = [question(t, synthetic) for t in texts]
     with_se = lambda name, x: {name: float(np.mean(x)),
                                f"{name}_se": common.clustered_se(x, cluster)}
-    metrics = with_se("kl", (logp - ref_logp).numpy()) | dict(judged=len(texts), questions=len(set(cluster)))
+    metrics = dict(judged=len(texts), questions=len(set(cluster)),
+                   **with_se("kl", (logp - ref_logp).numpy()))
     for name, (before, after) in measured.items():
         metrics |= (with_se(name, after) | with_se(f"{name}_sft", before)
                     | with_se(f"{name}_gap", after - before))

@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 import common
-from cli import progress, say
+from cli import progress, say, shorten, table
 from data import batches
 from data.records import Split
 from data.synthetic.gold import gold_reward
@@ -145,7 +145,7 @@ def main(config):
         with autocast(device):
             parts = data.held_out.split(config.batch_size)
             total = sum(text_loss(model, rows).item() * len(rows)
-                        for rows in progress(parts, "held-out loss", leave=False))
+                        for rows in progress(parts, "held-out loss"))
         return total / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
@@ -196,7 +196,8 @@ def main(config):
     common.save_checkpoint(run.folder / "model.pt", model, "pretrain", tokenizer, config, metrics,
                            parents=run.parents)
     say(f"\nHeld-out loss {metrics['loss']:.3f} nats a token, perplexity "
-        f"{metrics['perplexity']:.2f}" + (f"; gold of its continuations {metrics['gold']:.2f}" if "gold" in metrics else "") + ".")
+        f"{metrics['perplexity']:.2f}"
+        + (f"; gold of the continuations {metrics['gold']:.2f}" if "gold" in metrics else ""))
     run.finish(metrics, f"python sft.py --init={config.out}"
                + ("" if config.data == "synthetic" else " --data=DEMONSTRATIONS.jsonl"))
 
@@ -212,6 +213,8 @@ def base_gold(model, tokenizer, config, run, device, n=512):
     samples = batches.sample_texts(model, tokenizer, ids, 48, common.stream(
         config.seed, "pretrain", "samples", device=device), bar="samples")
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
+    say(table({"prompt": [shorten(p.text, 40) for p in prompts[:3]],
+               "continuation": [shorten(s["text"], 100) for s in samples[:3]]}))
     for p, s, g in list(zip(prompts, samples, gold))[:8]:
         run.log("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)
     ended = [s["finished"] for s in samples]

@@ -56,7 +56,7 @@ from cli import plus_minus, progress, say
 from data import batches
 from data.records import (check_demonstration, check_ranking, choose, collate, embedded,
                           encode_messages, encode_ranking, fits, merge_rankings, prompt_key,
-                          question, read_jsonl, split)
+                          question, read_side, read_sides)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -177,9 +177,9 @@ def load_data(config, tokenizer, block_size):
                        lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
         if not (merged := merge_rankings(fitting)):
             raise UserError(f"--data={config.data}: no {name} ranking is left to use")
-        return [(*encode_ranking(tokenizer, r), r) for r in merged]
+        return [(*encode_ranking(tokenizer, r), r) for r in progress(merged, "tokens")]
 
-    return split(read_jsonl(config.data, check_ranking)).each(encode)
+    return read_sides(config.data, check_ranking).each(encode)
 
 
 def batch_tensors(batch, pad, device):
@@ -214,7 +214,7 @@ def main(config):
     quality = parent["config"].get("quality", 0.5)
     demos = read_demos(config, train, noise, quality)
     zero = [encode_messages(tokenizer, r["messages"]) for r in demos]
-    zero = [(ids, mask) for ids, mask in zero if len(ids) <= policy.config.block_size]
+    zero = fits("demonstrations", zero, policy.config.block_size)
     if not zero:
         raise UserError(f"--demos={config.demos}: no demonstration fits the context")
     text = None  # rows of pretraining text, or None
@@ -310,7 +310,7 @@ def read_demos(config, train, noise, quality):
     """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
     the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
-        return choose(split(read_jsonl(config.demos, check_demonstration)).train, config.samples)
+        return choose(read_side(config.demos, check_demonstration, "training"), config.samples)
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
         return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]

@@ -46,10 +46,10 @@ import numpy as np
 import torch
 
 import common
-from cli import plus_minus, progress, say
+from cli import plus_minus, progress, say, shorten, table
 from data import batches
 from data.records import (Split, check_demonstration, choose, collate, encode_messages, fits,
-                          question, read_jsonl, split)
+                          question, read_sides)
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
@@ -78,11 +78,11 @@ def load_data(config, tokenizer, block_size):
                       demonstrations(asked, 0, config.quality))
         sides = sides.each(lambda _, records: [check_demonstration(r) for r in records])
     else:
-        sides = split(read_jsonl(config.data, check_demonstration))
+        sides = read_sides(config.data, check_demonstration)
 
     def encode(name, records):
-        rows = fits(f"{name} dialogues",
-                    [encode_messages(tokenizer, r["messages"]) for r in records], block_size)
+        rows = fits(f"{name} dialogues", [encode_messages(tokenizer, r["messages"])
+                                          for r in progress(records, "tokens")], block_size)
         if not rows:
             raise UserError(f"--data={config.data}: no {name} dialogue fits the context of "
                             f"{block_size} tokens")
@@ -104,16 +104,17 @@ def main(config):
         text = text_rows(source, tokenizer, min(40, model.config.block_size), 20000, config.seed)
     # prompts that samples are drawn for, to see what the loss does not show
     if config.data == "synthetic":
-        prompts = sample_prompts(config.samples, held_out=True, seed=0)
-        ids = [tokenizer.encode_prompt(p.text) for p in prompts]
+        asked = [(p.text, tokenizer.encode_prompt(p.text))
+                 for p in sample_prompts(config.samples, held_out=True, seed=0)]
     else:
         ids = [row[:mask.index(1)] for row, mask in choose(data.held_out, config.samples, repr)]
+        asked = [(tokenizer.decode(i), i) for i in ids]
     room = model.config.block_size - config.max_new_tokens
-    fitting = [n for n, i in enumerate(ids) if len(i) <= room]
-    if not fitting:
+    asked = fits("prompts to sample on", asked, room, lambda a: len(a[1]))
+    if not asked:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no held-out prompt leaves "
                         f"that much room in the context of {model.config.block_size}")
-    ids = [ids[n] for n in fitting]
+    texts, ids = zip(*asked)
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
     print(f"{model.num_params():,} parameters\n{len(data.train):,} dialogues of {config.data}, "
           f"{len(data.held_out)} held out; text mixed in: {source if text is not None else 'none'}")
@@ -138,19 +139,21 @@ def main(config):
             common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
+        gold = None
         if config.data == "synthetic":
-            asked = [prompts[n] for n in fitting]
-            gold = [gold_reward(p.text, s["text"]) for p, s in zip(asked, samples)]
+            gold = [gold_reward(t, s["text"]) for t, s in zip(texts, samples)]
             metrics["gold"] = float(np.mean(gold))
-            metrics["gold_se"] = common.clustered_se(gold, [question(p.text) for p in asked])
-            for p, s, g in list(zip(asked, samples, gold))[:8]:
-                run.log("sample", epoch=epoch, family=p.family, prompt=p.text,
-                        response=s["text"], gold=g)
+            metrics["gold_se"] = common.clustered_se(gold, [question(t) for t in texts])
+        for i in range(min(8, len(texts))):
+            run.log("sample", epoch=epoch, prompt=texts[i], response=samples[i]["text"],
+                    gold=gold and gold[i])
         run.log("validation", **metrics)
         say(f"epoch {epoch}: held-out loss {metrics['loss']:.3f} nats a token, "
             f"{metrics['eos_rate']:.1%} of samples end, after {metrics['length']:.1f} tokens"
             + (f", gold {plus_minus(metrics['gold'], metrics['gold_se'])}" if "gold" in metrics
                else ""))
+        say(table({"prompt": [shorten(t, 40) for t in texts[:3]], f"sample after epoch {epoch}": [
+            shorten(s["text"], 100) for s in samples[:3]]}) + "\n")
         return metrics
 
     def save(name, metrics):

@@ -5,7 +5,6 @@ An adapter is a flat script: `locate` its files, turn each row into a record or 
 downloads the files that it pins by commit and SHA-256 into out/downloads/<set>/.
 """
 
-import hashlib
 import http.client
 import json
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import UserError
-from data.records import prompt_key, write_jsonl
+from data.records import file_hash, prompt_key, write_jsonl
 
 DOWNLOADS = Path("out/downloads")
 TRIES = 3  # per file; each goes on where the one before broke off
@@ -28,10 +27,6 @@ CHUNK = 2**16  # bytes read at once
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-
-def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def fetch(url, path, sha256):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
+from cli import UserError, progress
 from data.records import check_prompt, read_jsonl, split
 from data.synthetic.corpus import documents
 
@@ -63,7 +63,7 @@ def pack(documents, length):
 def text_rows(data, tokenizer, length, n, seed):
     """Rows (rows, length) of token ids; documents are separated by EOS. UserError if too short."""
     texts = read_texts(data, n, seed)
-    rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in texts], length)
+    rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in progress(texts, "tokens")], length)
     if len(rows) < 2:
         raise UserError(f"{data}: too little text for two rows of {length} tokens")
     return rows

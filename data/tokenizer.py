@@ -2,7 +2,7 @@
 
 Two tokenizers, both `tiktoken.Encoding`s built from a ranks file:
     synthetic   byte-level BPE of 1,787 tokens for the embedded data, committed with the code
-    gpt2        GPT-2's BPE, 50,257 tokens, from --ranks, $GPT2_RANKS, tiktoken's cache or download
+    gpt2        GPT-2's BPE, 50,257 tokens, from $GPT2_RANKS, tiktoken's cache or download
 
 Ids behind the ranks: EOS (GPT-2's <|endoftext|>), the three chat markers, then PAD. EOS and the
 markers can be produced; PAD is the first padded row of the vocabulary, which never gets probability
@@ -89,17 +89,17 @@ def read_ranks(path):
 
 
 @cache
-def load_tokenizer(name, ranks_path=None):
+def load_tokenizer(name):
     """The tokenizer of this name. UserError where the name or the ranks file is wrong or missing.
 
-    ranks_path (gpt2 only) is a local r50k_base.tiktoken; without it the environment variable
-    GPT2_RANKS, then tiktoken's own cache, then a download are tried.
+    GPT-2's ranks: the environment variable GPT2_RANKS may name a local r50k_base.tiktoken; without
+    it tiktoken's own cache is tried, then a download.
     """
     if name == "synthetic":
         return Tokenizer(name, read_ranks(SYNTHETIC_RANKS))
     if name != "gpt2":
         raise UserError(f"tokenizer {name!r} is unknown: choose one of {', '.join(NAMES)}")
-    ranks_path = ranks_path or os.environ.get("GPT2_RANKS")
+    ranks_path = os.environ.get("GPT2_RANKS")
     if ranks_path:
         ranks = read_ranks(ranks_path)  # names the path where it cannot
         if len(ranks) != GPT2_RANKS:

@@ -52,7 +52,7 @@ import grpo
 import ppo
 from common import ROOT, clustered_se
 from data import batches
-from data.records import embedded, question
+from data.records import embedded, file_hash, question
 from data.synthetic.gold import gold_reward
 from evaluate import load_prompts, response_rows
 from reward import load_reward_model
@@ -215,7 +215,7 @@ def main(config):
             for seed in range(1, config.seeds + 1)]
     hashes = dict(sft=common.load_checkpoint(config.init, ("sft",))["hash"],
                   reward=common.load_checkpoint(config.reward_model, ("reward",))["hash"],
-                  data=common.file_hash(config.data))
+                  data=file_hash(config.data)[:16])
     with ThreadPoolExecutor(config.workers) as pool:
         finals = dict(zip(jobs, pool.map(lambda job: train(job, config, hashes), jobs)))
     rows = best_of_n_rows(config, device)

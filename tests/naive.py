@@ -484,9 +484,10 @@ def sft(c):
             gold = [gold_reward(p, s["text"]) for p, s in zip(asked, drawn)]
             row["gold"] = np.mean(gold)
             row["gold_se"] = clustered_se(gold, [question(p, True) for p in asked])
-            for p, s, g in list(zip(asked, drawn, gold))[:8]:
-                log.add("sample", epoch=epoch, family=lookup(p).family, prompt=p,
-                        response=s["text"], gold=g)
+        for i in range(min(8, len(drawn))):
+            log.add("sample", epoch=epoch, response=drawn[i]["text"],
+                    prompt=asked[i] if asked else tokenizer.decode(heads[i]),
+                    gold=gold[i] if asked else None)
         log.add("validation", **row)
         return row
 
