@@ -60,8 +60,8 @@ import torch.nn.functional as F
 import common
 from cli import note, progress, say
 from data import batches
-from data.records import (check_ranking, check_ranking_or_label, choose, collate, embedded,
-                          encode_ranking, fits, merge_rankings, read_sides)
+from data.rankings import all_rows, batch_pairs, load_rankings
+from data.records import check_ranking, check_ranking_or_label, choose, embedded
 from evaluate import check_start, compare, load_networks, load_prompts, sequence_logprobs
 from model import autocast, token_logprobs
 
@@ -176,51 +176,17 @@ def kl_baseline(seq_logp, ref_seq_logp):
 # --- data -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Element:
-    """One prompt with all its answers: each passes through the network once, however many pairs."""
-
-    rows: list  # ids of prompt + answer, for each answer
-    masks: list  # 1 on the answer's tokens, EOS included
-    pairs: list  # (i, j), answer i preferred to j
-    labels: list  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
-    best: list  # answers that no other beats
-    ref: list = None  # log pi_ref of each answer, nats per sequence
-
-
-def make_element(tokenizer, record):
-    """An Element from what `merge_rankings` returns, or from a single labelled answer.
-
-    In a ranking an answer is desirable where it wins more pairs than it loses.
-    """
-    rows, masks = encode_ranking(tokenizer, record)
-    pairs = record["pairs"]
-    wins = [sum((n == i) - (n == j) for i, j in pairs) for n in range(len(rows))]
-    labels = record.get("labels") or [int(np.sign(w)) for w in wins]
-    lost = {j for _, j in pairs}
-    return Element(rows, masks, pairs, labels,
-                   [n for n in range(len(rows)) if n not in lost and labels[n] > 0])
-
-
 def load_data(config, tokenizer, block_size):
-    """A Split of Elements."""
+    """A Split of Elements, as data/rankings.py makes them."""
     check = check_ranking_or_label if config.loss == "kto" else check_ranking
 
-    def encode(name, records):
-        single = [dict(prompt=r["prompt"], completions=[r["completion"]], pairs=[],
-                       labels=[1 if r["label"] else -1]) for r in records if "label" in r]
-        ranked = merge_rankings([r for r in records if "label" not in r])
-        elements = [make_element(tokenizer, r) for r in progress(single + ranked, "tokens")]
-        # an answer that is too long drops its prompt: cut, it would have no EOS
-        kept = fits(f"{name} prompts", elements, block_size, lambda e: max(map(len, e.rows)))
-        if not kept:
-            raise UserError(f"--data={config.data}: no {name} prompt is left to use")
-        if config.loss == "kto" and not any(any(e.labels) for e in kept):
+    def labelled(name, elements):
+        if config.loss == "kto" and not any(any(e.labels) for e in elements):
             raise UserError(f"--data={config.data}: every {name} answer wins as often as it loses, "
                             "so kto has no labels")
-        return kept
+        return elements
 
-    return read_sides(config.data, check).each(encode)
+    return load_rankings(config.data, tokenizer, block_size, check).each(labelled)
 
 
 def batch_tensors(elements, pad, device):
@@ -228,21 +194,12 @@ def batch_tensors(elements, pad, device):
 
     n answers of all elements, one after the other; the last three are lists of indices into them.
     """
-    tokens, mask = (t.to(device) for t in collate(*all_rows(elements), pad))
-    winners, losers, best, offset = [], [], [], 0
-    for e in elements:
-        winners += [offset + i for i, _ in e.pairs]
-        losers += [offset + j for _, j in e.pairs]
-        best += [offset + n for n in e.best]
-        offset += len(e.rows)
+    tokens, mask, winners, losers = batch_pairs(elements, pad, device)
+    starts = np.cumsum([0] + [len(e.rows) for e in elements]).tolist()
+    best = [start + n for start, e in zip(starts, elements) for n in e.best]
     flat = lambda name: torch.tensor([x for e in elements for x in getattr(e, name)],
                                      dtype=torch.get_default_dtype(), device=device)
     return tokens, mask, flat("ref"), mask.sum(1), flat("labels"), winners, losers, best
-
-
-def all_rows(elements):
-    """(rows, masks) of every answer of every Element, in order."""
-    return [[x for e in elements for x in getattr(e, name)] for name in ("rows", "masks")]
 
 
 def mismatch(first, second, n):

@@ -54,9 +54,9 @@ import torch.nn.functional as F
 import common
 from cli import plus_minus, progress, say
 from data import batches
-from data.records import (check_demonstration, check_ranking, choose, collate, embedded,
-                          encode_messages, encode_ranking, fits, merge_rankings, prompt_key,
-                          question, read_side, read_sides)
+from data.rankings import all_rows, batch_pairs, load_rankings
+from data.records import (check_demonstration, choose, embedded, encode_messages, fits, prompt_key,
+                          question, read_side)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -122,8 +122,8 @@ def score_batch(score, tokens, mask, size):
         return batches.in_pieces(lambda p: score(tokens[p], mask[p]), batches.ends(mask), size)
 
 
-def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
-    """The reward model's report card on held-out rankings (records as merge_rankings makes them).
+def evaluate(model, elements, pad, device, noise=None):
+    """The reward model's report card on held-out rankings, Elements of data/rankings.py.
 
     accuracy: share of labelled pairs ordered as the label says, with its standard error, clustered
     by question; beside it the baselines "longer wins" and "shorter wins" (characters).
@@ -131,12 +131,11 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     bins. With gold scores in the records: accuracy of gold itself on the labels, and agreement with
     gold where it differs by more than the labelers' noise.
     """
-    scores = batches.over_rows(
-        model.raw, [r for some in rows for r in some], [m for some in masks for m in some],
-        tokenizer.pad, device, bar="held-out answers").numpy()
-    starts = np.cumsum([0] + [len(r) for r in rows])
+    scores = batches.over_rows(model.raw, *all_rows(elements), pad, device,
+                               bar="held-out answers").numpy()
+    starts = np.cumsum([0] + [len(e.rows) for e in elements])
     margins, longer, asked, gold_order, wide = [], [], [], [], []
-    for n, record in enumerate(records):
+    for n, record in enumerate(e.record for e in elements):
         score, text = scores[starts[n]:starts[n + 1]], record["completions"]
         for i, j in record["pairs"]:
             margins.append(score[i] - score[j])
@@ -168,33 +167,6 @@ def evaluate(model, records, rows, masks, tokenizer, device, noise=None):
     return metrics
 
 
-def load_data(config, tokenizer, block_size):
-    """A Split of (rows, masks, record), one a prompt: ids and masks of all its answers, and what
-    `merge_rankings` returned for it."""
-    def encode(name, records):
-        # a ranking of which one answer is too long is dropped whole
-        fitting = fits(f"{name} rankings", records, block_size,
-                       lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
-        if not (merged := merge_rankings(fitting)):
-            raise UserError(f"--data={config.data}: no {name} ranking is left to use")
-        return [(*encode_ranking(tokenizer, r), r) for r in progress(merged, "tokens")]
-
-    return read_sides(config.data, check_ranking).each(encode)
-
-
-def batch_tensors(batch, pad, device):
-    """(tokens (n, T), mask (n, T), winners, losers) of rankings as `load_data` has them: n answers,
-    one ranking after the other, and for every pair the indices of its two."""
-    tokens, mask = collate(sum((rows for rows, _, _ in batch), []),
-                           sum((masks for _, masks, _ in batch), []), pad)
-    winners, losers, offset = [], [], 0
-    for rows, _, record in batch:
-        winners += [offset + i for i, _ in record["pairs"]]
-        losers += [offset + j for _, j in record["pairs"]]
-        offset += len(rows)
-    return tokens.to(device), mask.to(device), winners, losers
-
-
 def main(config):
     device = common.set_up(config, "reward")
     common.ensure_input(config, "init", "sft")
@@ -209,7 +181,7 @@ def main(config):
     if origin:
         common.check_lineage(parent["stage"], parent["hash"],
                              {parent["stage"]: origin["policy"]}, config.data)
-    data = load_data(config, tokenizer, policy.config.block_size)
+    data = load_rankings(config.data, tokenizer, policy.config.block_size)
     train = data.train
     quality = parent["config"].get("quality", 0.5)
     demos = read_demos(config, train, noise, quality)
@@ -222,8 +194,8 @@ def main(config):
         text = text_rows("synthetic", tokenizer, min(40, policy.config.block_size), 20000,
                          config.seed)
     # samples of the SFT model, for the scale; now, so that it fails before the training if it must
-    some = choose(train, config.samples, lambda element: prompt_key(element[2]))
-    prompts = [rows[0][:masks[0].index(1)] for rows, masks, _ in some]
+    some = choose(train, config.samples, lambda e: prompt_key(e.record))
+    prompts = [e.rows[0][:e.masks[0].index(1)] for e in some]
     room = policy.config.block_size - config.max_new_tokens
     prompts = fits("prompts to sample on", prompts, room, len)
     if not prompts:
@@ -238,7 +210,7 @@ def main(config):
         raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
                         f"within {config.max_new_tokens} tokens: too few to measure the scale on")
     run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
-    pairs = sum(len(r["pairs"]) for _, _, r in train)
+    pairs = sum(len(e.pairs) for e in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{config.data}"
           f"{' of the embedded world' if origin else ''}: {len(train):,} prompts with {pairs:,} "
           f"pairs, {len(data.held_out)} prompts held out")
@@ -259,7 +231,7 @@ def main(config):
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        tokens, mask, winners, losers = batch_tensors(batch, tokenizer.pad, device)
+        tokens, mask, winners, losers = batch_pairs(batch, tokenizer.pad, device)
         scores = score_batch(model.raw, tokens, mask, config.micro_batch)  # every answer once
         margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
         loss = reward_loss(scores[winners], scores[losers]) / count
@@ -289,8 +261,7 @@ def main(config):
                           [[0] * len(p) + [1] * len(y) for p, y in complete])
     model.shift.fill_(float(demo_scores.mean()))
     model.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
-    rows, masks, records = zip(*data.held_out)
-    metrics = evaluate(model, records, rows, masks, tokenizer, device, noise)
+    metrics = evaluate(model, data.held_out, tokenizer.pad, device, noise)
     metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
                     demo_score=float(score(*zip(*zero)).mean()),
                     sft_score=float((sample_scores.mean() - model.shift.item())
@@ -314,9 +285,9 @@ def read_demos(config, train, noise, quality):
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
         return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]
-    best = [dict(prompt=r["prompt"], completion=r["completions"][r["pairs"][0][0]])
-            for _, _, r in choose(train, config.samples, lambda e: prompt_key(e[2]))]
-    return [check_demonstration(r) for r in best]
+    some = [e.record for e in choose(train, config.samples, lambda e: prompt_key(e.record))]
+    return [check_demonstration(dict(
+        prompt=r["prompt"], completion=r["completions"][r["pairs"][0][0]])) for r in some]
 
 
 if __name__ == "__main__":

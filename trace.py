@@ -44,6 +44,7 @@ import ppo
 import reward
 import sft
 from data import batches
+from data.rankings import all_rows, load_rankings
 from data.records import collate
 from data.text import text_rows
 from evaluate import load_networks, load_prompts, sequence_logprobs
@@ -95,10 +96,9 @@ def trace_reward(config):
     policy, tokenizer, _ = common.load_policy(config.init, ("sft", "pretrain"), device)
     model = reward.RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
-    train = reward.load_data(config, tokenizer, policy.config.block_size).train
+    train = load_rankings(config.data, tokenizer, policy.config.block_size).train
     first = common.stream(config.seed, "reward", "order", 0).permutation(len(train))[0]
-    rows, masks, record = train[first]
-    pairs = record["pairs"]
+    rows, masks, pairs = train[first].rows, train[first].masks, train[first].pairs
 
     scores = batches.over_rows(model.raw, rows, masks, tokenizer.pad, device).tolist()
     table = [(n, t, m, scores[n] if t == len(row) - 1 else None, text)
@@ -215,7 +215,7 @@ def trace_dpo(config):
     steps = config.epochs * -(-len(train) // config.batch_size)
     for step in progress(range(min(19, steps)), "dpo"):
         batch, others = dpo.batch_of(train, step, config)
-        dpo.set_reference(batch, sequence_logprobs(reference, *dpo.all_rows(batch), tokenizer.pad))
+        dpo.set_reference(batch, sequence_logprobs(reference, *all_rows(batch), tokenizer.pad))
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         dpo.update(policy, reference, optimizer, batch, others, config, tokenizer.pad)
 

@@ -316,6 +316,13 @@ def held_out_prompts(data, count, tokenizer, room):
     return [p for p in prompts if len(prompt_ids(tokenizer, p)) <= room]
 
 
+def texts_in(record):
+    """The answers of a ranking, a pair or a label."""
+    if "completions" in record:
+        return record["completions"]
+    return [record[k] for k in ("chosen", "rejected", "completion") if k in record]
+
+
 def merged(records):
     """One ranking a prompt: [{prompt, completions, pairs, gold?}], pairs (better, worse)."""
     found = {}
@@ -598,9 +605,7 @@ def reward(c):
     noise = noise_of(c.data)
     sides = []
     for records in read(c.data):
-        rows_of = lambda r: [answer_row(tokenizer, r["prompt"], t) for t in
-                             (r["completions"] if "completions" in r
-                              else (r["chosen"], r["rejected"]))]
+        rows_of = lambda r: [answer_row(tokenizer, r["prompt"], t) for t in texts_in(r)]
         sides.append(merged([r for r in records
                              if all(len(ids) <= block for ids, _ in rows_of(r))]))
         for one in sides[-1]:
@@ -809,6 +814,9 @@ def dpo(c):
     # an element: one prompt with its answers, each with its label, log pi_ref and length
     sides = []
     for records in read(c.data):
+        records = [r for r in records  # with every answer that it has
+                   if all(len(answer_row(tokenizer, r["prompt"], t)[0]) <= block
+                          for t in texts_in(r))]
         singles = [dict(prompt=r["prompt"], completions=[r["completion"]], pairs=[],
                         labels=[1 if r["label"] else -1]) for r in records if "label" in r]
         side = singles + merged([r for r in records if "label" not in r])
@@ -819,8 +827,8 @@ def dpo(c):
                                  for n in range(len(one["rows"]))]
             one["best"] = [n for n, label in enumerate(one["labels"])
                            if label > 0 and all(j != n for _, j in one["pairs"])]
-        sides.append([one for one in side if all(len(ids) <= block for ids, _ in one["rows"])])
-        for one in sides[-1]:
+        sides.append(side)
+        for one in side:
             with torch.no_grad():
                 one["ref"] = [reference.logp(row).sum().item() for row in one["rows"]]
     train, held_out = sides

@@ -1,8 +1,14 @@
 """The documents say what the code says."""
 
+import ast
+import dataclasses
+import importlib
 import re
 
 import pytest
+
+import cli
+import trace
 from conftest import ROOT
 
 CHOICES = (ROOT / "docs" / "choices.md").read_text()
@@ -55,3 +61,65 @@ def test_the_numbers_of_dpo_quoted_as_ours_are_the_defaults():
     config = Config()
     assert (config.epochs, config.grad_clip, config.label_smoothing) == (1, 1.0, 0.1)
     assert (config.desirable, config.undesirable, config.nll) == (1.0, 1.0, 0.0)
+
+
+# --- links and commands --------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "data").rglob("*.md"))]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("studies/*.py"), *ROOT.glob("data/*.py")]
+COMMAND = re.compile(r"python (-m data\.\w+|[\w/]+\.py)((?: +(?:--[a-z_]+=(?:\"[^\"]*\"|[^\s`\"]+)|"
+                     r"[a-z]+(?![\w.])))*)")
+
+
+def commands():
+    """(page, script, flags) of every command that a page or a docstring shows."""
+    for path in [*PAGES, *SOURCES]:
+        text = path.read_text()
+        if path.suffix == ".py":
+            text = ast.get_docstring(ast.parse(text)) or ""
+        for script, rest in COMMAND.findall(text):
+            yield path.name, script, rest.split("  #")[0]
+
+
+def anchors(path):
+    """The names that a link may give behind #: those of the headings, as the web page makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_resolves(page):
+    # catches a page that was moved, a heading that was renamed
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_every_command_parses():
+    # catches a flag that was renamed, a value out of range, a script that is gone
+    seen = set()
+    for page, script, rest in commands():
+        seen.add((page, script))
+        flags = re.findall(r"--([a-z_]+)=(\"[^\"]*\"|\S+)", rest)
+        if script.startswith("tests/"):
+            assert (ROOT / script).is_file(), script
+            continue
+        if script == "trace.py":
+            if not rest:  # `python trace.py STAGE`
+                continue
+            assert rest.split()[0] in trace.STAGES, (page, rest)
+            script = f"{rest.split()[0]}.py"
+        name = script.removeprefix("-m ").removesuffix(".py").replace("/", ".")
+        config = importlib.import_module(name).Config
+        for flag, value in flags:
+            value = value.strip('"')
+            if re.search(r"\.\.\.|^[A-Z]+$", value):  # a placeholder
+                assert flag in {f.name for f in dataclasses.fields(config)}, (page, script, flag)
+            else:
+                cli.read_flags(config, [f"--{flag}={value}"])
+    assert len(seen) > 40 and ("README.md", "ppo.py") in seen and ("grpo.py", "grpo.py") in seen

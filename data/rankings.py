@@ -1,0 +1,73 @@
+"""Rankings, pairs and labels as reward.py and dpo.py train on them: a prompt, all its answers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cli import UserError, progress
+from data.records import (check_ranking, collate, encode_ranking, fits, merge_rankings,
+                          read_sides)
+
+
+@dataclass
+class Element:
+    """One prompt with all its answers: each passes through the network once, however many pairs."""
+
+    rows: list  # ids of prompt + answer, for each answer
+    masks: list  # 1 on the answer's tokens, EOS included
+    pairs: list  # (i, j), answer i preferred to j
+    labels: list  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
+    best: list  # answers that no other beats
+    record: dict = None  # what it was made from: "prompt", "completions", "pairs", "gold"
+    ref: list = None  # log pi_ref of each answer, nats per sequence (dpo.py)
+
+
+def make_element(tokenizer, record):
+    """An Element from what `merge_rankings` returns, or from a single labelled answer.
+
+    In a ranking an answer is desirable where it wins more pairs than it loses.
+    """
+    rows, masks = encode_ranking(tokenizer, record)
+    pairs = record["pairs"]
+    wins = [sum((n == i) - (n == j) for i, j in pairs) for n in range(len(rows))]
+    labels = record.get("labels") or [int(np.sign(w)) for w in wins]
+    lost = {j for _, j in pairs}
+    return Element(rows, masks, pairs, labels,
+                   [n for n in range(len(rows)) if n not in lost and labels[n] > 0], record)
+
+
+def load_rankings(path, tokenizer, block_size, check=check_ranking):
+    """A Split of Elements, those of single labelled answers first.
+
+    A ranking with an answer over block_size tokens is dropped whole: cut, it would have no EOS.
+    """
+    def encode(name, records):
+        records = [r if "completions" in r else dict(
+            prompt=r["prompt"], completions=[r["completion"]], pairs=[],
+            labels=[1 if r["label"] else -1]) for r in records]
+        records = fits(f"{name} rankings", records, block_size,
+                       lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
+        merged = merge_rankings([r for r in records if "labels" not in r])
+        singles = [r for r in records if "labels" in r]
+        if not singles + merged:
+            raise UserError(f"--data={path}: no {name} ranking is left to use")
+        return [make_element(tokenizer, r) for r in progress(singles + merged, "tokens")]
+
+    return read_sides(path, check).each(encode)
+
+
+def all_rows(elements):
+    """(rows, masks) of every answer of every Element, in order."""
+    return [[x for e in elements for x in getattr(e, name)] for name in ("rows", "masks")]
+
+
+def batch_pairs(elements, pad, device):
+    """(tokens (n, T), mask (n, T), winners, losers): the n answers of all Elements, one after the
+    other, and for every pair the indices of its two."""
+    tokens, mask = (t.to(device) for t in collate(*all_rows(elements), pad))
+    winners, losers, offset = [], [], 0
+    for e in elements:
+        winners += [offset + i for i, _ in e.pairs]
+        losers += [offset + j for _, j in e.pairs]
+        offset += len(e.rows)
+    return tokens, mask, winners, losers
