@@ -165,9 +165,10 @@ def as_text(value):
 
 
 def help_text(config_class):
-    """What the script is for, its examples, and every flag with its default and its comment."""
+    """What the script is for, examples, record formats, every flag with default and comment."""
     doc = inspect.getdoc(sys.modules[config_class.__module__])
-    lines = [doc.split("\n")[0], "", *(line for line in doc.split("\n") if "python " in line)]
+    lines = [doc.split("\n")[0], "", *(line for line in doc.split("\n")
+                                       if re.match(r" +(python |\{\")", line))]
     default = {f.name: f.default for f in dataclasses.fields(config_class)}
     for owner in [c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]:
         source = inspect.getsource(owner)

@@ -130,7 +130,7 @@ class Run:
     First row of the log: config, parents, versions, device. Then a row per logged step; their keys
     are frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row:
     final. parents: {stage: hash} of the checkpoints that the run starts from; the hashes of its
-    data files are added, and save_checkpoint takes them from here.
+    data files are added, and checkpoints carry them all.
     """
 
     def __init__(self, stage, config, device, parents=None, result="model.pt"):
@@ -214,6 +214,10 @@ class Run:
         if keys != set(row):
             raise KeyError(f"log row of kind {kind!r}: keys differ by {keys ^ set(row)}")
         self._write(dict(kind=kind, **row))
+
+    def save_model(self, model, tokenizer, metrics, name="model.pt"):
+        save_checkpoint(self.folder / name, model, self.stage, tokenizer, self.config, metrics,
+                        self.parents)
 
     def finish(self, metrics, then=None):
         """Write the last row; say where the result is, and then which command to type next."""
@@ -299,6 +303,8 @@ def load_checkpoint(path, stages, device="cpu"):
         path = path / "model.pt"
     if not path.is_file():
         folder = path.parent if path.suffix else path
+        if folder.exists():  # nothing may be made in a folder that holds something else
+            raise UserError(f"{folder} holds no checkpoint: there is no {path.name} in it")
         raise UserError(f"no checkpoint at {path}: make one with "
                         + " or ".join(f"`python {s}.py --out={folder}`" for s in stages))
     checkpoint = load_file(path, device)

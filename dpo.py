@@ -11,6 +11,10 @@ a response, EOS included; those of the reference are computed once and kept on d
     python dpo.py                                  # the rankings of label.py
     python dpo.py --loss=simpo                     # or cdpo, ipo, ipo_mean, dpo_norm, kto
     python dpo.py --data=out/data/hh_rlhf.jsonl --init=...      # any file of pairs or rankings
+
+    {"prompt": P, "chosen": text, "rejected": text}          # P is text or a list of turns
+    {"prompt": P, "completions": [text, text, ...], "ranks": [1, 2, ...]}        # 1 is best
+    {"prompt": P, "completion": text, "label": true}         # with --loss=kto
 """
 
 from dataclasses import dataclass
@@ -21,9 +25,11 @@ from cli import NotNegative, Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings, pairs or (kto) labels
     out: str = "out/dpo"  # output folder
     init: str = "out/sft"  # policy to start from; also the reference
+    # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
     beta: Positive[float] | None = None  # pull to the reference; auto: the loss's own, SETTINGS
     lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0; auto: the loss's own
@@ -32,6 +38,7 @@ class Config(cli.Config):
     desirable: NotNegative[float] = 1.0  # kto: weight of the desirable answers
     undesirable: NotNegative[float] = 1.0  # kto: weight of the undesirable ones
     nll: NotNegative[float] = 0.0  # weight of an SFT loss on the best answers, in any loss
+    # --- training
     epochs: Positive[int] = 1
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
     micro_batch: NotNegative[int] = 0  # answers a forward pass; 0: the whole batch at once
@@ -39,6 +46,7 @@ class Config(cli.Config):
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
     reference_cache: str = "out/reference_logps"  # folder for the reference's log-probabilities
+    # --- looking and saving
     temperature: Positive[float] = 1.0  # of the samples in the comparison at the end
     max_new_tokens: Positive[int] = 48  # of these samples
     eval_prompts: Positive[int] = 512  # held-out prompts of the comparison
@@ -377,10 +385,6 @@ def main(config):
                 "loss", "train_loss", "accuracy", "margin", "chosen_reward", "rejected_reward")))
         return metrics
 
-    def save(name, metrics):
-        common.save_checkpoint(run.folder / name, policy, "dpo", tokenizer, config, metrics,
-                               parents=run.parents)
-
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -406,10 +410,10 @@ def main(config):
         epoch, left = divmod(step + 1, steps_per_epoch)
         if left == 0:
             metrics = validate(epoch)
-            save(f"model-epoch{epoch}.pt", metrics)
+            run.save_model(policy, tokenizer, metrics, f"model-epoch{epoch}.pt")
 
     metrics |= compare(policy, reference, tokenizer, prompts, config, run, bool(origin))[0]
-    save("model.pt", metrics)
+    run.save_model(policy, tokenizer, metrics)
     run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
                + ("" if origin else f" --data={config.data}"))
 

@@ -7,6 +7,8 @@ same for any checkpoint, and adds the gold reward by family of prompts and by pa
 
     python evaluate.py                       # out/ppo against out/sft; runs what is missing first
     python evaluate.py --policy=out/dpo --reward_model=out/reward --best_of=4
+
+    {"prompt": P}            # of --data; P is text or a list of turns
 """
 
 from dataclasses import dataclass
@@ -18,12 +20,14 @@ from cli import Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     policy: str = "out/ppo"  # checkpoint to judge
     reference: str = "out/sft"  # what it is compared with, and what the KL is measured to
     reward_model: str = ""  # checkpoint for the scores; "" leaves them out
     data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
     out: str = "out/evaluate"  # output folder: the log with the figures and samples
     eval_prompts: Positive[int] = 512  # held-out prompts
+    # --- answers
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
     resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
     temperature: Positive[float] = 1.0  # of both models

@@ -12,6 +12,8 @@ the trained reward model. Two networks with the verifier, policy and reference; 
     python grpo.py --reward=model                # all embedded prompts, scored by out/reward
     python grpo.py --method=grpo                 # or dr_grpo, dapo: the settings of their papers
     python grpo.py --data=out/data/gsm8k.jsonl --init=...
+
+    {"prompt": P, "answer": "42"}       # for the verifier; P is text or a list of turns
 """
 
 from dataclasses import dataclass
@@ -22,12 +24,14 @@ from cli import NotNegative, Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     data: str = "synthetic"  # prompts: "synthetic" (for the verifier its arithmetic) or a .jsonl
     #                          file of {"prompt", "answer"}; for a reward model any prompts
     out: str = "out/grpo"  # output folder
     init: str = "out/sft"  # policy to start from; also the reference
     reward: str = "verifier"  # "verifier": 1 for the right number, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
+    # --- an iteration
     iterations: Positive[int] = 60
     batch_size: Positive[int] = 256  # responses an iteration
     k: Positive[int] = 8  # responses to a prompt: the group
@@ -36,14 +40,17 @@ class Config(cli.Config):
     micro_batch: NotNegative[int] = 128  # responses a forward pass, of like length; 0: all at once
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
+    # --- training
     lr: Positive[float] = 3e-4  # linear decay to a tenth
     warmup: NotNegative[int] = 5  # iterations
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
+    # --- pretraining text
     ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
-    missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
+    # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
@@ -426,8 +433,7 @@ def main(config):
 
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, verifier=config.reward == "verifier")
-    common.save_checkpoint(run.folder / "model.pt", policy, "grpo", tokenizer, config, metrics,
-                           parents=run.parents)
+    run.save_model(policy, tokenizer, metrics)
     run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
                + ("" if synthetic else f" --data={config.data}"))
 

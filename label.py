@@ -20,14 +20,17 @@ from data.synthetic.people import Labeler
 @dataclass
 class Config(cli.Config):
     out: str = "out/label"  # output folder: rankings.jsonl, card.json
+    # --- data and models
     init: str = "out/sft"  # checkpoint to sample from
     prompts: Positive[int] = 5500  # training prompts
     held_out: Positive[int] = 500  # held-out prompts, ranked for testing only
+    # --- answers
     k: Positive[int] = 6  # answers per prompt
     oversample: NotNegative[int] = 0  # draws per prompt beyond K, so that duplicates can be dropped
     temperature: Positive[float] = 0.7  # of the samples, as Stiennon et al. drew theirs; at 1 a
     #                                     small model slips often, and slips teach little
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    # --- the labeler
     noise: NotNegative[float] = Labeler.noise  # scale of the logistic noise, in units of gold
     length: float = Labeler.length  # bias: for each word
     flattery: float = Labeler.flattery  # bias: for each flattering sentence

@@ -15,6 +15,8 @@ length limit cuts gets a fixed low score; beta is 0.05 for a score whose spread 
     python ppo.py                          # embedded data; runs the stages before it where needed
     python ppo.py --kl_target=4            # adaptive beta that holds the KL at 4 nats a sequence
     python ppo.py --data=out/data/alpaca_eval.jsonl --init=... --reward_model=...
+
+    {"prompt": P}            # P is text or a list of turns; other fields are not read
 """
 
 from dataclasses import dataclass
@@ -25,10 +27,12 @@ from cli import NotNegative, Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
     out: str = "out/ppo"  # output folder
     init: str = "out/sft"  # policy to start from; also the reference
     reward_model: str = "out/reward"  # score, and start of the critic
+    # --- an iteration
     iterations: Positive[int] = 60
     batch_size: Positive[int] = 128  # episodes (responses) an iteration
     minibatches: Positive[int] = 2  # optimiser steps an epoch
@@ -36,11 +40,13 @@ class Config(cli.Config):
     micro_batch: NotNegative[int] = 32  # episodes a forward pass, of like length; 0: all at once
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    # --- training
     lr: Positive[float] = 3e-4  # policy; linear decay to a tenth
     critic_lr: Positive[float] = 3e-4
     warmup: NotNegative[int] = 5  # iterations
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
+    # --- the losses
     gamma: NotNegative[float] = 1.0
     lam: NotNegative[float] = 0.95  # GAE's lambda
     clip: Positive[float] = 0.2  # policy ratio
@@ -53,9 +59,11 @@ class Config(cli.Config):
     entropy_coef: NotNegative[float] = 0.0  # bonus, 0.001 to 0.01 where used
     score_scaling: bool = False  # divide scores by their running standard deviation
     whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
+    # --- pretraining text
     ptx_coef: NotNegative[float] = 0.0  # PPO-ptx: pretraining loss (InstructGPT's weight: 27.8)
     ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
+    # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     best_of: Positive[int] = 4  # compared with the best of n SFT samples by the same reward model
     log_every: Positive[int] = 10  # iterations between sample tables
@@ -448,8 +456,7 @@ def main(config):
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, config.best_of)
     metrics["beta"] = row["beta"]
-    common.save_checkpoint(run.folder / "model.pt", policy, "ppo", tokenizer, config, metrics,
-                           parents=run.parents)
+    run.save_model(policy, tokenizer, metrics)
     run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
                + ("" if synthetic else f" --data={config.data}"))
 

@@ -16,15 +16,18 @@ from cli import NotNegative, Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     data: str = "synthetic"  # "synthetic", a .txt file, or a .jsonl file (all text of its records)
     out: str = "out/pretrain"  # output folder
     init: str = "none"  # checkpoint to go on from; "none" starts from random weights
     tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
+    # --- size of the model, here and nowhere else
     n_layer: Positive[int] = 4  # model size, here and nowhere else; with --init that of the model
     n_head: Positive[int] = 4
     n_embd: Positive[int] = 128
     block_size: Positive[int] = 72  # tokens of context, all of them trained; for every later stage
     dropout: NotNegative[float] = 0.0
+    # --- training
     steps: Positive[int] = 950  # optimiser steps
     batch_size: Positive[int] = 27  # sequences a step, of block_size predictions each
     micro_batch: NotNegative[int] = 0  # sequences a forward pass; 0 takes the whole batch
@@ -193,8 +196,7 @@ def main(config):
     model.eval()
     if config.data == "synthetic":
         metrics.update(base_gold(model, tokenizer, config, run, device))
-    common.save_checkpoint(run.folder / "model.pt", model, "pretrain", tokenizer, config, metrics,
-                           parents=run.parents)
+    run.save_model(model, tokenizer, metrics)
     say(f"\nHeld-out loss {metrics['loss']:.3f} nats a token, perplexity "
         f"{metrics['perplexity']:.2f}"
         + (f"; gold of the continuations {metrics['gold']:.2f}" if "gold" in metrics else ""))

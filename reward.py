@@ -13,6 +13,9 @@ beta, the missing-EOS penalty and the critic mean the same in every run.
 
     python reward.py                                              # the rankings of label.py
     python reward.py --data=out/data/hh_rlhf.jsonl --init=...     # any file of pairs or rankings
+
+    {"prompt": P, "chosen": text, "rejected": text}          # P is text or a list of turns
+    {"prompt": P, "completions": [text, text, ...], "ranks": [1, 2, ...]}        # 1 is best
 """
 
 from dataclasses import dataclass
@@ -23,12 +26,14 @@ from cli import NotNegative, Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings or pairs
     out: str = "out/reward"  # output folder
     init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
     demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
     #                      for the embedded data, else training answers that won a pair
     pretrain_mix: NotNegative[float] = 0.5  # weight of the text's loss, as in sft.py; embedded data
+    # --- training
     epochs: Positive[int] = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
     micro_batch: NotNegative[int] = 0  # answers a forward pass; 0: the whole batch at once
@@ -36,6 +41,7 @@ class Config(cli.Config):
     warmup: NotNegative[int] = 10  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
+    # --- samples and saving
     max_new_tokens: Positive[int] = 48  # SFT samples for the scale
     samples: Positive[int] = 512  # how many, and how many demonstrations
     save_every: Positive[int] = 100  # steps between saved states
@@ -52,7 +58,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from cli import plus_minus, progress, say
+from cli import note, plus_minus, progress, say
 from data import batches
 from data.rankings import all_rows, batch_pairs, load_rankings
 from data.records import (check_demonstration, choose, embedded, encode_messages, fits, prompt_key,
@@ -206,6 +212,9 @@ def main(config):
                                    bar="samples")
     del policy
     complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
+    if len(complete) < len(samples):
+        note(f"samples for the scale: dropped {len(samples) - len(complete)} of {len(samples)}, "
+             f"without EOS within {config.max_new_tokens} tokens")
     if len(complete) < 2:
         raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
                         f"within {config.max_new_tokens} tokens: too few to measure the scale on")
@@ -266,8 +275,7 @@ def main(config):
                     demo_score=float(score(*zip(*zero)).mean()),
                     sft_score=float((sample_scores.mean() - model.shift.item())
                                     / model.scale.item()))
-    common.save_checkpoint(run.folder / "model.pt", model, "reward", tokenizer, config, metrics,
-                           parents=run.parents)
+    run.save_model(model, tokenizer, metrics)
     cell = lambda name: plus_minus(metrics[name], metrics[f"{name}_se"])
     say(f"\nOf {metrics['pairs']:,} held-out pairs the reward model orders a share of "
         f"{cell('accuracy')} as their labels do\n(by \"the longer one wins\" {cell('longer_wins')}"

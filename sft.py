@@ -7,6 +7,9 @@ stop. Every assistant turn of a dialogue is scored.
 
     python sft.py                                            # the embedded data
     python sft.py --data=out/data/alpaca.jsonl --init=...    # any file of demonstrations
+
+    {"prompt": P, "completion": text}       # a demonstration; P is text or a list of turns
+    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
 """
 
 from dataclasses import dataclass
@@ -17,12 +20,14 @@ from cli import NotNegative, Positive, UserError
 
 @dataclass
 class Config(cli.Config):
+    # --- data and models
     data: str = "synthetic"  # "synthetic" or a .jsonl file of demonstrations
     out: str = "out/sft"  # output folder
     init: str = "out/pretrain"  # checkpoint to start from
     demos: Positive[int] = 6000  # embedded data: number of demonstrations
     quality: NotNegative[float] = 0.5  # embedded data: of the contractors, 0 careless, 1 careful
     safety: NotNegative[float] = 1.0  # embedded data: share kept of those on harmful prompts
+    # --- training
     epochs: Positive[int] = 3
     pretrain_mix: NotNegative[float] = 0.5  # weight of the loss on half as many rows of text
     pretrain_data: str | None = None  # the text, a .txt or .jsonl file; auto: that of embedded data
@@ -32,6 +37,7 @@ class Config(cli.Config):
     warmup: NotNegative[int] = 10  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
+    # --- looking and saving
     max_new_tokens: Positive[int] = 48  # of the samples that are looked at
     samples: Positive[int] = 512  # how many of them
     save_every: Positive[int] = 100  # steps between saved states
@@ -156,10 +162,6 @@ def main(config):
             shorten(s["text"], 100) for s in samples[:3]]}) + "\n")
         return metrics
 
-    def save(name, metrics):
-        common.save_checkpoint(run.folder / name, model, "sft", tokenizer, config, metrics,
-                               parents=run.parents)
-
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)
     micro_batch = config.micro_batch or config.batch_size
@@ -205,10 +207,10 @@ def main(config):
             bar.set_postfix(loss=f"{value:.3f}")
         if i + 1 == steps_per_epoch:
             metrics = validate(epoch + 1)
-            save(f"model-epoch{epoch + 1}.pt", metrics)
+            run.save_model(model, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
 
     # The last epoch is the default: held-out loss is at its lowest earlier, gold reward later.
-    save("model.pt", metrics)
+    run.save_model(model, tokenizer, metrics)
     run.finish(metrics, f"python label.py --init={config.out}" if config.data == "synthetic" else
                f"python reward.py --init={config.out} --data=PAIRS.jsonl")
 

@@ -83,7 +83,7 @@ def commands():
 
 
 def anchors(path):
-    """The names that a link may give behind #: those of the headings, as the web page makes them."""
+    """What a link may name behind #: the headings, as a web page of the text names them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
