@@ -68,9 +68,9 @@ import torch.nn.functional as F
 import common
 from cli import note, progress, say
 from data import batches
-from data.rankings import all_rows, batch_pairs, load_rankings
+from data.load import all_rows, batch_pairs, load_prompts, load_rankings
 from data.records import check_ranking, check_ranking_or_label, choose, embedded
-from evaluate import check_start, compare, load_networks, load_prompts, sequence_logprobs
+from evaluate import check_start, compare, load_networks, sequence_logprobs
 from model import autocast, token_logprobs
 
 # beta and learning rate of each loss where the flags leave them open: those of dpo and ipo from a
@@ -185,7 +185,7 @@ def kl_baseline(seq_logp, ref_seq_logp):
 
 
 def load_data(config, tokenizer, block_size):
-    """A Split of Elements, as data/rankings.py makes them."""
+    """A Split of Elements, as data/load.py makes them."""
     check = check_ranking_or_label if config.loss == "kto" else check_ranking
 
     def labelled(name, elements):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import cli
-from cli import Positive, UserError
+from cli import Positive
 
 
 @dataclass
@@ -41,11 +41,12 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import numpy as np
 
 import common
-from cli import progress, say
+from cli import say
 from data import batches
-from data.records import check_prompt, choose, distinct, fits, question, read_side
+from data.load import load_prompts
+from data.records import question
 from data.synthetic.gold import PARTS, gold_reward, parts
-from data.synthetic.world import FAMILIES, lookup, sample_prompts
+from data.synthetic.world import FAMILIES, lookup
 from data.verifier import is_right
 from model import token_logprobs
 from reward import load_reward_model
@@ -70,28 +71,6 @@ def load_networks(config, device, reward_model=True):
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, judge.gpt.config.block_size)
     return policy, reference, judge, tokenizer, parents, block_size
-
-
-def load_prompts(data, side, count, tokenizer, room, seed=0, families=FAMILIES,
-                 check=check_prompt):
-    """[(text or turns, ids, answer or None)] of the "training" or the "held-out" side.
-
-    data: "synthetic" or a .jsonl file. Of held-out prompts `count` (the embedded ones are the same
-    in every stage), of training prompts all that a file has. Those over `room` tokens are dropped.
-    """
-    held_out = side == "held-out"
-    if data == "synthetic":
-        records = [dict(prompt=p.text, answer=p.answer)
-                   for p in sample_prompts(count, held_out, seed, families)]
-    else:
-        records = read_side(data, check, side)
-        records = choose(distinct(records), count) if held_out else records
-    encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
-               for r in progress(records, "tokens")]
-    kept = fits(f"{side} prompts", encoded, room, lambda e: len(e[1]))
-    if not kept:
-        raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
-    return kept
 
 
 def check_start(log_ratio, kl=None, limit=1e-4):

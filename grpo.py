@@ -80,12 +80,12 @@ import torch
 import common
 from cli import progress, say
 from data import batches
+from data.load import load_prompts
 from data.records import check_answer, check_prompt
 from data.synthetic.world import FAMILIES
 from data.text import text_rows
 from data.verifier import is_right
-from evaluate import (check_start, compare, load_networks, load_prompts, rollout_metrics,
-                      show_samples)
+from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
 from model import autocast, generate, text_loss, token_logprobs, token_stats
 from reward import score_batch
 

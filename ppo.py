@@ -81,9 +81,9 @@ import torch.nn as nn
 import common
 from cli import progress
 from data import batches
+from data.load import load_prompts
 from data.text import text_rows
-from evaluate import (check_start, compare, load_networks, load_prompts, rollout_metrics,
-                      show_samples)
+from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
 from model import GPT, autocast, generate, text_loss, token_stats, trim
 from reward import score_batch
 

@@ -60,7 +60,7 @@ import torch.nn.functional as F
 import common
 from cli import note, plus_minus, progress, say
 from data import batches
-from data.rankings import all_rows, batch_pairs, load_rankings
+from data.load import all_rows, batch_pairs, load_rankings
 from data.records import (check_demonstration, choose, embedded, encode_messages, fits, prompt_key,
                           question, read_side)
 from data.synthetic.people import demonstrations
@@ -129,7 +129,7 @@ def score_batch(score, tokens, mask, size):
 
 
 def evaluate(model, elements, pad, device, noise=None):
-    """The reward model's report card on held-out rankings, Elements of data/rankings.py.
+    """The reward model's report card on held-out rankings, Elements of data/load.py.
 
     accuracy: share of labelled pairs ordered as the label says, with its standard error, clustered
     by question; beside it the baselines "longer wins" and "shorter wins" (characters).

@@ -44,10 +44,10 @@ import ppo
 import reward
 import sft
 from data import batches
-from data.rankings import all_rows, load_rankings
+from data.load import all_rows, load_prompts, load_rankings
 from data.records import collate
 from data.text import text_rows
-from evaluate import load_networks, load_prompts, sequence_logprobs
+from evaluate import load_networks, sequence_logprobs
 from model import autocast, token_logprobs, token_stats
 
 

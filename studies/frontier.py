@@ -52,9 +52,10 @@ import grpo
 import ppo
 from common import ROOT, clustered_se
 from data import batches
+from data.load import load_prompts
 from data.records import embedded, file_hash, question
 from data.synthetic.gold import gold_reward
-from evaluate import load_prompts, response_rows
+from evaluate import response_rows
 from reward import load_reward_model
 
 # name: (stage, its settings, beta). In PPO and GRPO beta is in units of the score, in DPO in units

@@ -1,12 +1,35 @@
-"""Rankings, pairs and labels as reward.py and dpo.py train on them: a prompt, all its answers."""
+"""What the stages after SFT read, as token ids: prompts; rankings, a prompt with all its answers."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from cli import UserError, progress
-from data.records import (check_ranking, collate, encode_ranking, fits, merge_rankings,
-                          read_sides)
+from data.records import (check_prompt, check_ranking, choose, collate, distinct, encode_ranking,
+                          fits, merge_rankings, read_side, read_sides)
+from data.synthetic.world import FAMILIES, sample_prompts
+
+
+def load_prompts(data, side, count, tokenizer, room, seed=0, families=FAMILIES,
+                 check=check_prompt):
+    """[(text or turns, ids, answer or None)] of the "training" or the "held-out" side.
+
+    data: "synthetic" or a .jsonl file. Of held-out prompts `count` (the embedded ones are the same
+    in every stage), of training prompts all that a file has. Those over `room` tokens are dropped.
+    """
+    held_out = side == "held-out"
+    if data == "synthetic":
+        records = [dict(prompt=p.text, answer=p.answer)
+                   for p in sample_prompts(count, held_out, seed, families)]
+    else:
+        records = read_side(data, check, side)
+        records = choose(distinct(records), count) if held_out else records
+    encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
+               for r in progress(records, "tokens")]
+    kept = fits(f"{side} prompts", encoded, room, lambda e: len(e[1]))
+    if not kept:
+        raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
+    return kept
 
 
 @dataclass
