@@ -10,7 +10,7 @@ network, started from the reward model). The optimum depends on beta: pi* ~ pi_r
 
 Where it differs from InstructGPT (section 3.4 and appendix C.4): an iteration's episodes are used
 for two epochs, not one; no pretraining loss unless --ptx_coef asks for it; a response that the
-length limit cuts gets a fixed low score; beta is 0.05 for a score whose spread is 1, theirs 0.02.
+length limit cuts gets a fixed low score; beta is 0.1 for a score of standard deviation 1, theirs 0.02.
 
     python ppo.py                          # embedded data; runs the stages before it where needed
     python ppo.py --kl_target=4            # adaptive beta that holds the KL at 4 nats a sequence
@@ -51,7 +51,7 @@ class Config(cli.Config):
     lam: NotNegative[float] = 0.95  # GAE's lambda
     clip: Positive[float] = 0.2  # policy ratio
     value_clip: Positive[float] = 0.2
-    beta: NotNegative[float] = 0.05  # KL coefficient, in units of score per nat
+    beta: NotNegative[float] = 0.1  # KL coefficient, in units of score per nat
     kl_in: str = "reward"  # "reward": k1 on every token; "loss": closed form per state
     kl_target: NotNegative[float] = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler)
     kl_horizon: Positive[float] = 1000.0  # episodes; how fast beta adapts

@@ -1,4 +1,4 @@
-"""What the stages after SFT read, as token ids: prompts; rankings, a prompt with all its answers."""
+"""What the stages after SFT read, as token ids: prompts, and rankings with all their answers."""
 
 from dataclasses import dataclass
 

@@ -36,7 +36,7 @@ def test_the_numbers_quoted_as_ours_are_the_defaults():
     from ppo import Config
     config = Config()
     assert (config.gamma, config.lam, config.clip, config.value_clip) == (1.0, 0.95, 0.2, 0.2)
-    assert (config.beta, config.missing_eos, config.temperature) == (0.05, -3.0, 1.0)
+    assert (config.beta, config.missing_eos, config.temperature) == (0.1, -3.0, 1.0)
     assert (config.minibatches, config.epochs, config.warmup) == (2, 2, 5)
     assert config.whiten and config.kl_in == "reward" and config.kl_target == 0
     assert (config.adam_eps, config.entropy_coef, config.ptx_coef) == (1e-5, 0.0, 0.0)

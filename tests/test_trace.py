@@ -115,14 +115,14 @@ def test_ppo(folder, flags):
     check_logp(folder, t, "ref_logp", float(options.get("temperature", 1)))
     gamma, lam = float(options.get("gamma", 1)), float(options.get("lam", 0.95))
     mean, std = number(output, "mean"), number(output, ", std")
-    assert number(output, "beta =") == 0.05
+    assert number(output, "beta =") == 0.1
     assert rows[-1]["score"] is not None
     assert (rows[-1]["text"] == "EOS") == ("of the reward model" in output)
     next_value = next_advantage = next_kl = policy = critic = 0.0
     for r in reversed(rows):
         score = r["score"] or 0.0  # "-" everywhere but on the last action
         kl = next_kl if "kl_in" in options else r["old_logp"] - r["ref_logp"]
-        assert r["kl_term"] == near(-0.05 * kl)
+        assert r["kl_term"] == near(-0.1 * kl)
         assert r["reward"] == near(r["kl_term"] + score)
         delta = r["reward"] + gamma * next_value - r["value"]
         assert r["advantage"] == near(delta + gamma * lam * next_advantage)
@@ -138,7 +138,7 @@ def test_ppo(folder, flags):
         next_kl = r.get("exact_kl", 0.0)
     loss = policy + critic
     if "kl_in" in options:
-        loss += 0.05 * sum(r["kl"] for r in rows) - 0.1 * sum(r["entropy"] for r in rows)
+        loss += 0.1 * sum(r["kl"] for r in rows) - 0.1 * sum(r["entropy"] for r in rows)
     assert number(output, r"loss     = [^=]*= .* =") == near(loss / len(rows))
     assert max(abs(r["ratio"] - 1) for r in rows) > 0.01  # after updates, away from the reference
     assert max(abs(r["old_logp"] - r["ref_logp"]) for r in rows) > 0.01
