@@ -66,7 +66,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from cli import note, progress, say
+from cli import progress, say
 from data import batches
 from data.load import all_rows, batch_pairs, load_prompts, load_rankings
 from data.records import check_ranking, check_ranking_or_label, choose, embedded
@@ -360,6 +360,9 @@ def main(config):
                            config.eval_prompts, tokenizer, block_size - config.max_new_tokens)
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    common.say_warmup(steps, config.warmup)
     run = common.Run("dpo", config, device, parents)
     pairs = sum(len(e.pairs) for e in train)
     print(f"{policy.num_params():,} parameters\n{config.data}"
@@ -367,8 +370,8 @@ def main(config):
           f"pairs, {len(held_out)} prompts held out")
     if config.loss == "kto":
         n = [sum(e.labels.count(x) for e in train) for x in (1, -1)]
-        note(f"{n[0]} desirable and {n[1]} undesirable answers, weighted {config.desirable} : "
-             f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
+        print(f"{n[0]} desirable and {n[1]} undesirable answers, weighted {config.desirable} : "
+              f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
     watched = choose(train, len(held_out), lambda e: e.rows)
@@ -387,9 +390,6 @@ def main(config):
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
-    steps_per_epoch = -(-len(train) // config.batch_size)
-    steps = config.epochs * steps_per_epoch
-    common.say_warmup(steps, config.warmup)
     state = run.load_state(policy=policy, optimizer=optimizer)
     first, metrics = state.get("step", 0), state.get("metrics") or validate(0)
     bar = progress(range(first, steps), "dpo", initial=first, total=steps)

@@ -38,10 +38,12 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+import sys
+
 import numpy as np
 
 import common
-from cli import say
+from cli import note, say
 from data import batches
 from data.load import load_prompts
 from data.records import question
@@ -106,9 +108,7 @@ def rollout_metrics(batch, prompts, texts, beta, clock, synthetic):
             seq_kl.cpu().numpy(), [question(p, synthetic) for p in prompts])
         row = dict(objective=row["objective"] - beta * kl, kl=kl, kl_se=se,
                    kl_per_token=seq_kl.sum().item() / n_tokens)
-        if kl < -3 * se - 1e-3:  # a mean of k1 may be below 0 by chance, but not so far
-            say(f"warning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
-                "samples and log-probabilities disagree")
+        warn_of_negative_kl(kl, se)
     row |= dict(
         entropy=batch["entropy"].sum().item() / n_tokens, length=lengths.mean().item(),
         length_min=lengths.min().item(), length_max=lengths.max().item(),
@@ -118,6 +118,13 @@ def rollout_metrics(batch, prompts, texts, beta, clock, synthetic):
     if synthetic:  # for the log only: training never sees the gold reward
         row["gold"] = float(np.mean([gold_reward(p, t) for p, t in zip(prompts, texts)]))
     return row
+
+
+def warn_of_negative_kl(kl, se):
+    """A mean of k1 may fall below 0 by chance, but not by three of its standard errors."""
+    if kl < -3 * se - 1e-3:
+        note(f"warning: measured KL {kl:.3f} is below 0 by more than three standard errors: "
+             "samples and log-probabilities disagree", sys.stderr)
 
 
 def show_samples(run, step, prompts, texts, **columns):

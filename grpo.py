@@ -223,14 +223,18 @@ def rollout(policy, train, tokenizer, config, step):
     return [train[i] for i in chosen for _ in range(config.k)], texts, tokens, mask, finished
 
 
+def verify(texts, finished, answers):
+    """1.0 for every finished response that ends on the right number, else 0.0: a list."""
+    return [float(f and is_right(t, a)) for t, f, a in zip(texts, finished, answers)]
+
+
 def judge(reward_model, prompts, texts, tokens, mask, finished, config):
-    """Score of every response, (B,), by the reward model or by the verifier: 1.0 for a finished
-    response that ends on the right number, else 0.0. Arguments as `rollout` returns them."""
+    """Score of every response, (B,), by the reward model or by the verifier; the arguments as
+    `rollout` returns them."""
     if config.reward == "model":
         return score_batch(reward_model, tokens, mask, config.micro_batch)
-    right = [float(done and is_right(text, answer))
-             for done, text, (_, _, answer) in zip(finished.tolist(), texts, prompts)]
-    return torch.tensor(right, device=tokens.device)
+    return torch.tensor(verify(texts, finished.tolist(), [answer for _, _, answer in prompts]),
+                        device=tokens.device)
 
 
 def prepare(policy, reference, tokens, mask, finished, score, config):
@@ -352,6 +356,8 @@ def resolve(config):
                         f"at least 2, and of --minibatches={config.minibatches}")
     asked = config.kl_estimator
     chosen = dict(clip_high=config.clip, kl_estimator="k2") | METHODS[config.method]
+    if config.method == "rloo" and config.reward == "model":
+        chosen["beta"] = 0.1  # its scores spread twice as far as those of right and wrong
     config = dataclasses.replace(config, **{name: value for name, value in chosen.items()
                                             if getattr(config, name) is None})
     if config.kl_in == "reward" and asked:
@@ -381,11 +387,11 @@ def main(config):
     text = None  # rows of pretraining text, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
+    common.say_warmup(config.iterations, config.warmup)
     run = common.Run("grpo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters\n{len(train):,} prompts of {config.data}, "
           f"{len(held_out)} held out")
 
-    common.say_warmup(config.iterations, config.warmup)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     first = run.load_state(policy=policy, optimizer=optimizer).get("step", 0)
     bar = progress(range(first, config.iterations), "grpo", initial=first, total=config.iterations)

@@ -10,7 +10,7 @@ network, started from the reward model). The optimum depends on beta: pi* ~ pi_r
 
 Where it differs from InstructGPT (section 3.4 and appendix C.4): an iteration's episodes are used
 for two epochs, not one; no pretraining loss unless --ptx_coef asks for it; a response that the
-length limit cuts gets a fixed low score; beta is 0.1 for a score of standard deviation 1, theirs 0.02.
+length limit cuts gets a fixed low score; beta is 0.1, for scores of standard deviation 1.
 
     python ppo.py                          # embedded data; runs the stages before it where needed
     python ppo.py --kl_target=4            # adaptive beta that holds the KL at 4 nats a sequence
@@ -395,12 +395,12 @@ def main(config):
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
         text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
+    common.say_warmup(config.iterations, config.warmup)
     run = common.Run("ppo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters, reward model and critic "
           f"{reward_model.gpt.num_params():,} each\n"
           f"{len(train):,} prompts of {config.data}, {len(held_out)} held out")
 
-    common.say_warmup(config.iterations, config.warmup)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     critic_optimizer = common.adamw([critic], config.critic_lr, eps=config.adam_eps)
     kept = dict(policy=policy, critic=critic, optimizer=optimizer,

@@ -138,6 +138,7 @@ def main(config):
                      config.seed)
     n = max(1, min(256, len(rows) // 50))
     data = Split(rows[:-n], rows[-n:].to(device))
+    common.say_warmup(config.steps, config.warmup)
     run = common.Run("pretrain", config, device, parents)
     print(f"{model.num_params():,} parameters\n{data.train.numel():,} tokens of {config.data} text "
           f"in rows of {data.train.shape[1]}, {len(data.held_out)} rows held out")
@@ -156,7 +157,6 @@ def main(config):
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
     adamw = common.adamw([model], config.lr, config.weight_decay, without=matrices)
     muon = Muon(matrices, config.muon_lr, config.weight_decay)
-    common.say_warmup(config.steps, config.warmup)
     micro_batch = config.micro_batch or config.batch_size
     first = run.load_state(model=model, adamw=adamw, muon=muon).get("step", 0)
     bar = progress(range(first, config.steps), "pretrain", initial=first, total=config.steps)

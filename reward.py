@@ -218,6 +218,9 @@ def main(config):
     if len(complete) < 2:
         raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
                         f"within {config.max_new_tokens} tokens: too few to measure the scale on")
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    common.say_warmup(steps, config.warmup)
     run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(e.pairs) for e in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{config.data}"
@@ -226,9 +229,6 @@ def main(config):
 
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)
-    steps_per_epoch = -(-len(train) // config.batch_size)
-    steps = config.epochs * steps_per_epoch
-    common.say_warmup(steps, config.warmup)
     first = run.load_state(model=model, optimizer=optimizer).get("step", 0)
     bar = progress(range(first, steps), "reward", initial=first, total=steps)
     for step in bar:

@@ -121,6 +121,9 @@ def main(config):
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no held-out prompt leaves "
                         f"that much room in the context of {model.config.block_size}")
     texts, ids = zip(*asked)
+    steps_per_epoch = -(-len(data.train) // config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    common.say_warmup(steps, config.warmup)
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
     print(f"{model.num_params():,} parameters\n{len(data.train):,} dialogues of {config.data}, "
           f"{len(data.held_out)} held out; text mixed in: {source if text is not None else 'none'}")
@@ -165,9 +168,6 @@ def main(config):
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([model], config.lr, config.weight_decay)
     micro_batch = config.micro_batch or config.batch_size
-    steps_per_epoch = -(-len(data.train) // config.batch_size)
-    steps = config.epochs * steps_per_epoch
-    common.say_warmup(steps, config.warmup)
     state = run.load_state(model=model, optimizer=optimizer)
     first, metrics = state.get("step", 0), state.get("metrics") or validate(0)
     bar = progress(range(first, steps), "sft", initial=first, total=steps)

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import cli  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # tiny products: a second thread costs more than it brings
@@ -31,6 +32,11 @@ def tiny():
         # scale, or the biases drown the input and greedy text is one token for ever
         torch.nn.init.normal_(p, mean=float("ln_" in name and name.endswith("weight")), std=0.3)
     return model
+
+
+@pytest.fixture(autouse=True)
+def no_notes_of_another_test():
+    cli.NOTES.clear()
 
 
 @pytest.fixture

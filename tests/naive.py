@@ -1110,6 +1110,8 @@ def episode_loss(policy, reference, critic, e, beta, c):
 
 def grpo(c):
     method = dict(clip_high=c.clip, kl_estimator="k2") | METHODS[c.method]
+    if c.method == "rloo" and c.reward == "model":
+        method["beta"] = 0.1
     pick = lambda name: method[name] if getattr(c, name) is None else getattr(c, name)
     advantage, aggregate, drop, kl_in, clip_high, beta, estimator = map(pick, (
         "advantage", "aggregate", "drop", "kl_in", "clip_high", "beta", "kl_estimator"))

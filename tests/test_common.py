@@ -77,6 +77,57 @@ def test_numbers_out_of_range(argv, message):
     assert read_flags(Config, ["--lr=0", "--steps=1", "--bonus=-3"]).bonus == -3
 
 
+def test_flags_that_may_be_left_open():
+    # catches "auto" that is refused, or lets a bad number pass
+    @dataclass
+    class Config:
+        beta: cli.NotNegative[float] | None = None  # the method's own
+        drop: bool | None = None
+
+    assert read_flags(Config, []) == read_flags(Config, ["--beta=auto", "--drop=auto"])
+    assert read_flags(Config, ["--beta=0", "--drop=false"]) == Config(0.0, False)
+    for argv, message in ((["--beta=-1"], "must not be negative"),
+                          (["--drop=None"], "true or false"), (["--beta=none"], "a number")):
+        with pytest.raises(UserError, match=message):
+            read_flags(Config, argv)
+    assert cli.as_text(None) == "auto" and cli.as_text(True) == "true"
+
+
+def test_notes_are_kept_in_the_log(tmp_path, capsys):
+    # catches what was dropped and said on the terminal only; notes that a resumed run repeats
+    cli.note("training prompts: dropped 2 of 5")
+    run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
+    run.save_state(step=1)
+    cli.note("warning: KL below 0")
+    run.log(loss=1.0)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in rows] == ["config", "note", "step", "note"]
+    assert rows[1]["text"] == "training prompts: dropped 2 of 5"
+    cli.note("training prompts: dropped 2 of 5")
+    run = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+    run.load_state()
+    run.finish(dict(loss=0.5))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in rows] == ["config", "note", "final"]
+    assert capsys.readouterr().out.count("dropped 2 of 5") == 2
+
+
+def test_seconds_count_all_sessions(tmp_path, monkeypatch):
+    # catches a resumed run that says it took the time of its last session
+    clock = [1000.0]
+    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+    run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
+    clock[0] += 50
+    run.save_state(step=1)
+    clock[0] += 3000  # interrupted
+    run = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+    run.load_state()
+    clock[0] += 7
+    run.finish({})
+    rows = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["seconds"] == 57
+
+
 def test_help_shows_every_field_with_its_comment():
     # catches undocumented flags, a comment over two lines that is cut, a field shown twice
     shown = cli.help_text(Config)
@@ -205,7 +256,7 @@ def test_log_keys_are_frozen(tmp_path):
     run.log(loss=1.0, step=0)
     with pytest.raises(KeyError, match="lss"):
         run.log(lss=1.0, step=1)
-    run.finish(loss=0.5)
+    run.finish(dict(loss=0.5))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in rows] == ["config", "step", "final"]
     assert rows[0]["config"]["steps"] == 10 and "torch" in rows[0]["versions"]
@@ -227,6 +278,7 @@ def test_checkpoint_round_trip(tmp_path):
     model = checkpoint(tmp_path / "model.pt", dropout=0.1)
     loaded, tokenizer, content = common.load_policy(tmp_path, ("sft",), torch.device("cpu"))
     assert tokenizer.name == "synthetic" and content["metrics"]["loss"] == 1.0
+    assert "weights" not in content  # or they would be in memory twice
     assert loaded.config.dropout == 0.0 and not loaded.training  # no dropout after pretraining
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(loaded(tokens), model(tokens))
@@ -236,8 +288,10 @@ def test_checkpoint_round_trip(tmp_path):
 def test_foreign_checkpoints_are_refused(tmp_path):
     # catches a wrong file that is half loaded
     load = lambda *stages: common.load_policy(tmp_path, stages, torch.device("cpu"))
+    with pytest.raises(UserError, match="holds no checkpoint: there is no model.pt in it"):
+        load("sft")  # and no command that would train into this folder
     with pytest.raises(UserError, match="no checkpoint at .*python sft.py"):
-        load("sft")
+        common.load_policy(tmp_path / "nowhere", ("sft",), torch.device("cpu"))
     (tmp_path / "model.pt").write_text("not a checkpoint")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         load("sft")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli import UserError
+from data.load import make_element
 from data.records import check_ranking_or_label, read_jsonl, write_jsonl
 from data.tokenizer import load_tokenizer
 from dpo import (
@@ -23,7 +24,6 @@ from dpo import (
     ipo_loss,
     kl_baseline,
     kto_loss,
-    make_element,
     mismatch,
     ordered,
     pair_loss,
@@ -232,7 +232,7 @@ def test_sequence_logprobs_are_sums_with_eos_in_the_order_given(tiny):
         logp = torch.log_softmax(tiny.logits(tiny(torch.tensor([row])))[0], -1)
         expected.append(sum(logp[t - 1, row[t]].item() for t in range(len(row)) if mask[t]))
     for size in (64, 1, 3):
-        found = evaluate.sequence_logprobs(tiny, rows, masks, 13, batch_size=size)
+        found = evaluate.sequence_logprobs(tiny, rows, masks, 13, size=size)
         assert found.tolist() == pytest.approx(expected, rel=1e-5)
     cold = evaluate.sequence_logprobs(tiny, rows, masks, 13, temperature=0.5)
     assert (cold - torch.tensor(expected)).abs().min() > 1e-3
@@ -568,7 +568,7 @@ def test_resume_is_exact(folder, monkeypatch, loss):
     assert len(hashes) == 1
 
 
-def test_an_over_long_answer_drops_its_prompt(folder, monkeypatch, capsys):
+def test_an_over_long_answer_drops_its_ranking(folder, monkeypatch, capsys):
     # catches an answer that is cut, and so taught without its end or with an EOS it never had
     monkeypatch.chdir(folder)
     record = lambda i, text: dict(prompt=f"Say {i}.", completions=["One.", text, "No."],
@@ -581,8 +581,8 @@ def test_an_over_long_answer_drops_its_prompt(folder, monkeypatch, capsys):
     assert all(len(e.rows) == 3 and all(r[-1] == tok.eos for r in e.rows)
                for e in train + held_out)
     printed = capsys.readouterr().out
-    assert "training prompts: dropped 1 of 4, over 64 tokens long" in printed
-    assert "held-out prompts: dropped 1 of 3" in printed
+    assert "training rankings: dropped 1 of 4, over 64 tokens long" in printed
+    assert "held-out rankings: dropped 1 of 3" in printed
 
 
 def test_evaluate_as_a_command_says_what_the_stage_said(folder, monkeypatch):
@@ -715,8 +715,8 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
     (["--data=missing.jsonl"], "--data=missing.jsonl does not exist"),
     (["--data=labels.jsonl"], "labels.jsonl:1: the field 'chosen' is missing"),
     (["--data=wrong_label.jsonl", "--loss=kto"], "wrong_label.jsonl:1: 'label' must be true or"),
-    (["--data=ties.jsonl"], "no training prompt is left to use"),
-    (["--data=one_side.jsonl"], "no held-out prompt is left to use"),
+    (["--data=ties.jsonl"], "no training ranking is left to use"),
+    (["--data=one_side.jsonl"], "is on the held-out side"),
     (["--data=one.jsonl", "--loss=kto"], "kto needs at least two prompts"),
     (["--data=even.jsonl", "--loss=kto"], "so kto has no labels"),
     (["--data=."], "--data=. is a folder; name a file in it, as in --data=out/label/rankings"),

@@ -13,13 +13,15 @@ import pytest
 import torch
 from cli import UserError
 from conftest import run_script
-from data.records import write_jsonl
+from data import batches
+from data.records import question, write_jsonl
 from data.synthetic.facts import FLATTERY
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.tokenizer import load_tokenizer
-from common import clustered_se, question
-from evaluate import gold_tables, held_out_prompts
+from common import clustered_se
+from data.load import load_prompts
+from evaluate import gold_tables, verdict
 from studies import frontier
 from tiny_runs import make_inputs
 
@@ -51,10 +53,51 @@ def test_the_error_of_the_kl_is_clustered(folder, monkeypatch):
     monkeypatch.setattr(evaluate, "sequence_logprobs", lambda *a: next(calls))
     run = common.Run("evaluate", config, device)
     metrics, _, _ = evaluate.compare(policy, policy, tokenizer,
-                                     [(t, tokenizer.encode_prompt(t)) for t in texts], config, run,
-                                     True)
+                                     [(t, tokenizer.encode_prompt(t), None) for t in texts],
+                                     config, run, True)
     assert metrics["kl_se"] == clustered_se(kl.numpy(), [question(t) for t in texts])
     assert metrics["kl_se"] > 1.3 * float(kl.std()) / 80**0.5
+
+
+def test_right_answers_of_made_up_samples(folder, monkeypatch, tiny):
+    # catches policy and SFT model swapped, cut answers that count, an error per row, where the
+    # rows of a question are one observation
+    asked = [(prompt, [1], "7") for prompt in ("a", "a", "b", "b", "c", "c")]
+    texts = iter((["7.", "It is 7.", "7.0.", "7.", "7", "8."],
+                  ["7.", "7", "7.", "6.", "no.", "-7."]))
+    monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
+        dict(text=t.strip("."), finished=t[-1] == ".", ids=[2]) for t in next(texts)])
+    config = evaluate.Config(out=str(folder / "right"), data="some.jsonl")
+    run = common.Run("evaluate", config, torch.device("cpu"))
+    found, _, _ = evaluate.compare(tiny, tiny, load_tokenizer("synthetic"), asked, config, run,
+                                   False, verifier=True)
+    # sums of x - mean over a, b, c: (2, 2, -4) / 3, (1, 1, -2) / 3 and their difference
+    expected = dict(accuracy=2 / 3, accuracy_se=(24 / 9) ** 0.5 / 6, accuracy_sft=1 / 3,
+                    accuracy_sft_se=(6 / 9) ** 0.5 / 6, accuracy_gap=1 / 3,
+                    accuracy_gap_se=(6 / 9) ** 0.5 / 6, judged=6, questions=3)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metrics, start", [
+    (dict(gold=(0.5, 0.1)), "Better than the reference by gold"),
+    (dict(gold=(-0.5, 0.1)), "Worse than the reference by gold"),
+    (dict(gold=(0.19, 0.1), score=(5, 0.1)), "No difference to the reference that 7 prompts"),
+    (dict(score=(0.5, float("nan"))), "No difference to the reference that 7 prompts"),
+    (dict(score=(0.5, 0.1)), "Better than the reference by score"),
+    (dict(gold=(-1, 0.1), accuracy=(1, 0.1)), "Better than the reference by share of right"),
+    (dict(), "No reward is known")])
+def test_the_verdict_says_what_the_numbers_say(metrics, start):
+    # catches a difference that chance explains, a sign, an error that is unknown
+    numbers = {f"{name}_gap{end}": x for name, pair in metrics.items()
+               for end, x in zip(("", "_se"), pair)}
+    said = verdict(dict.fromkeys(metrics, 0) | numbers | dict(judged=7))
+    assert said.startswith(start) and "exploits" not in said
+
+
+def test_the_verdict_names_over_optimisation():
+    # catches a policy that is worse, and its score better, without a word
+    assert "exploits errors of the reward model" in verdict(dict(
+        gold=0, gold_gap=-1, gold_gap_se=0.1, score=0, score_gap=1, score_gap_se=0.1, judged=7))
 
 
 def test_a_prompt_is_asked_once(tmp_path):
@@ -63,8 +106,9 @@ def test_a_prompt_is_asked_once(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", [
         dict(prompt=p, chosen="Yes.", rejected="No.", held_out=True)
         for p in ("Say one.", turns, "Say two.", "Say one.", "Say three.")])
-    prompts = held_out_prompts(str(tmp_path / "pairs.jsonl"), 2, load_tokenizer("synthetic"), 99)
-    assert [text for text, _ in prompts] == ["Say one.", "Say two."]
+    prompts = load_prompts(str(tmp_path / "pairs.jsonl"), "held-out", 2,
+                           load_tokenizer("synthetic"), 99)
+    assert [text for text, *_ in prompts] == ["Say one.", "Say two."]
 
 
 def test_gold_tables_add_up():
@@ -178,4 +222,4 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
 def test_a_negative_kl_is_said(capsys, kl, se, warns):
     # catches samples and log-probabilities that disagree, in silence
     evaluate.warn_of_negative_kl(kl, se)
-    assert (f"warning: measured KL {kl:.3f}" in capsys.readouterr().out) == warns
+    assert (f"warning: measured KL {kl:.3f}" in capsys.readouterr().err) == warns

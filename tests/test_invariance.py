@@ -11,7 +11,6 @@ import copy
 import cli
 import common
 import dpo
-import evaluate
 import grpo
 import numpy as np
 import ppo
@@ -20,10 +19,12 @@ import reward
 import sft
 import torch
 import torch.nn.functional as F
+from data import batches, load
+from data.load import Element
 from data.records import collate
 from model import GPT, KVCache, generate, token_stats
 from ppo import ValueModel, gae, masked_mean, policy_loss, token_rewards, value_loss, whiten
-from reward import RewardModel, reward_loss, score_rows
+from reward import RewardModel, reward_loss
 from sft import sft_loss
 from tiny_runs import FLAGS, STAGES, make_inputs
 
@@ -113,7 +114,7 @@ def test_padding_changes_nothing(folder, plain, monkeypatch, stage):
         junk = torch.tensor([1595, 7, 1595, 42, 1595, 3]).expand(len(tokens), 6)
         return torch.cat([tokens, junk], 1), F.pad(mask, (0, 6))
 
-    for module in (sft, reward, dpo, evaluate):
+    for module in (sft, batches, load):
         monkeypatch.setattr(module, "collate", lambda *args: widen(*collate(*args)))
     if stage in ("ppo", "grpo"):
         def wide_generate(*args, **options):
@@ -140,7 +141,8 @@ def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
         (folder / data).write_text("\n".join(lines[::-1]))
         # samples of the model are drawn from one stream in the order of the prompts
         same = dict(text="", ids=[1595], finished=True)
-        monkeypatch.setattr(common, "sample_texts", lambda model, tok, ids, *_: [same] * len(ids))
+        monkeypatch.setattr(batches, "sample_texts",
+                            lambda model, tok, ids, *_, **__: [same] * len(ids))
     found = train(folder, stage, f"order_{stage}", monkeypatch, data=str(folder / data))
     expected = copy.deepcopy(plain[stage])
     if stage == "sft":
@@ -290,19 +292,17 @@ def test_scores_and_report_card_do_not_depend_on_the_batch(tiny):
     rows, masks = zip(*[(r[:3] + [1 + i % 12] * (i % 5) + [EOS], [0] * 3 + [1] * (i % 5 + 1))
                         for i, r in enumerate(ROWS[:1] * 6 + ROWS[2:3] * 6)])
     device = torch.device("cpu")
-    scores = score_rows(model, rows, masks, PAD, device)
+    scores = batches.over_rows(model, rows, masks, PAD, device)
     for batch_size in (1, 5):
-        found = score_rows(model, rows, masks, PAD, device, batch_size)
-        np.testing.assert_allclose(found, scores, rtol=1e-6)
+        found = batches.over_rows(model, rows, masks, PAD, device, batch_size)
+        torch.testing.assert_close(found, scores, rtol=1e-6, atol=0)
     records = [dict(prompt=f"What is {i + 1} plus 1?", gold=[i, 1.5, 0.2], pairs=[(0, 1), (2, 1)],
                     completions=["x" * (i + 1), "xx", "y"]) for i in range(4)]
-    rows, masks = ([list(x[3 * i:3 * i + 3]) for i in range(4)] for x in (rows, masks))
+    elements = [Element(list(rows[3 * i:3 * i + 3]), list(masks[3 * i:3 * i + 3]), r["pairs"], [],
+                        [], r) for i, r in enumerate(records)]
 
     def card(order):
-        class Tokenizer:
-            pad = PAD
-        metrics = reward.evaluate(model, [records[i] for i in order], [rows[i] for i in order],
-                           [masks[i] for i in order], Tokenizer, device, noise=1.0)
+        metrics = reward.evaluate(model, [elements[i] for i in order], PAD, device, noise=1.0)
         return {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
 
     assert card([2, 0, 3, 1]) == pytest.approx(card([0, 1, 2, 3]))
@@ -354,9 +354,29 @@ def test_samples_come_back_in_the_order_of_their_prompts(tiny):
 
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, PAD, 1 + i % 7).tolist() for i in range(20)]
-    draw = lambda prompts, size: common.sample_texts(tiny, Tokenizer, prompts, 8, None, 0.0, size)
+    draw = lambda prompts, size: batches.sample_texts(tiny, Tokenizer, prompts, 8, None, 0.0, size)
     together = draw(prompts, 256)
     assert len({r["text"] for r in together}) > 10
     assert draw(prompts, 3) == together
     assert draw(prompts[::-1], 7)[::-1] == together
     assert [draw([p], 1)[0] for p in prompts] == together
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_pieces_change_neither_the_order_nor_the_gradient(size):
+    # catches results in the order of their length, a loss that sees the rows of one piece only
+    torch.manual_seed(0)
+    rows, weight = torch.randn(7, 4).double(), torch.randn(4).double().requires_grad_()
+    lengths, seen = torch.tensor([3, 1, 2, 9, 2, 5, 1]), []
+
+    def fn(p):
+        seen.append(len(p))
+        return (rows[p] * weight).tanh().sum(1)
+
+    found = batches.in_pieces(fn, lengths, size)
+    assert max(seen) == size
+    loss = lambda scores: -F.logsigmoid(scores[[0, 3, 6]] - scores[[1, 2, 4]]).sum()
+    expected = (rows * weight).tanh().sum(1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss(found), weight),
+                               torch.autograd.grad(loss(expected), weight))

@@ -1,7 +1,8 @@
 """studies/knowledge.py: its pairs are what they are called, and its shares count what they say."""
 
-import numpy as np
 import pytest
+import torch
+from data import batches
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import FAMILIES, all_prompts, lookup
 from studies import knowledge
@@ -27,8 +28,8 @@ def test_the_first_answer_is_the_better_one():
 def test_shares(tmp_path, monkeypatch, capsys, scores, share):
     # catches better and worse mixed up, and ties that count as right
     make_inputs(tmp_path)
-    monkeypatch.setattr(knowledge, "score_rows",
-                        lambda model, rows, *_: np.tile(scores, len(rows) // 2))
+    monkeypatch.setattr(batches, "over_rows",
+                        lambda model, rows, *_: torch.tensor(scores).tile(len(rows) // 2))
     knowledge.main(knowledge.Config(reward_model=str(tmp_path / "reward")))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if " | " in line][1:]
     assert len(rows) == 16 and all(row[2] == share for row in rows)
@@ -42,7 +43,7 @@ def test_answers_stand_in_the_order_of_their_pair(tmp_path, monkeypatch, capsys)
         "long | short": [("What is 1 plus 1?", "The result of 1 plus 1 is 2.", "2."),
                          ("What is 2 plus 1?", "3.", "The result of 2 plus 1 is 3."),
                          ("What is 3 plus 1?", "The result of 3 plus 1 is 4.", "4.")]})
-    monkeypatch.setattr(knowledge, "score_rows",
-                        lambda model, rows, masks, *_: np.array([float(sum(m)) for m in masks]))
+    monkeypatch.setattr(batches, "over_rows",
+                        lambda model, rows, masks, *_: torch.tensor([float(sum(m)) for m in masks]))
     knowledge.main(knowledge.Config(reward_model=str(tmp_path / "reward")))
     assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["3", "3", "66.7%"]

@@ -12,6 +12,7 @@ import ppo
 import pytest
 import torch
 import torch.nn.functional as F
+from data import batches
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
@@ -340,11 +341,11 @@ def test_settings_reach_every_function(folder, monkeypatch):
     # stays in the config, a critic or reference that shares weights with what is trained
     optimizers, roles = [], []
     temperatures = spy_temperatures(monkeypatch, ppo)
-    sample = common.sample_texts
+    sample = batches.sample_texts
 
-    def spy_sample(model, tokenizer, ids, length, rng, temperature=1.0, *rest):
+    def spy_sample(model, tokenizer, ids, length, rng, temperature=1.0, *rest, **options):
         temperatures.setdefault("sample", set()).add(temperature)
-        return sample(model, tokenizer, ids, length, rng, temperature, *rest)
+        return sample(model, tokenizer, ids, length, rng, temperature, *rest, **options)
 
     def spy_adamw(modules, lr, *args, real=common.adamw, **options):
         optimizers.append((lr, options.get("eps")))
@@ -354,7 +355,7 @@ def test_settings_reach_every_function(folder, monkeypatch):
         roles.append((policy, critic, reference))
         return real(policy, critic, reference, *rest)
 
-    monkeypatch.setattr(common, "sample_texts", spy_sample)
+    monkeypatch.setattr(batches, "sample_texts", spy_sample)
     monkeypatch.setattr(common, "adamw", spy_adamw)
     monkeypatch.setattr(ppo, "prepare", spy_prepare)
     run(folder, monkeypatch, "settings", "--temperature=0.6", "--adam_eps=1e-4", "--lr=0.01",
@@ -421,22 +422,24 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
     sft = [bad, good[0], good[1], bad]  # two samples a prompt; the policy answers badly
     drawn = iter(([bad, bad], sft))
     scores = iter(([3.0, 9.0], [3.0, 2.0, 9.0, 50.0]))  # equal to the first SFT sample's
-    monkeypatch.setattr(common, "sample_texts", lambda *_: [
+    monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
         dict(text=t, ids=[1, tokenizer.eos], finished=i < 3) for i, t in enumerate(next(drawn))])
-    monkeypatch.setattr(evaluate, "score_rows", lambda *_: np.array(next(scores)))
-    monkeypatch.setattr(evaluate, "token_logprobs", lambda model, tokens, mask, _: mask * 0)
+    monkeypatch.setattr(evaluate, "sequence_logprobs", lambda *_: torch.zeros(2))
+    monkeypatch.setattr(batches, "over_rows", lambda *_, **__: torch.tensor(next(scores)))
 
     class Log:
         log, device, stage = staticmethod(lambda *_, **__: None), torch.device("cpu"), "ppo"
 
-    metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1]) for p in prompts],
+    metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1], None) for p in prompts],
                                settings(), Log, True, "a reward model", 2)[0]
     gold = [[gold_reward(p.text, t) for t in texts]
             for p, texts in zip(prompts, (sft[:2], sft[2:]))]
     assert gold[0][0] == gold[1][1] < gold[0][1] == gold[1][0]
     assert metrics["score_win_rate"] == 0.5 and metrics["tie_rate"] == 0.5
     assert metrics["gold_win_rate"] == 0.25  # a tie and a loss
-    assert metrics["score_sft"] == (3 + 2 + 9 - 4) / 4  # the last one was cut: -4, not 50
+    assert metrics["score_sft"] == (3 + 9) / 2  # of the first samples
+    assert metrics["eos_rate_sft"] == 1 and metrics["gold_sft"] == np.mean([gold[0][0], gold[1][0]])
+    # the last sample was cut: its score is -4, not 50, and so it is not the best
     assert metrics["gold_best_of_n"] == np.mean([gold[0][0], gold[1][0]])
 
 
@@ -445,12 +448,36 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
 def test_the_start_is_checked_in_both_directions(error, passes):
     # catches a ratio below 1, or a KL below 0, that goes unnoticed
     logp = torch.full((2, 5), -1.0).double()
+    check = lambda new, old, ref: check_start((new - old) * MASK,
+                                              ((old - ref) * MASK).sum(1).mean())
     for shifted in ((logp + error, logp, logp), (logp, logp, logp + error)):
         if passes:
-            check_start(*shifted[:2], MASK, shifted[2])
+            check(*shifted)
         else:
             with pytest.raises(AssertionError, match="the"):
-                check_start(*shifted[:2], MASK, shifted[2])
+                check(*shifted)
+
+
+def test_one_graph_at_a_time(folder, monkeypatch):
+    # catches activations of policy and critic that are in memory together: with a large model
+    # nearly twice as much
+    events = []
+
+    def spy_stats(*args, real=ppo.token_stats, **options):
+        stats = real(*args, **options)
+        if stats[0].requires_grad:
+            stats[0].register_hook(lambda grad: events.append("policy backward"))
+        return stats
+
+    def spy_forward(critic, *args, real=ValueModel.forward):
+        if torch.is_grad_enabled():
+            events.append("critic forward")
+        return real(critic, *args)
+
+    monkeypatch.setattr(ppo, "token_stats", spy_stats)
+    monkeypatch.setattr(ValueModel, "forward", spy_forward)
+    run(folder, monkeypatch, "graphs", "--iterations=1")
+    assert events == ["policy backward", "critic forward"] * (len(events) // 2) and events
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import reward
 import sft
 import torch
 from cli import UserError, read_flags
+from data.load import make_element
 from data.records import (
     check_demonstration,
     check_prompt,
@@ -46,7 +47,10 @@ VALUES = {bool: st.booleans(), int: st.integers(), str: st.text(),
 
 def kind_of(field):
     """(type, what a number of it may be) of a field."""
-    kind, *bounds = get_args(field.type) or (field.type,)
+    kind = field.type
+    if type(None) in get_args(kind):  # `X | None`: "auto" on the command line
+        kind = get_args(kind)[0]
+    kind, *bounds = get_args(kind) or (kind,)
     fits = lambda x: (kind is not float or math.isfinite(x)) and (not bounds or bounds[0](x))
     return kind, fits
 
@@ -65,7 +69,7 @@ def test_flags_of_every_stage_round_trip(config, data):
     parsed = read_flags(config, [f"--{name}={written(v)}" for name, v in values.items()])
     for f in fields:
         found, expected = getattr(parsed, f.name), values.get(f.name, f.default)
-        assert found == expected and type(found) is kind_of(f)[0]
+        assert found == expected and (found is None or type(found) is kind_of(f)[0])
 
 
 @many
@@ -84,7 +88,8 @@ def test_unknown_flags_are_refused_with_a_real_one(config, name, value):
 @given(CONFIGS, st.data())
 def test_values_of_the_wrong_type_or_range_are_refused(config, data):
     # catches a default that swallows a typo, a 1 for true, a 0.5 for a count, a negative rate
-    field = data.draw(st.sampled_from([f for f in dataclasses.fields(config) if f.type is not str]))
+    field = data.draw(st.sampled_from([f for f in dataclasses.fields(config)
+                                       if kind_of(f)[0] is not str]))
     text = data.draw(st.text() | st.sampled_from(["", "1.5", "1e3", "yes", "0", "None", "[1]"]))
     try:
         expected = {bool: lambda t: {"true": True, "false": False}[t.lower()],
@@ -212,13 +217,13 @@ def test_labels_survive_and_become_elements(records):
             assert found == check_ranking(record)
     single = [r for r in checked if "label" in r]
     for record in single:
-        e = dpo.make_element(tok, dict(prompt=record["prompt"], pairs=[], completions=[
+        e = make_element(tok, dict(prompt=record["prompt"], pairs=[], completions=[
             record["completion"]], labels=[1 if record["label"] else -1]))
         assert e.labels == [1 if record["label"] else -1] and e.best == [0] * record["label"]
         assert e.rows[0] == tok.encode_prompt(record["prompt"]) + tok.encode_response(
             record["completion"])
     for record in merge_rankings([r for r in checked if "label" not in r]):
-        e = dpo.make_element(tok, record)
+        e = make_element(tok, record)
         won, lost = ({p[side] for p in e.pairs} for side in (0, 1))
         for n, sign in enumerate(e.labels):
             balance = sum(i == n for i, _ in e.pairs) - sum(j == n for _, j in e.pairs)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from data.load import Element
 from data.records import collate
 from dpo import (
     Config,
-    Element,
     implicit_reward,
     kl_baseline,
     kto_loss,

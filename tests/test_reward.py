@@ -9,15 +9,15 @@ import pytest
 import reward
 import torch
 import torch.nn.functional as F
-from data.records import merge_rankings, ranking_pairs
+from data import batches
+from data.load import Element
+from data.records import encode_ranking, merge_rankings, ranking_pairs
 from data.tokenizer import load_tokenizer
 from reward import (
     RewardModel,
-    encode_ranking,
     evaluate,
     load_reward_model,
     reward_loss,
-    score_rows,
 )
 from tiny_runs import FLAGS, make_inputs
 
@@ -92,9 +92,6 @@ def test_report_card_on_a_known_model():
             first = mask.argmax(1)
             return tokens[torch.arange(len(tokens)), first].float() / 10
 
-    class Tokenizer:
-        pad = 99
-
     records = [dict(prompt="What is 1 plus 1?", pairs=[(0, 1)], gold=[3.0, 0.0]),
                dict(prompt="Work out 1 plus 1.", pairs=[(0, 1)], gold=[0.1, 0.0]),
                dict(prompt="What is 2 plus 1?", pairs=[(1, 0)], gold=[-1.0, 1.0])]
@@ -102,7 +99,9 @@ def test_report_card_on_a_known_model():
         record["completions"] = completions
     rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
     masks = [[[0, 1], [0, 1]]] * 3
-    card = evaluate(Oracle(), records, rows, masks, Tokenizer, torch.device("cpu"), noise=1.0)
+    elements = [Element(r, m, record["pairs"], [], [], record)
+                for r, m, record in zip(rows, masks, records)]
+    card = evaluate(Oracle(), elements, 99, torch.device("cpu"), noise=1.0)
     assert card["accuracy"] == pytest.approx(2 / 3)
     assert card["longer_wins"] == pytest.approx(1 / 3)
     assert card["gold_accuracy"] == 1.0
@@ -120,12 +119,9 @@ def test_equal_scores_are_half_right():
         def raw(self, tokens, mask):
             return torch.zeros(len(tokens))
 
-    class Tokenizer:
-        pad = 99
-
-    records = [dict(prompt="a", completions=["xx", "y"], pairs=[(0, 1)], gold=[1.0, 0.0])]
-    card = evaluate(Constant(), records, [[[1, 2], [1, 3]]], [[[0, 1], [0, 1]]], Tokenizer,
-                    torch.device("cpu"))
+    record = dict(prompt="a", completions=["xx", "y"], pairs=[(0, 1)], gold=[1.0, 0.0])
+    element = Element([[1, 2], [1, 3]], [[0, 1], [0, 1]], [(0, 1)], [], [], record)
+    card = evaluate(Constant(), [element], 99, torch.device("cpu"))
     assert card["accuracy"] == 0.5 and card["loss"] == pytest.approx(math.log(2))
 
 
@@ -134,32 +130,33 @@ def test_shift_and_scale_are_stored_with_the_weights(tmp_path):
     make_inputs(tmp_path)
     model, _, checkpoint = load_reward_model(tmp_path / "reward", torch.device("cpu"))
     assert model.shift.item() == pytest.approx(0.4) and model.scale.item() == pytest.approx(1.7)
-    assert {"shift", "scale"} <= set(checkpoint["weights"])
+    assert "weights" not in checkpoint  # or they would be in memory twice
+    assert {"shift", "scale"} <= set(torch.load(tmp_path / "reward" / "model.pt")["weights"])
 
 
 def test_a_run_ends_centred_and_scaled(tmp_path, monkeypatch):
     # catches a shift or scale that is measured but not applied, or with the wrong sign
     make_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    scored, score = [], score_rows
+    scored, score = [], batches.over_rows
 
-    def keep(model, rows, *rest):
+    def keep(model, rows, *rest, **options):
+        found = score(model, rows, *rest, **options)
         if isinstance(model, RewardModel):  # the scores after shift and scale
-            scored.append((rows, score(model, rows, *rest)))
-            return scored[-1][1]
-        return score(model, rows, *rest)
+            scored.append((rows, found))
+        return found
 
-    monkeypatch.setattr(reward, "score_rows", keep)
+    monkeypatch.setattr(batches, "over_rows", keep)
     reward.main(cli.read_flags(reward.Config, [*FLAGS["reward"], "--out=centred"]))
     model, tokenizer, _ = load_reward_model(tmp_path / "centred", torch.device("cpu"))
     (demos, _), (samples, _), (_, again) = scored
     masks = lambda rows: [[0] * (len(r) - 1) + [1] for r in rows]  # the score is read at the end
     read = lambda rows: score(model, rows, masks(rows), tokenizer.pad, torch.device("cpu"))
     assert abs(again.mean()) < 1e-5 and abs(read(demos).mean()) < 1e-5
-    assert read(samples).std() == pytest.approx(1, abs=1e-4)
+    assert read(samples).std(correction=0).item() == pytest.approx(1, abs=1e-4)
     final = json.loads((tmp_path / "centred" / "log.jsonl").read_text().splitlines()[-1])
     assert abs(final["shift"]) > 0.01  # something had to be shifted
-    assert final["sft_score"] == pytest.approx(read(samples).mean(), abs=1e-4)
+    assert final["sft_score"] == pytest.approx(read(samples).mean().item(), abs=1e-4)
 
 
 def test_the_answers_of_a_prompt_share_its_ids():

@@ -9,6 +9,7 @@ import label
 import pytest
 import torch
 from conftest import run_process, run_script
+from data import batches
 from data.records import write_jsonl
 from data.synthetic.world import lookup
 from tiny_runs import make_inputs
@@ -51,7 +52,7 @@ def test_every_stage_writes_what_it_promises(chain):
     for stage in TINY:
         out = folder / "out" / stage
         final = rows(folder, stage, "final")
-        assert len(final) == 1 and "seconds" in final[0] and "done." in outputs[stage]
+        assert len(final) == 1 and "seconds" in final[0] and "done after" in outputs[stage]
         assert rows(folder, stage, "config")[0]["config"]["seed"] == 1
         assert not (out / "state.pt").exists()
         parents = rows(folder, stage, "config")[0]["parents"]
@@ -98,7 +99,7 @@ def test_grpo_checks_the_embedded_arithmetic(chain):
     final = rows(folder, "grpo", "final")[0]
     assert {"accuracy", "accuracy_se", "accuracy_sft", "accuracy_sft_se", "judged", "questions",
             "gold", "gold_sft", "kl", "kl_se", "length", "eos_rate"} <= set(final)
-    assert final["judged"] == 8 >= final["questions"] and "the policy loss" in outputs["grpo"]
+    assert final["judged"] == 8 >= final["questions"] and "The policy loss" in outputs["grpo"]
     samples = rows(folder, "grpo", "held_out_sample") + rows(folder, "grpo", "sample")
     assert len(samples) == 16
     for sample in samples:
@@ -154,7 +155,7 @@ def test_cut_answers_are_not_ranked(tmp_path, monkeypatch):
     # catches an answer cut by the length limit that is ranked and so gets an EOS it never had
     make_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    sample, cut, ended = common.sample_texts, set(), set()
+    sample, cut, ended = batches.sample_texts, set(), set()
 
     def keep(*args, **options):
         drawn = sample(*args, **options)
@@ -162,7 +163,7 @@ def test_cut_answers_are_not_ranked(tmp_path, monkeypatch):
             (ended if s["finished"] else cut).add(s["text"])
         return drawn
 
-    monkeypatch.setattr(common, "sample_texts", keep)
+    monkeypatch.setattr(batches, "sample_texts", keep)
     label.main(cli.read_flags(label.Config, [
         "--init=sft", "--prompts=12", "--held_out=6", "--k=4", "--max_new_tokens=6",
         "--temperature=0.9", "--out=ranked"]))
@@ -224,7 +225,6 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("sft.py", ["--data=empty.jsonl"], "empty.jsonl:1: 'completion' is empty"),
     ("sft.py", ["--data=long.jsonl"], "fits the context of 128 tokens"),
     ("sft.py", ["--out=out/sft"], "already holds a finished run: --overwrite=true"),
-    ("label.py", ["--data=long.jsonl", "--out=out/l2"], "the embedded data only"),
     ("label.py", ["--out=out/label"], "already holds a finished run"),
     ("reward.py", ["--data=fields.jsonl"], "fields.jsonl:1: the field 'chosen' is missing"),
     ("ppo.py", ["--data=long.jsonl"], "no training prompt of at most"),

@@ -154,7 +154,7 @@ def test_grpo(folder, flags):
     g, t = table(output, "response"), table(output, "position")
     options = dict(f.strip("-").split("=") for f in flags)
     method, K, in_loss = options.get("method", "rloo"), 4, "kl_in" in options
-    beta = float(options.get("beta", dict(grpo=0.04, dr_grpo=0).get(method, 0.05)))
+    beta = float(options.get("beta", dict(grpo=0.04, dr_grpo=0).get(method, 0.1)))
     assert len(g["response"]) == K and set(g["kept"]) == {1.0}
     mean = sum(g["reward"]) / K
     std = (sum((r - mean) ** 2 for r in g["reward"]) / (K - 1)) ** 0.5
