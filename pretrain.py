@@ -28,7 +28,7 @@ class Config(cli.Config):
     block_size: Positive[int] = 72  # tokens of context, all of them trained; for every later stage
     dropout: NotNegative[float] = 0.0
     # --- training
-    steps: Positive[int] = 950  # optimiser steps
+    steps: Positive[int] = 1100  # optimiser steps
     batch_size: Positive[int] = 27  # sequences a step, of block_size predictions each
     micro_batch: NotNegative[int] = 0  # sequences a forward pass; 0 takes the whole batch
     lr: Positive[float] = 5e-3  # AdamW's peak (embeddings, biases, gains); then cosine to 0
