@@ -62,11 +62,7 @@ EQUIVALENT = [
      "no name in the table has a hyphen"),
     ("ppo.py", 'info["value_loss"] = v_loss.detach()', 'info["value_loss"] = v_loss', MEMORY),
     ("ppo.py", 'info["policy_loss"] = loss.detach()', 'info["policy_loss"] = loss', MEMORY),
-    ("ppo.py", "step=step, score=scores, objective=score.mean().item() - beta * kl, kl=kl,",
-     "step=step, score=scores, objective=score.mean() - beta * kl, kl=kl,", FLOAT),
     ("reward.py", "/ model.scale.item()))", "/ model.scale))", FLOAT),
-    ("evaluate.py", "order = sorted(range(len(rows)), key=lambda i: len(rows[i]))",
-     "order = sorted(range(len(rows)), key=lambda i: len(masks[i]))", "they are of one length"),
     ("sft.py", "total += sft_loss(token_logprobs(model, tokens, mask), mask).item()",
      "total += sft_loss(mask, token_logprobs(model, tokens, mask)).item()", "a product of the two"),
     ("model.py", "if len(active) == 0:", "if len(active) == -1:",
@@ -76,10 +72,10 @@ EQUIVALENT = [
      "temperature=1.0, generator=None, check_every=9,", "read on a GPU only"),
     ("model.py", "for i in range(0, max(N, 1), chunk):", "for i in range(0, max(N, 2), chunk):",
      "one chunk for none, one or two"),
-    ("common.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
+    ("data/batches.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
      "done.tolist()):", "for i, row, m, finished in zip(rows, tokens, mask.bool().tolist(), "
      "done.tolist()):", "ids as tensors of one number: the same ids, slower"),
-    ("common.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
+    ("data/batches.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
      "done.tolist()):", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool(), "
      "done.tolist()):", "true and false as tensors of one number"),
     ("common.py", "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))",
@@ -92,12 +88,8 @@ EQUIVALENT = [
     ("grpo.py", "step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])",
      "step += torch.stack([(weight * x).sum() for x in (loss, kl)])", MEMORY),
     ("grpo.py", "if check and not steps:", "if check:", "it is set to False behind the first one"),
-    ("ppo.py", "explained_variance=explained.item(), **trained,",
-     "explained_variance=explained, **trained,", FLOAT),
     ("reward.py", "for t in table) / len(margins),", "for t in table) / len(longer),",
      "they are of one length"),
-    ("reward.py", "value, accuracy = loss_sum.item(), (right / count).item()",
-     "value, accuracy = loss_sum.item(), right / count", FLOAT),
     ("label.py", '(run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\\n")',
      '(run.folder / "card.json").write_text(json.dumps(card, indent=-1) + "\\n")', "white space"),
     ("data/synthetic/people.py", "def demonstrations(prompts, seed, quality=0.5):",
