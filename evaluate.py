@@ -227,8 +227,9 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     for i in range(min(12, len(texts))):
         run.log("held_out_sample", prompt=texts[i], sft=sft[i]["text"], policy=drawn[i]["text"])
         if i < 6:
+            name = run.stage if run.stage in common.POLICIES else "policy"
             say(f"\n   prompt  {last_turn(texts[i])}\nreference  {sft[i]['text']}\n"
-                f"{run.stage:>9}  {drawn[i]['text']}")
+                f"{name:>9}  {drawn[i]['text']}")
     return metrics, drawn, sft
 
 
@@ -298,6 +299,8 @@ def main(config):
     prompts = load_prompts(config.data, "held-out", config.eval_prompts, tokenizer,
                            block_size - config.max_new_tokens)
     run = common.Run("evaluate", config, device, parents, result="log.jsonl")
+    print(f"{config.policy} against {config.reference}, {policy.num_params():,} parameters\n"
+          f"{len(prompts)} held-out prompts of {config.data}")
     metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run,
                                   config.data == "synthetic", reward_model, config.best_of)
     if config.data == "synthetic":

@@ -48,7 +48,7 @@ import json
 import numpy as np
 
 import common
-from cli import progress, say
+from cli import progress, say, table
 from data import batches
 from data.records import ranking_pairs, write_jsonl
 from data.synthetic.gold import gold_reward
@@ -140,6 +140,10 @@ def main(config):
                 parents=run.parents, metrics=metrics)
     (run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     write_jsonl(run.folder / "rankings.jsonl", records)
+    best_first = sorted(zip(*(records[0][k] for k in ("ranks", "gold", "completions"))))
+    rank, gold, texts = zip(*best_first)
+    say(table(dict(rank=rank, gold=[f"{g:.2f}" for g in gold])
+              | {f"an answer to: {records[0]['prompt']}": texts}))
     say(f"\n{len(records):,} prompts ranked ({skipped} skipped: fewer than two complete answers), "
         f"{len(pairs):,} pairs.\nTwo labelers agree on {metrics['agreement']:.1%} of them, gold "
         f"with the labels on {metrics['gold_accuracy']:.1%}; the longer answer wins "

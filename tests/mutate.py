@@ -72,11 +72,13 @@ EQUIVALENT = [
      "temperature=1.0, generator=None, check_every=9,", "read on a GPU only"),
     ("model.py", "for i in range(0, max(N, 1), chunk):", "for i in range(0, max(N, 2), chunk):",
      "one chunk for none, one or two"),
-    ("data/batches.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
-     "done.tolist()):", "for i, row, m, finished in zip(rows, tokens, mask.bool().tolist(), "
+    ("data/batches.py",
+     "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):",
+     "for i, row, m, finished in zip(rows, tokens, mask.bool().tolist(), "
      "done.tolist()):", "ids as tensors of one number: the same ids, slower"),
-    ("data/batches.py", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), "
-     "done.tolist()):", "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool(), "
+    ("data/batches.py",
+     "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):",
+     "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool(), "
      "done.tolist()):", "true and false as tensors of one number"),
     ("common.py", "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))",
      "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(2, steps - warmup)))",
