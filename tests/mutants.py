@@ -262,29 +262,22 @@ DATA = [
 
 # --- SFT, the reward model, pretraining ----------------------------------------------------------
 
-LAST = "last = (response_mask * torch.arange(1, T + 1, device=tokens.device)).argmax(1)"
+LAST = "last = batches.ends(response_mask).long()"
 HIDDEN = "hidden = self.gpt(tokens)[torch.arange(len(tokens), device=tokens.device), last]"
 SCORE_PLACE = "test_reward.py::test_score_is_read_at_the_last_response_token"
 MICRO = "test_invariance.py::test_micro_batches_change_nothing"
 
 REWARD = [
-    Mutant("score_read_behind_eos", "reward.py",
-           'last = batches.ends(response_mask).long()',
-           'last = batches.ends(response_mask).long() + 1',
-           SCORE_PLACE, "TRL 1893, 3750, minimind 541"),
-    Mutant("score_read_before_eos", "reward.py",
-           'last = batches.ends(response_mask).long()',
-           'last = batches.ends(response_mask).long() - 1',
-           SCORE_PLACE, "-"),
+    Mutant("score_read_behind_eos", "reward.py", LAST, LAST + " + 1", SCORE_PLACE,
+           "TRL 1893, 3750, minimind 541"),
+    Mutant("score_read_before_eos", "reward.py", LAST, LAST + " - 1", SCORE_PLACE, "-"),
     Mutant("score_read_at_the_last_column", "reward.py", HIDDEN,
            "hidden = self.gpt(tokens)[:, -1]", SCORE_PLACE, "TRL 2778, llm_related 37"),
     Mutant("score_is_a_mean_over_positions", "reward.py", HIDDEN,
            "hidden = self.gpt(tokens).mean(1)", SCORE_PLACE, "minChatGPT: mean over padding too"),
-    Mutant("score_read_in_the_last_column", "reward.py",
-           'last = batches.ends(response_mask).long()',
-           'last = torch.full((len(tokens),), tokens.size(1) - 1)',
-           "test_reward.py::test_score_is_read_at_the_last_response_token",
-           "DeepSpeedExamples PR 672, trlx PR 433: a place that the padding decides"),
+    Mutant("score_place_found_by_id", "reward.py", LAST,
+           "last = (tokens == self.gpt.config.n_tokens).int().argmax(1) - 1", SCORE_PLACE,
+           "DeepSpeedExamples PR 672, trlx PR 433: the first PAD id, wherever it stands"),
     Mutant("pairs_reversed", "reward.py",
            "-F.logsigmoid(chosen - rejected).sum()",
            "-F.logsigmoid(rejected - chosen).sum()",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import cli
 import common
+import grpo
 import pytest
 import torch
 from cli import NotNegative, Positive, UserError, read_flags
@@ -78,19 +79,50 @@ def test_numbers_out_of_range(argv, message):
 
 
 def test_flags_that_may_be_left_open():
-    # catches "auto" that is refused, or lets a bad number pass
+    # catches "auto" that is refused, or lets a bad number pass, or is shown as None
     @dataclass
     class Config:
         beta: cli.NotNegative[float] | None = None  # the method's own
         drop: bool | None = None
 
     assert read_flags(Config, []) == read_flags(Config, ["--beta=auto", "--drop=auto"])
+    assert read_flags(Config, ["--beta=auto"]).beta is None
     assert read_flags(Config, ["--beta=0", "--drop=false"]) == Config(0.0, False)
-    for argv, message in ((["--beta=-1"], "must not be negative"),
+    for argv, message in ((["--beta=-1"], "must not be negative"), (["--beta=nan"], "finite"),
                           (["--drop=None"], "true or false"), (["--beta=none"], "a number")):
         with pytest.raises(UserError, match=message):
             read_flags(Config, argv)
     assert cli.as_text(None) == "auto" and cli.as_text(True) == "true"
+    shown = cli.help_text(grpo.Config)
+    assert "--clip_high=auto" in shown and "--drop=auto" in shown and "None" not in shown
+
+
+def test_tables_and_cells():
+    # catches columns that are mixed up, a None that is shown as a number, text that is cut wrongly
+    shown = cli.table(dict(a=[1, None], bb=[0.5, "x"], text=["first", "second one"]))
+    assert shown == "\na       bb  text\n1 0.500000  first\n-        x  second one"
+    assert cli.plus_minus(1.23456, 0.1) == "1.235 ± 0.100"
+    assert cli.plus_minus(1.5, None) == cli.plus_minus(1.5, float("nan")) == "1.500"
+    assert cli.shorten(" two\n lines ", 9) == "two lines"
+    assert cli.shorten("x" * 11, 10) == "xxxxxxx..."
+
+
+def test_no_bar_without_a_terminal(capsys):
+    # catches a line per update in a file, items that are lost
+    assert list(cli.progress([1, 2, 3], "x")) == list(cli.progress(range(1, 4), None)) == [1, 2, 3]
+    cli.say("a line")
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out == "a line\n"
+
+
+def test_a_run_says_what_it_is_and_what_comes_next(tmp_path, capsys):
+    # catches a flag that was given and is not shown, or one at its default that is
+    config = Config(out=str(tmp_path), seed=3)
+    run = common.Run("x", config, torch.device("cpu"))
+    start = capsys.readouterr().out
+    assert f"x: writes to {tmp_path}, runs on cpu; --seed=3\n" == start
+    run.finish({}, "python y.py --init=z")
+    assert capsys.readouterr().out.endswith(f"result in {tmp_path}\nnext: python y.py --init=z\n")
 
 
 def test_notes_are_kept_in_the_log(tmp_path, capsys):

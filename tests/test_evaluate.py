@@ -94,6 +94,31 @@ def test_the_verdict_says_what_the_numbers_say(metrics, start):
     assert said.startswith(start) and "exploits" not in said
 
 
+def test_the_table_shows_the_numbers(capsys):
+    # catches reference and result swapped, a number under another label, an error that is left out
+    names = ("gold", "score", "length", "eos_rate")
+    metrics = {f"{name}{part}{end}": 10 * n + i + (0.5 if end else 0)
+               for n, name in enumerate(names) for i, part in enumerate(("_sft", "", "_gap"))
+               for end in ("", "_se")}
+    more = dict(kl=40, gold_win_rate=50, score_win_rate=60, gold_best_of_n=70,
+                gold_over_best_of_n=80)
+    metrics |= more | {f"{name}_se": x + 0.5 for name, x in more.items()}
+    evaluate.report(metrics | dict(best_of=3, judged=7))
+    lines = capsys.readouterr().out.splitlines()
+    cell = lambda x: f"{x:.3f} ± {x + 0.5:.3f}"
+    shown = {line.rsplit("  ", 1)[-1]: line for line in lines if "±" in line}
+    assert len(shown) == 10 and "on 7 held-out prompts, ± one standard error" in shown
+    for n, label in enumerate(("gold, the true reward", "score of the reward model",
+                               "length in tokens", "share that ends with EOS")):
+        assert shown[label].split("  ")[0].strip() == " ".join(cell(10 * n + i) for i in range(3))
+    for label, x in (("KL to the reference, nats a sequence", 40),
+                     ("win rate by gold, ties half", 50), ("win rate by score, ties half", 60)):
+        assert shown[label].strip().startswith(cell(x)), label
+    best = shown["gold against the reference's best of 3 by score"]
+    assert best.split("  ")[0].strip() == " ".join(map(cell, (70, 1, 80)))
+    assert lines[-1].startswith("No difference") or lines[-1].startswith("Better")
+
+
 def test_the_verdict_names_over_optimisation():
     # catches a policy that is worse, and its score better, without a word
     assert "exploits errors of the reward model" in verdict(dict(

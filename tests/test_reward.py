@@ -49,10 +49,12 @@ def test_pairs_of_a_ranking():
 def test_score_is_read_at_the_last_response_token(tiny):
     # catches reading the last column, a pad, or the first token that looks like PAD or EOS
     model = RewardModel(tiny.config).double().eval()
-    tokens = torch.tensor([[1, 0, 3, 4, 0, 13, 13]])  # EOS (0) also stands in the prompt
-    mask = torch.tensor([[0., 0, 1, 1, 1, 0, 0]])
-    expected = model.head(model.gpt(tokens))[0, 4, 0].float()
-    torch.testing.assert_close(model.raw(tokens, mask)[0], expected, check_dtype=False)
+    tokens = torch.tensor([[1, 0, 3, 4, 0, 13, 13],  # EOS (0) also stands in the prompt
+                           [1, 2, 0, 7, 0, 7, 13],  # and behind the response, with other ids
+                           [1, 2, 3, 4, 5, 0, 13]])
+    mask = torch.tensor([[0., 0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]])
+    expected = model.head(model.gpt(tokens))[[0, 1, 2], [4, 2, 5], 0].float()
+    torch.testing.assert_close(model.raw(tokens, mask), expected, check_dtype=False)
 
 
 def test_padding_does_not_change_the_score(tiny):
