@@ -62,6 +62,13 @@ EQUIVALENT = [
      "no name in the table has a hyphen"),
     ("ppo.py", 'info["value_loss"] = v_loss.detach()', 'info["value_loss"] = v_loss', MEMORY),
     ("ppo.py", 'info["policy_loss"] = loss.detach()', 'info["policy_loss"] = loss', MEMORY),
+    ("ppo.py", "explained_variance=(1 - error / spread.clamp(min=1e-8)).item())",
+     "explained_variance=1 - error / spread.clamp(min=1e-8))", FLOAT),
+    ("evaluate.py", "row = dict(objective=score.mean().item(), kl=None, kl_se=None, "
+     "kl_per_token=None)", "row = dict(objective=score.mean(), kl=None, kl_se=None, "
+     "kl_per_token=None)", FLOAT),
+    ("reward.py", "value, accuracy = loss.item(), (torch.sign(margin) / 2 + 0.5).mean().item()",
+     "value, accuracy = loss.item(), (torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
     ("reward.py", "/ model.scale.item()))", "/ model.scale))", FLOAT),
     ("sft.py", "total += sft_loss(token_logprobs(model, tokens, mask), mask).item()",
      "total += sft_loss(mask, token_logprobs(model, tokens, mask)).item()", "a product of the two"),
