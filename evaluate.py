@@ -251,13 +251,13 @@ def report(metrics):
 
 
 def verdict(metrics):
-    """What a comparison says, in a sentence: by gold, else by right answers, else by the score."""
-    known = [name for name in ("gold", "accuracy", "score") if name in metrics]
+    """What a comparison says, in a sentence: by right answers, else by gold, else by the score."""
+    known = [name for name in ("accuracy", "gold", "score") if name in metrics]
     if not known:
         return "No reward is known for these prompts: read the samples."
-    name = "accuracy" if "accuracy" in known else known[0]
+    name = known[0]
     gap, se = metrics[f"{name}_gap"], metrics[f"{name}_gap_se"]
-    by = f"by {LABELS[name]}: {gap:+.2f} ± {se:.2f}"
+    by = f"by {LABELS[name]}: {cli.plus_minus(gap, se)}"
     if not abs(gap) > 2 * se:  # also where the error is unknown
         return f"No difference to the reference that {metrics['judged']} prompts can show, {by}."
     words = f"{'Better' if gap > 0 else 'Worse'} than the reference {by}."
