@@ -144,9 +144,9 @@ def main(config):
     rank, gold, texts = zip(*best_first)
     say(table(dict(rank=rank, gold=[f"{g:.2f}" for g in gold])
               | {f"an answer to: {records[0]['prompt']}": texts}))
-    say(f"\n{len(records):,} prompts ranked, {len(pairs):,} pairs; {skipped} prompts skipped: fewer "
-        f"than two complete answers.\nTwo labelers agree on {metrics['agreement']:.1%} of the pairs, "
-        "gold with the labels on "
+    say(f"\n{len(records):,} prompts ranked, {len(pairs):,} pairs; {skipped} prompts skipped: "
+        f"fewer than two complete answers.\nTwo labelers agree on {metrics['agreement']:.1%} of "
+        "the pairs, gold with the labels on "
         + (f"{metrics['gold_accuracy']:.1%}" if unequal else "none: all are equal")
         + f"; the longer answer wins {metrics['longer_preferred']:.1%}.")
     run.finish(metrics, f"python reward.py --data={config.out}/rankings.jsonl --init={config.init}")
