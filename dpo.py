@@ -86,6 +86,8 @@ SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.
 #
 # chosen, rejected (pairs,): log pi(y | x) - log pi_ref(y | x), the log-ratio of a whole response in
 # nats; "per token" means divided by its tokens, EOS included.
+# A new loss is a function here, a line in `pair_loss`, one in `implicit_reward` if its ratios are
+# others, and an entry in SETTINGS, which gives it its name.
 
 
 def dpo_loss(chosen, rejected, beta):
