@@ -1,5 +1,8 @@
 """The transformer, its cache, sampling, and the one log-probability function."""
 
+import contextlib
+
+import model
 import pytest
 import torch
 import torch.nn.functional as F
@@ -297,3 +300,9 @@ def test_logits_match_transformers():
     with torch.no_grad():
         expected = theirs(tokens).logits[..., :61]
         torch.testing.assert_close(ours.logits(ours(tokens)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_low_precision_on_a_cpu():
+    # catches bf16 where it is a hundred times slower, or fp32 on every GPU
+    assert isinstance(model.autocast(torch.device("cpu")), contextlib.nullcontext)
+    assert isinstance(model.autocast(torch.device("cuda")), torch.autocast)
