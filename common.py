@@ -1,6 +1,6 @@
-"""What every stage needs and no reader comes for: devices, run folders, checkpoints, logs.
+"""What every stage needs and no reader comes for: devices, optimiser, run folders, checkpoints.
 
-No maths, no loop, no loss lives here.
+No loss and no training loop lives here.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def set_lr(optimizer, lr):
 
 
 def cosine(step, steps, warmup=0):
-    """Learning-rate factor: linear warm-up from 0, then cosine from 1 down to 0.
+    """Learning-rate factor: warm-up in equal steps to 1, then cosine down to 0.
 
     In both schedules the warm-up takes at most a tenth of the run: a longer one would leave a short
     run far below its peak. `say_warmup` says so.
@@ -90,7 +90,7 @@ def cosine(step, steps, warmup=0):
 
 
 def linear(step, steps, warmup=0):
-    """Learning-rate factor: linear warm-up from 0, times a linear decay from 1 to a tenth."""
+    """Learning-rate factor: warm-up in equal steps to 1, times a linear decay to a tenth."""
     warmup = min(warmup, steps // 10)
     return min(1.0, (step + 1) / max(1, warmup)) * (1 - 0.9 * step / steps)
 

@@ -31,7 +31,7 @@ class Config(cli.Config):
     init: str = "out/sft"  # policy to start from; also the reference
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
-    beta: Positive[float] | None = None  # pull to the reference; auto: the loss's own, SETTINGS
+    beta: Positive[float] | None = None  # in units of the loss, see SETTINGS; auto: the value there
     lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0; auto: the loss's own
     label_smoothing: NotNegative[float] = 0.1  # cdpo: share of labels taken to be flipped
     simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
@@ -166,7 +166,9 @@ def pair_loss(config, seq_logp, ref_seq_logp, length, winners, losers):
         return ipo_loss(chosen, rejected, config.beta)
     if config.loss == "simpo":
         return simpo_loss(chosen, rejected, config.beta, config.simpo_margin)
-    return dpo_loss(chosen, rejected, config.beta)  # dpo, and dpo_norm with ratios per token
+    if config.loss in ("dpo", "dpo_norm"):  # the second with ratios per token
+        return dpo_loss(chosen, rejected, config.beta)
+    raise ValueError(f"pair_loss has no line for {config.loss}")
 
 
 def ordered(margin):
@@ -265,7 +267,7 @@ def pair_metrics(policy, elements, config, pad):
     labelled, ties half; chosen_reward, rejected_reward, margin; chosen_logp, rejected_logp in nats
     per sequence. Both of them may fall while the margin grows: docs/dpo.md says when to worry.
     """
-    _, mask, ref, length, label, winners, losers, _ = batch_tensors(elements, pad, "cpu")
+    _, _, ref, length, label, winners, losers, _ = batch_tensors(elements, pad, "cpu")
     seq_logp = sequence_logprobs(policy, *all_rows(elements), pad)
     reward = implicit_reward(seq_logp, ref, length, config.loss, config.beta)
     if config.loss == "kto":

@@ -2,8 +2,10 @@
 
 Both answer the same prompts. Reported are the KL between them, length and EOS rate, the reward
 model's score, and on the embedded data the gold reward with the win rate (ties count half), each
-with its standard error. `compare` is what every stage calls at its end; as a command it does the
-same for any checkpoint, and adds the gold reward by family of prompts and by part.
+with its standard error. `compare` is what dpo.py, ppo.py and grpo.py call at their end; as a
+command it does the same for any checkpoint, and adds the gold reward by family of prompts and by
+part. What else these three share (networks, the check at the start, the metrics of a rollout) is
+here too.
 
     python evaluate.py                       # out/ppo against out/sft; runs what is missing first
     python evaluate.py --policy=out/dpo --reward_model=out/reward --best_of=4
@@ -173,12 +175,12 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     prompts: as `load_prompts` returns them. config: any with temperature, max_new_tokens, seed and
     (with a reward model) missing_eos. KL in nats per sequence, from the policy's samples (k1).
     synthetic: the prompts are the embedded ones, so that there is a gold reward. verifier: they
-    have answers, and right is what ends on them. With a reward model also the scores, and with
-    best_of = n > 1 the best of n samples of the reference by that model.
+    have answers, and right is what ends on them. With a reward model also the scores, and on
+    embedded prompts with best_of = n > 1 the best of n samples of the reference by that model.
     Logs and prints what it found. Returns (metrics, the policy's samples, the reference's).
     """
     policy.eval()
-    n, device = best_of, run.device
+    n, device = best_of if synthetic and reward_model is not None else 1, run.device
     texts, ids, answers = zip(*prompts)
     draw = lambda model, name, rows: batches.sample_texts(
         model, tokenizer, rows, config.max_new_tokens,

@@ -55,16 +55,15 @@ class Config(cli.Config):
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
     # --- the method
-    method: str = "rloo"  # rloo, grpo, dr_grpo, dapo: what its paper sets of the flags below that
-    #                       are left at auto. Sizes and learning rates are ours; not here are the
-    #                       refill of dropped groups and the length penalty of DAPO, and the
-    #                       reference that is renewed in GRPO
+    method: str = "rloo"  # rloo, grpo, dr_grpo, dapo: its paper's settings for the flags below that
+    #                       are auto. Sizes and learning rates are ours. Not implemented: DAPO's
+    #                       refill of dropped groups and length penalty, GRPO's renewed reference
     advantage: str | None = None  # as grpo, dr_grpo or rloo: see group_advantage
     aggregate: str | None = None  # over tokens, as sequence, constant, tokens or sum: row_weights
-    clip: Positive[float] = 0.2  # of the ratio, below 1
-    clip_high: Positive[float] | None = None  # and above
+    clip: Positive[float] = 0.2  # the ratio may fall to 1 - clip
+    clip_high: Positive[float] | None = None  # and rise to 1 + clip_high
     drop: bool | None = None  # groups whose scores are all equal leave the loss
-    beta: NotNegative[float] | None = None  # KL coefficient, score per nat; 0 needs no reference
+    beta: NotNegative[float] | None = None  # KL coefficient, in units of score per nat
     kl_in: str | None = None  # "reward": k1 of the sequence; "loss": kl_estimator
     kl_estimator: str | None = None  # in the loss: k2 (of the sequence) or k3 (per token)
 
@@ -232,7 +231,8 @@ def judge(reward_model, prompts, texts, tokens, mask, finished, config):
     """Score of every response, (B,), by the reward model or by the verifier; the arguments as
     `rollout` returns them."""
     if config.reward == "model":
-        return score_batch(reward_model, tokens, mask, config.micro_batch)
+        with torch.no_grad():
+            return score_batch(reward_model, tokens, mask, config.micro_batch)
     return torch.tensor(verify(texts, finished.tolist(), [answer for _, _, answer in prompts]),
                         device=tokens.device)
 
@@ -416,7 +416,7 @@ def main(config):
         common.set_lr(optimizer, config.lr * factor)
         trained = update(policy, optimizer, batch, config,
                          common.stream(config.seed, "grpo", "minibatches", step), text,
-                         check=step == 0 and first == 0)
+                         check=step == 0)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------

@@ -52,7 +52,7 @@ class Config(cli.Config):
     clip: Positive[float] = 0.2  # policy ratio
     value_clip: Positive[float] = 0.2
     beta: NotNegative[float] = 0.1  # KL coefficient, in units of score per nat
-    kl_in: str = "reward"  # "reward": k1 on every token; "loss": closed form per state
+    kl_in: str = "reward"  # "reward": logp - ref_logp (k1) per token; "loss": exact, next_state_kl
     kl_target: NotNegative[float] = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler)
     kl_horizon: Positive[float] = 1000.0  # episodes; how fast beta adapts
     missing_eos: float = -3.0  # score of a response without EOS
@@ -65,7 +65,7 @@ class Config(cli.Config):
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
-    best_of: Positive[int] = 4  # compared with the best of n SFT samples by the same reward model
+    best_of: Positive[int] = 4  # embedded data: beside the best of n SFT samples by reward model
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
 
@@ -99,6 +99,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.gpt = GPT(reward_model.gpt.config)
         self.head = nn.Linear(reward_model.head.in_features, 1)
+        self.to(reward_model.shift.device)
         self.load_state_dict({k: v for k, v in reward_model.state_dict().items()
                               if k not in ("shift", "scale")})
         with torch.no_grad():  # fold (raw - shift) / scale into the head: same units as the score
@@ -136,9 +137,10 @@ def whiten(x, mask):
 def token_rewards(score, logp, ref_logp, response_mask, beta):
     """Reward of every action, (B, T): -beta (logp - ref_logp), plus the score on the last action.
 
-    score (B,); logp, ref_logp (B, T) in nats per token. The last action is the EOS itself, not the
-    slot behind it: one later, the critic would have to learn a step that no action takes and GAE
-    would decay the score once more. beta 0 leaves the score alone.
+    score (B,); logp, ref_logp (B, T) in nats per token. The last action is the EOS itself (of a cut
+    response its last token), not the slot behind it: one later, the critic would have to learn a
+    step that no action takes, and GAE would decay the score once more. beta 0 leaves the score
+    alone.
     """
     T = response_mask.size(1)
     last = (response_mask * torch.arange(1, T + 1, device=score.device)).argmax(1)
@@ -388,7 +390,7 @@ def main(config):
 
     # --- four networks, and the prompts --------------------------------------
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
-    critic = ValueModel(reward_model).to(device)
+    critic = ValueModel(reward_model)
     room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"
     train = load_prompts(config.data, "training", 2000, tokenizer, room, config.seed)
     held_out = load_prompts(config.data, "held-out", config.eval_prompts, tokenizer, room)
@@ -420,7 +422,8 @@ def main(config):
         clock.append(time.perf_counter())
 
         # --- score: the reward model reads every answer at its EOS -----------
-        raw_score = score = score_batch(reward_model, tokens, mask, config.micro_batch)
+        with torch.no_grad():
+            raw_score = score = score_batch(reward_model, tokens, mask, config.micro_batch)
         if config.score_scaling and finished.any():
             score = score / running.update(score[finished])
 
@@ -434,7 +437,7 @@ def main(config):
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
                          config, common.stream(config.seed, "ppo", "minibatches", step), text,
-                         check=step == 0 and first == 0)
+                         check=step == 0)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------

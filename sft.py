@@ -64,7 +64,7 @@ from model import autocast, text_loss, token_logprobs
 
 
 def sft_loss(logp, response_mask):
-    """- sum of the log-probabilities of the response tokens (InstructGPT 3.1; Ouyang et al. 2022).
+    """- sum of the log-probabilities of the response tokens (InstructGPT, section 3.1).
 
     logp (B, T), nats per token; response_mask (B, T). Returns a scalar, a SUM in nats: the caller
     divides by the response tokens of the whole optimiser step. Texts that write a mean per example
@@ -87,6 +87,7 @@ def load_data(config, tokenizer, block_size):
         sides = read_sides(config.data, check_demonstration)
 
     def encode(name, records):
+        # the masks are 1 on every assistant turn, its EOS included: see encode_messages
         rows = fits(f"{name} dialogues", [encode_messages(tokenizer, r["messages"])
                                           for r in progress(records, "tokens")], block_size)
         if not rows:
@@ -193,7 +194,7 @@ def main(config):
             # what small models forget while they learn the demonstrations is how to use what they
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = common.stream(config.seed, "sft", "text", step).integers(
-                0, len(text), config.batch_size // 2)
+                0, len(text), max(1, config.batch_size // 2))
             with autocast(device):
                 mix = text_loss(model, text[rows].to(device))
             (config.pretrain_mix * mix).backward()
@@ -209,7 +210,7 @@ def main(config):
             metrics = validate(epoch + 1)
             run.save_model(model, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
 
-    # The last epoch is the default: held-out loss is at its lowest earlier, gold reward later.
+    # The last epoch is the default: the loss is best after an earlier one, gold after the last.
     run.save_model(model, tokenizer, metrics)
     run.finish(metrics, f"python label.py --init={config.out}" if config.data == "synthetic" else
                f"python reward.py --init={config.out} --data=PAIRS.jsonl")

@@ -126,7 +126,7 @@ def trace_ppo(config):
     device = common.set_up(config, "ppo")
     ppo.check_config(config)
     policy, reference, reward_model, tokenizer, _, block_size = load_networks(config, device)
-    critic = ppo.ValueModel(reward_model).to(device)
+    critic = ppo.ValueModel(reward_model)
     train = load_prompts(config.data, "training", 2000, tokenizer,
                          block_size - config.max_new_tokens, config.seed)
     text = ptx_text(config, tokenizer, block_size)

@@ -40,7 +40,7 @@ class Element:
     masks: list  # 1 on the answer's tokens, EOS included
     pairs: list  # (i, j), answer i preferred to j
     labels: list  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
-    best: list  # answers that no other beats
+    best: list  # desirable answers that no other beats
     record: dict = None  # what it was made from: "prompt", "completions", "pairs", "gold"
     ref: list = None  # log pi_ref of each answer, nats per sequence (dpo.py)
 

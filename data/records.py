@@ -263,6 +263,8 @@ def embedded(path):
                     return None
             except (ValueError, RecursionError, TypeError, KeyError):
                 return None
+    if not record:  # no records at all: their reader says so
+        return None
     try:
         return dict(noise=float(record["noise"]), policy=str(record["policy"]))
     except (TypeError, ValueError, KeyError):

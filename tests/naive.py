@@ -509,7 +509,7 @@ def sft(c):
             loss.backward()
             if text:
                 picked = stream(c.seed, "sft", "text", step).integers(
-                    0, len(text), c.batch_size // 2)
+                    0, len(text), max(1, c.batch_size // 2))
                 (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
             norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
             optimizer.step(factor)
@@ -726,6 +726,7 @@ def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_mod
             answers=None):
     """Figures of the policy's answers beside the first of the reference's n answers."""
     heads = [prompt_ids(tokenizer, p) for p in prompts]
+    n = n if synthetic and reward_model else 1  # else nobody chooses a best one
     drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens,
                         torch_stream(c.seed, "evaluate", "policy"), c.temperature)
     others = sample_many(reference, tokenizer, [h for h in heads for _ in range(n)],

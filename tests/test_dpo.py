@@ -739,3 +739,10 @@ def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, flags, message
     assert status == 2 and message in error
     assert error.startswith("dpo.py: error: ") and error.count("\n") == 1
     assert not (folder / "new" / "model.pt").exists()
+
+
+def test_a_loss_without_a_line_is_no_dpo_loss():
+    # catches a new name in SETTINGS that trains by another loss
+    with pytest.raises(ValueError, match="no line for new"):
+        dpo.pair_loss(Config(loss="new", beta=1.0), torch.zeros(2), torch.zeros(2), torch.ones(2),
+                      [0], [1])

@@ -495,3 +495,10 @@ def test_scores_and_values_are_exact_under_autocast():
     assert score.dtype == value.dtype == torch.float32
     torch.testing.assert_close(score.double(), exact[:, -1], atol=1e-4, rtol=0)
     torch.testing.assert_close(value[:, 1:].double(), exact[:, :-1], atol=1e-4, rtol=0)
+
+
+def test_the_critic_is_made_where_the_reward_model_is():
+    # catches a head on the CPU and a shift on the GPU, which only a GPU would show
+    size = GPTConfig(vocab_size=64, n_tokens=60, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    critic = ValueModel(RewardModel(size).to("meta"))  # a device that is not the CPU
+    assert {p.device.type for p in critic.parameters()} == {"meta"}
