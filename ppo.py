@@ -52,7 +52,7 @@ class Config(cli.Config):
     clip: Positive[float] = 0.2  # policy ratio
     value_clip: Positive[float] = 0.2
     beta: NotNegative[float] = 0.1  # KL coefficient, in units of score per nat
-    kl_in: str = "reward"  # "reward": logp - ref_logp (k1) per token; "loss": exact, next_state_kl
+    kl_in: str = "reward"  # "reward": logp - ref_logp (k1) of every token; "loss": exact, per state
     kl_target: NotNegative[float] = 0.0  # nats a sequence; above 0 beta adapts to hold it (Ziegler)
     kl_horizon: Positive[float] = 1000.0  # episodes; how fast beta adapts
     missing_eos: float = -3.0  # score of a response without EOS
@@ -378,6 +378,8 @@ def check_config(config):
     if config.batch_size % config.minibatches:
         raise UserError(f"--batch_size={config.batch_size} is not a multiple of "
                         f"--minibatches={config.minibatches}")
+    if config.kl_target > 0 and config.beta == 0:
+        raise UserError("--beta=0: the controller of --kl_target multiplies, and 0 stays 0")
     if config.kl_target > 0 and config.batch_size >= 5 * config.kl_horizon:
         # one step of the controller multiplies beta by 1 - 0.2 n / horizon: 0 or below
         raise UserError(f"--kl_horizon={config.kl_horizon}: beta would change its sign; with "

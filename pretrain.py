@@ -37,7 +37,7 @@ class Config(cli.Config):
     weight_decay: NotNegative[float] = 0.1
     grad_clip: Positive[float] = 1.0
     documents: Positive[int] = 60000  # embedded data: documents to write
-    eval_every: Positive[int] = 100  # steps between validation losses and saved states
+    eval_every: Positive[int] = 250  # steps between validation losses and saved states
 
 
 # --help and bad flags are answered before torch is imported

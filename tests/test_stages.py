@@ -234,6 +234,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("ppo.py", ["--minibatches=0"], "--minibatches=0: must be above 0"),
     ("ppo.py", ["--kl_target=1", "--batch_size=64", "--kl_horizon=12.8"],
      "--kl_horizon=12.8: beta would change its sign"),
+    ("ppo.py", ["--kl_target=1", "--beta=0"], "--beta=0: the controller"),
     ("ppo.py", ["--seed=-1"], "--seed=-1: must not be negative"),
     ("sft.py", ["--max_new_tokens=127"], "no held-out prompt leaves that much room"),
     ("label.py", ["--max_new_tokens=127"], "do not fit the context of 128"),
