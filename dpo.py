@@ -31,7 +31,7 @@ class Config(cli.Config):
     init: str = "out/sft"  # policy to start from; also the reference
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
-    beta: Positive[float] | None = None  # what it multiplies depends on the loss: SETTINGS; auto: as there
+    beta: Positive[float] | None = None  # its unit depends on the loss: SETTINGS; auto: as there
     lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0; auto: the loss's own
     label_smoothing: NotNegative[float] = 0.1  # cdpo: share of labels taken to be flipped
     simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
