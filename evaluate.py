@@ -220,7 +220,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
             metrics |= with_se(f"{name}_win_rate", np.sign(after - before) / 2 + 0.5)
     if synthetic:
         metrics["tie_rate"] = float((measured["gold"][0] == measured["gold"][1]).mean())
-        if reward_model is not None and n > 1:
+        if n > 1:
             best = [gold_reward(texts[i], every[i * n + k]["text"])
                     for i, k in enumerate(scores.reshape(-1, n).argmax(1))]
             metrics |= dict(best_of=n, **with_se("gold_best_of_n", best),

@@ -142,8 +142,7 @@ def token_rewards(score, logp, ref_logp, response_mask, beta):
     step that no action takes, and GAE would decay the score once more. beta 0 leaves the score
     alone.
     """
-    T = response_mask.size(1)
-    last = (response_mask * torch.arange(1, T + 1, device=score.device)).argmax(1)
+    last = batches.ends(response_mask).long()
     reward = -beta * (logp - ref_logp) * response_mask
     reward[torch.arange(len(score), device=score.device), last] += score
     return reward

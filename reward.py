@@ -62,7 +62,7 @@ from cli import note, plus_minus, progress, say
 from data import batches
 from data.load import all_rows, batch_pairs, load_rankings
 from data.records import (check_demonstration, choose, embedded, encode_messages, fits, prompt_key,
-                          question, read_side)
+                          question, read_sides)
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -289,7 +289,8 @@ def read_demos(config, train, noise, quality):
     """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
     the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
-        return choose(read_side(config.demos, check_demonstration, "training"), config.samples)
+        sides = read_sides(config.demos, check_demonstration, needed=("training",))
+        return choose(sides.train, config.samples)
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
         return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]

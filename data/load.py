@@ -6,7 +6,7 @@ import numpy as np
 
 from cli import UserError, progress
 from data.records import (check_prompt, check_ranking, choose, collate, distinct, encode_ranking,
-                          fits, merge_rankings, read_side, read_sides)
+                          fits, merge_rankings, read_sides)
 from data.synthetic.world import FAMILIES, sample_prompts
 
 
@@ -22,8 +22,8 @@ def load_prompts(data, side, count, tokenizer, room, seed=0, families=FAMILIES,
         records = [dict(prompt=p.text, answer=p.answer)
                    for p in sample_prompts(count, held_out, seed, families)]
     else:
-        records = read_side(data, check, side)
-        records = choose(distinct(records), count) if held_out else records
+        sides = read_sides(data, check, needed=(side,))
+        records = choose(distinct(sides.held_out), count) if held_out else sides.train
     encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
                for r in progress(records, "tokens")]
     kept = fits(f"{side} prompts", encoded, room, lambda e: len(e[1]))

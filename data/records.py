@@ -216,20 +216,19 @@ def split(records, fraction=0.1):
     return Split([r for r in records if not is_held_out(r)], [r for r in records if is_held_out(r)])
 
 
-def read_side(path, check, name):
-    """The records of one side of a file, "training" or "held-out". UserError if there are none."""
+def read_sides(path, check, needed=("training", "held-out")):
+    """A Split of the records of a file. UserError if a needed side has none."""
     sides = split(read_jsonl(path, check))
-    rows = sides.held_out if name == "held-out" else sides.train
-    if not rows:
-        raise UserError(f"{path}: none of its {len(sides.train + sides.held_out)} records is on "
-                        f"the {name} side. About a tenth of the prompts is held out, by a hash of "
-                        "the prompt; a field \"held_out\": true or false decides for its record")
-    return rows
 
+    def found(name, rows):
+        if name in needed and not rows:
+            raise UserError(f"{path}: none of its {len(sides.train + sides.held_out)} records is "
+                            f"on the {name} side. About a tenth of the prompts is held out, by a "
+                            "hash of the prompt; a field \"held_out\": true or false decides for "
+                            "its record")
+        return rows
 
-def read_sides(path, check):
-    """A Split of the records of a file. UserError if a side has none."""
-    return Split(read_side(path, check, "training"), read_side(path, check, "held-out"))
+    return sides.each(found)
 
 
 def distinct(records):
