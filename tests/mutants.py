@@ -356,8 +356,8 @@ PTX = ("                (config.ptx_coef * ptx).backward()\n")
 
 PPO = [
     Mutant("score_one_slot_behind_eos", "ppo.py", SCORE,
-           "reward[torch.arange(len(score), device=score.device), (last + 1).clamp(max=T - 1)] "
-           "+= score", PLACE,
+           "reward[torch.arange(len(score), device=score.device), "
+           "(last + 1).clamp(max=reward.size(1) - 1)] += score", PLACE,
            "summarize_from_feedback_details, TRL 1893, 3750, PR 5338"),
     Mutant("score_one_slot_before_eos", "ppo.py", SCORE,
            "reward[torch.arange(len(score), device=score.device), last - 1] += score", PLACE, "-"),
