@@ -208,6 +208,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     if synthetic:
         measured["gold"] = each(lambda s, i: gold_reward(texts[i], s["text"]))
 
+    # the same answer is a tie, however the rows beside it in a forward pass rounded its score
+    differ = np.array([a["ids"] != b["ids"] for a, b in zip(sft, drawn)])
     cluster = [question(t, synthetic) for t in texts]
     with_se = lambda name, x: {name: float(np.mean(x)),
                                f"{name}_se": common.clustered_se(x, cluster)}
@@ -217,7 +219,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
         metrics |= (with_se(name, after) | with_se(f"{name}_sft", before)
                     | with_se(f"{name}_gap", after - before))
         if name in ("score", "gold"):  # ties count half
-            metrics |= with_se(f"{name}_win_rate", np.sign(after - before) / 2 + 0.5)
+            metrics |= with_se(f"{name}_win_rate",
+                               np.sign(after - before) * differ / 2 + 0.5)
     if synthetic:
         metrics["tie_rate"] = float((measured["gold"][0] == measured["gold"][1]).mean())
         if n > 1:

@@ -230,9 +230,12 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            # argmax(p / Exp(1)) is an exact draw from p, and unlike multinomial it never syncs
+            # the first token whose cumulative probability exceeds u: one random number a row. fp64,
+            # because fp32 sums round away the rare tokens; unlike multinomial it never syncs
             p = F.softmax(logits / temperature, dim=-1)
-            token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+            cumulative = p.double().cumsum(-1)
+            u = torch.rand(len(p), 1, dtype=torch.double, device=device, generator=generator)
+            token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
         token = token.masked_fill(done[rows], pad)
         tokens[rows, position[rows]] = token
         position[rows] += ~done[rows]

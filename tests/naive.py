@@ -201,18 +201,18 @@ def torch_stream(*name):
 def sample(network, prompts, limit, eos, temperature, random):
     """One response to each prompt, drawn together: [(ids of the response, ended by itself?)].
 
-    A step draws V exponentials for every row of the batch, and the next token of a row is the
-    argmax of p / exponential: an exact draw from p. Rows that have ended leave the batch when they
-    are at least half of it.
+    A step draws one number u in [0, 1) for every row of the batch, and the next token of a row is
+    the first at which the sum of the probabilities so far, in double precision, exceeds u. Rows
+    that have ended leave the batch when they are at least half of it.
     """
     rows = [list(p) for p in prompts]
     batch, ended = list(range(len(rows))), [False] * len(rows)
     for _ in range(limit):
-        noise = torch.empty(len(batch), network.size["n_tokens"]).exponential_(generator=random)
-        for n, e in zip(batch, noise):
+        draws = torch.rand(len(batch), 1, dtype=torch.double, generator=random)
+        for n, u in zip(batch, draws):
             if not ended[n]:
-                p = network.all_logp([*rows[n], 0], temperature)[-1].exp()
-                rows[n].append(int((p / e).argmax()))
+                p = network.all_logp([*rows[n], 0], temperature)[-1].exp().double()
+                rows[n].append(int((p.cumsum(0) <= u * p.sum()).sum()))
                 ended[n] = rows[n][-1] == eos
         active = [n for n in batch if not ended[n]]
         if len(active) == 0:
@@ -760,7 +760,9 @@ def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_mod
         score = [judge(h, s) for h, s in zip(heads, drawn)]
         scores = [[judge(h, s) for s in some] for h, some in zip(heads, others)]
         add_both("score", score, [some[0] for some in scores])
-        add("score_win_rate", [half(a - b[0]) for a, b in zip(score, scores)])
+        # one answer has one score: two passes over it differ by their rounding alone
+        add("score_win_rate", [0.5 if s["ids"] == other["ids"] else half(a - b[0])
+                               for s, other, a, b in zip(drawn, first, score, scores)])
     if synthetic:
         gold = [gold_reward(p, s["text"]) for p, s in zip(prompts, drawn)]
         golds = [[gold_reward(p, s["text"]) for s in some] for p, some in zip(prompts, others)]

@@ -414,16 +414,17 @@ def test_resume_is_exact(folder, monkeypatch):
 
 
 def test_comparison_with_the_reference(monkeypatch, tiny):
-    # catches ties that count as wins, a best of n taken over other prompts' samples, a cut answer
-    # that keeps its score
+    # catches ties that count as wins, an answer that wins over itself by a rounding, a best of n
+    # taken over other prompts' samples, a cut answer that keeps its score
     prompts = [p for p in all_prompts().values() if p.family == "factual"][::200][:2]
     tokenizer, bad = load_tokenizer("synthetic"), "I cannot help with that."
     good = [p.relation.state(p.x, p.answer) + "." for p in prompts]
     sft = [bad, good[0], good[1], bad]  # two samples a prompt; the policy answers badly
     drawn = iter(([bad, bad], sft))
-    scores = iter(([3.0, 9.0], [3.0, 2.0, 9.0, 50.0]))  # equal to the first SFT sample's
+    # equal to the first SFT sample's: to a rounding for the same answer, exactly for another one
+    scores = iter(([3.0 + 1e-6, 9.0], [3.0, 2.0, 9.0, 50.0]))
     monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
-        dict(text=t, ids=[1, tokenizer.eos], finished=i < 3) for i, t in enumerate(next(drawn))])
+        dict(text=t, ids=[len(t), tokenizer.eos], finished=i < 3) for i, t in enumerate(next(drawn))])
     monkeypatch.setattr(evaluate, "sequence_logprobs", lambda *_: torch.zeros(2))
     monkeypatch.setattr(batches, "over_rows", lambda *_, **__: torch.tensor(next(scores)))
 

@@ -16,7 +16,7 @@ from data.synthetic import facts
 from data.synthetic.world import all_prompts
 
 # share of documents of each kind
-KINDS = dict(facts=0.14, sums=0.20, questions=0.04, quiz=0.20, riddles=0.26, morals=0.06, echo=0.03,
+KINDS = dict(facts=0.12, sums=0.26, questions=0.04, quiz=0.20, riddles=0.22, morals=0.06, echo=0.03,
              talk=0.05, opinions=0.02)
 # and of quiz questions of each family
 QUIZ = dict(factual=0.4, arithmetic=0.25, unanswerable=0.1, harmful=0.07, safe=0.08, advice=0.1)
