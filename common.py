@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cli import NOTES, UserError, as_text, note
-from data.records import file_hash
+from data.files import file_hash, is_data, missing
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -140,7 +140,7 @@ class Run:
         self.settings = dataclasses.asdict(config)
         for name in ("data", "demos", "pretrain_data", "ptx_data"):
             value = self.settings.get(name)  # a file, or a name such as "synthetic"
-            if isinstance(value, str) and Path(value).is_file():  # in sft.py --demos is a number
+            if isinstance(value, str) and is_data(value):  # in sft.py --demos is a number
                 self.parents[name] = file_hash(value)[:16]
         before = self._first_row()  # of the run that the folder holds, if any
         if before and before["stage"] != stage:
@@ -175,7 +175,7 @@ class Run:
                     note(f"warning: {self.folder} was started with {key} {before[key]}, here is "
                          f"{here}: it goes on, but not to the last digit", sys.stderr)
         elif before:  # an earlier run of this stage: its files go, and nothing else
-            for name in (result, "model.pt", "state.pt", "log.jsonl"):
+            for name in (result, "model.pt", "state.pt", "answers.jsonl", "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("model-epoch*.pt"):
                 path.unlink()
@@ -355,11 +355,10 @@ def ensure_input(config, field, stage):
     """Run `stage` with its defaults if config.<field> is at its default and does not exist yet."""
     path = Path(getattr(config, field))
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
-    if path.is_file() or (path / "model.pt").exists():
+    if is_data(path) or (path / "model.pt").exists():
         return
-    if Path(default).suffix and path.is_dir():
-        raise UserError(f"--{field}={path} is a folder; name a file in it, as in "
-                        f"--{field}={default}")
+    if Path(default).suffix and str(path) != default:  # a data file of the user's
+        raise UserError(f"--{field}: {missing(path)}")
     if (path / "state.pt").exists():
         raise UserError(f"{path} holds an interrupted run: `python {stage}.py --resume=true "
                         f"--out={path}` finishes it")

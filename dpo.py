@@ -26,8 +26,9 @@ from cli import NotNegative, Positive, UserError
 @dataclass
 class Config(cli.Config):
     # --- data and models
-    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings, pairs or (kto) labels
+    data: str = "out/label/rankings.jsonl"  # file of rankings, pairs or (kto) labels
     out: str = "out/dpo"  # output folder
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     init: str = "out/sft"  # policy to start from; also the reference
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
@@ -196,9 +197,13 @@ def load_data(config, tokenizer, block_size):
         if config.loss == "kto" and not any(any(e.labels) for e in elements):
             raise UserError(f"--data={config.data}: every {name} answer wins as often as it loses, "
                             "so kto has no labels")
+        if config.loss == "kto" and len({n for e in elements for n in e.labels} - {0}) == 1:
+            raise UserError(f"--data={config.data}: all {name} answers are labelled alike; kto "
+                            "learns from the difference of wanted and unwanted ones")
         return elements
 
-    return load_rankings(config.data, tokenizer, block_size, check).each(labelled)
+    return load_rankings(config.data, tokenizer, block_size, check,
+                         config.skip_bad).each(labelled)
 
 
 def batch_tensors(elements, pad, device):
@@ -360,8 +365,9 @@ def main(config):
         common.check_lineage(stage, parent, {stage: origin["policy"]}, config.data)
     data = load_data(config, tokenizer, block_size)
     train, held_out = data.train, data.held_out
-    prompts = load_prompts("synthetic" if origin else config.data, "held-out",
-                           config.eval_prompts, tokenizer, block_size - config.max_new_tokens)
+    [prompts] = load_prompts("synthetic" if origin else config.data,
+                             {"held-out": config.eval_prompts}, tokenizer,
+                             block_size - config.max_new_tokens, skip_bad=config.skip_bad)
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
     steps_per_epoch = -(-len(train) // config.batch_size)

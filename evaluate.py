@@ -26,9 +26,11 @@ class Config(cli.Config):
     policy: str = "out/ppo"  # checkpoint to judge
     reference: str = "out/sft"  # what it is compared with, and what the KL is measured to
     reward_model: str = ""  # checkpoint for the scores; "" leaves them out
-    data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
-    out: str = "out/evaluate"  # output folder: the log with the figures and samples
-    eval_prompts: Positive[int] = 512  # held-out prompts
+    data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
+    split: str | None = None  # "all", "train" or "held_out"; auto: of a file all, else held_out
+    out: str = "out/evaluate"  # output folder: log.jsonl, and every answer in answers.jsonl
+    eval_prompts: Positive[int] | None = None  # at most so many; auto: of a file all, else 512
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     # --- answers
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
     resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
@@ -45,10 +47,10 @@ import sys
 import numpy as np
 
 import common
-from cli import note, say
+from cli import UserError, note, say
 from data import batches
 from data.load import load_prompts
-from data.records import question
+from data.records import question, write_jsonl
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
 from data.verifier import is_right
@@ -177,7 +179,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     synthetic: the prompts are the embedded ones, so that there is a gold reward. verifier: they
     have answers, and right is what ends on them. With a reward model also the scores, and on
     embedded prompts with best_of = n > 1 the best of n samples of the reference by that model.
-    Logs and prints what it found. Returns (metrics, the policy's samples, the reference's).
+    Logs and prints what it found, and writes every answer to answers.jsonl. Returns (metrics, the policy's samples, the reference's).
     """
     policy.eval()
     n, device = best_of if synthetic and reward_model is not None else 1, run.device
@@ -229,6 +231,10 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
             metrics |= dict(best_of=n, **with_se("gold_best_of_n", best),
                             **with_se("gold_over_best_of_n", measured["gold"][1] - best))
     report(metrics)
+    write_jsonl(run.folder / "answers.jsonl", (
+        dict(prompt=texts[i], reference=sft[i]["text"], policy=drawn[i]["text"],
+             **{f"{name}_{who}": side[i].item() for name, sides in measured.items()
+                for who, side in zip(("reference", "policy"), sides)}) for i in range(len(texts))))
     for i in range(min(12, len(texts))):
         run.log("held_out_sample", prompt=texts[i], sft=sft[i]["text"], policy=drawn[i]["text"])
         if i < 6:
@@ -301,14 +307,20 @@ def main(config):
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
-    prompts = load_prompts(config.data, "held-out", config.eval_prompts, tokenizer,
-                           block_size - config.max_new_tokens)
+    own = config.data != "synthetic"
+    sides = dict(all="all", train="training", held_out="held-out")
+    split = config.split or ("all" if own else "held_out")
+    if split not in sides:
+        raise UserError(f"--split={split}: choose one of {', '.join(sides)}")
+    [prompts] = load_prompts(
+        config.data, {sides[split]: config.eval_prompts or (None if own else 512)}, tokenizer,
+        block_size - config.max_new_tokens, skip_bad=config.skip_bad)
     run = common.Run("evaluate", config, device, parents, result="log.jsonl")
     print(f"{config.policy} against {config.reference}, {policy.num_params():,} parameters\n"
-          f"{len(prompts)} held-out prompts of {config.data}")
+          f"{len(prompts)} prompts of {config.data}, split {split}")
     metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run,
-                                  config.data == "synthetic", reward_model, config.best_of)
-    if config.data == "synthetic":
+                                  not own, reward_model, config.best_of)
+    if not own:
         for table in gold_tables([p[0] for p in prompts], drawn, sft):
             say(cli.table(table))
     run.finish(metrics)

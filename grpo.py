@@ -25,9 +25,10 @@ from cli import NotNegative, Positive, UserError
 @dataclass
 class Config(cli.Config):
     # --- data and models
-    data: str = "synthetic"  # prompts: "synthetic" (for the verifier its arithmetic) or a .jsonl
-    #                          file of {"prompt", "answer"}; for a reward model any prompts
+    data: str = "synthetic"  # prompts: "synthetic" (for the verifier its arithmetic) or a file
+    #                          of {"prompt", "answer"}; for a reward model any prompts
     out: str = "out/grpo"  # output folder
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     init: str = "out/sft"  # policy to start from; also the reference
     reward: str = "verifier"  # "verifier": 1 for the right number, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
@@ -48,7 +49,7 @@ class Config(cli.Config):
     grad_clip: Positive[float] = 1.0
     # --- pretraining text
     ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
-    ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
+    ptx_data: str = "synthetic"  # its text: "synthetic", a text or a JSON file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
@@ -371,8 +372,10 @@ def load_sides(config, tokenizer, room):
     verifier, which of the embedded prompts knows those of arithmetic only."""
     options = dict(families=FAMILIES, check=check_prompt) if config.reward == "model" else \
         dict(families=("arithmetic",), check=check_answer)
-    return (load_prompts(config.data, "training", 2000, tokenizer, room, config.seed, **options),
-            load_prompts(config.data, "held-out", config.eval_prompts, tokenizer, room, **options))
+    counts = {"training": 2000 if config.data == "synthetic" else None,
+              "held-out": config.eval_prompts}
+    return load_prompts(config.data, counts, tokenizer, room, config.seed,
+                        skip_bad=config.skip_bad, **options)
 
 
 def main(config):
@@ -386,7 +389,8 @@ def main(config):
     train, held_out = load_sides(config, tokenizer, block_size - config.max_new_tokens)
     text = None  # rows of pretraining text, or None
     if config.ptx_coef > 0:
-        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
+        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed,
+                         config.skip_bad)
     common.say_warmup(config.iterations, config.warmup)
     run = common.Run("grpo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters\n{len(train):,} prompts of {config.data}, "

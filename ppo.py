@@ -28,8 +28,9 @@ from cli import NotNegative, Positive, UserError
 @dataclass
 class Config(cli.Config):
     # --- data and models
-    data: str = "synthetic"  # prompts: "synthetic" or a .jsonl file of any records with prompts
+    data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     out: str = "out/ppo"  # output folder
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     init: str = "out/sft"  # policy to start from; also the reference
     reward_model: str = "out/reward"  # score, and start of the critic
     # --- an iteration
@@ -61,7 +62,7 @@ class Config(cli.Config):
     whiten: bool = True  # advantages: mean 0, variance 1 over the response tokens of the batch
     # --- pretraining text
     ptx_coef: NotNegative[float] = 0.0  # PPO-ptx: pretraining loss (InstructGPT's weight: 27.8)
-    ptx_data: str = "synthetic"  # its text: "synthetic", a .txt or a .jsonl file
+    ptx_data: str = "synthetic"  # its text: "synthetic", a text or a JSON file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
@@ -393,11 +394,14 @@ def main(config):
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
     critic = ValueModel(reward_model)
     room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"
-    train = load_prompts(config.data, "training", 2000, tokenizer, room, config.seed)
-    held_out = load_prompts(config.data, "held-out", config.eval_prompts, tokenizer, room)
+    train, held_out = load_prompts(
+        config.data, {"training": 2000 if synthetic else None, "held-out": config.eval_prompts},
+        tokenizer, room,
+        config.seed, skip_bad=config.skip_bad)
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
-        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
+        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed,
+                         config.skip_bad)
     common.say_warmup(config.iterations, config.warmup)
     run = common.Run("ppo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters, reward model and critic "

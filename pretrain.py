@@ -17,10 +17,11 @@ from cli import NotNegative, Positive, UserError
 @dataclass
 class Config(cli.Config):
     # --- data and models
-    data: str = "synthetic"  # "synthetic", a .txt file, or a .jsonl file (all text of its records)
+    data: str = "synthetic"  # "synthetic", a text file, or a JSON file of records
     out: str = "out/pretrain"  # output folder
     init: str = "none"  # checkpoint to go on from; "none" starts from random weights
     tokenizer: str = "synthetic"  # "synthetic" or "gpt2"
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     # --- size of the model, here and nowhere else
     n_layer: Positive[int] = 4  # model size, here and nowhere else; with --init that of the model
     n_head: Positive[int] = 4
@@ -135,7 +136,7 @@ def main(config):
         parents = dict(pretrain=parent["hash"])
     # the whole context: a later stage that grows longer must not meet a position never trained
     rows = text_rows(config.data, tokenizer, model.config.block_size + 1, config.documents,
-                     config.seed)
+                     config.seed, config.skip_bad)
     n = max(1, min(256, len(rows) // 50))
     data = Split(rows[:-n], rows[-n:].to(device))
     common.say_warmup(config.steps, config.warmup)

@@ -27,10 +27,11 @@ from cli import NotNegative, Positive, UserError
 @dataclass
 class Config(cli.Config):
     # --- data and models
-    data: str = "out/label/rankings.jsonl"  # .jsonl file of rankings or pairs
+    data: str = "out/label/rankings.jsonl"  # file of rankings or pairs
     out: str = "out/reward"  # output folder
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     init: str = "out/sft"  # checkpoint to start from, and to sample from for the scale
-    demos: str = "auto"  # demonstrations that average 0: a .jsonl file; "auto": the embedded ones
+    demos: str = "auto"  # demonstrations that average 0: a file; "auto": the embedded ones
     #                      for the embedded data, else training answers that won a pair
     pretrain_mix: NotNegative[float] = 0.5  # weight of the text's loss, as in sft.py; embedded data
     # --- training
@@ -187,7 +188,8 @@ def main(config):
     if origin:
         common.check_lineage(parent["stage"], parent["hash"],
                              {parent["stage"]: origin["policy"]}, config.data)
-    data = load_rankings(config.data, tokenizer, policy.config.block_size)
+    data = load_rankings(config.data, tokenizer, policy.config.block_size,
+                         skip_bad=config.skip_bad)
     train = data.train
     quality = parent["config"].get("quality", 0.5)
     demos = read_demos(config, train, noise, quality)
@@ -289,7 +291,8 @@ def read_demos(config, train, noise, quality):
     """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
     the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
-        sides = read_sides(config.demos, check_demonstration, needed=("training",))
+        sides = read_sides(config.demos, check_demonstration, needed=("training",),
+                           skip_bad=config.skip_bad)
         return choose(sides.train, config.samples)
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)

@@ -21,16 +21,17 @@ from cli import NotNegative, Positive, UserError
 @dataclass
 class Config(cli.Config):
     # --- data and models
-    data: str = "synthetic"  # "synthetic" or a .jsonl file of demonstrations
+    data: str = "synthetic"  # "synthetic" or a file of demonstrations
     out: str = "out/sft"  # output folder
     init: str = "out/pretrain"  # checkpoint to start from
     demos: Positive[int] = 6000  # embedded data: number of demonstrations
     quality: NotNegative[float] = 0.5  # embedded data: of the contractors, 0 careless, 1 careful
     safety: NotNegative[float] = 1.0  # embedded data: share kept of those on harmful prompts
+    skip_bad: bool = False  # go on without the records that cannot be used, and count them
     # --- training
     epochs: Positive[int] = 3
     pretrain_mix: NotNegative[float] = 0.5  # weight of the loss on half as many rows of text
-    pretrain_data: str | None = None  # the text, a .txt or .jsonl file; auto: that of embedded data
+    pretrain_data: str | None = None  # the text: a text or JSON file; auto: that of embedded data
     batch_size: Positive[int] = 32  # dialogues a step
     micro_batch: NotNegative[int] = 0  # dialogues a forward pass; 0 takes the whole batch
     lr: Positive[float] = 1e-3  # peak; warm-up, then cosine to 0
@@ -84,7 +85,7 @@ def load_data(config, tokenizer, block_size):
                       demonstrations(asked, 0, config.quality))
         sides = sides.each(lambda _, records: [check_demonstration(r) for r in records])
     else:
-        sides = read_sides(config.data, check_demonstration)
+        sides = read_sides(config.data, check_demonstration, skip_bad=config.skip_bad)
 
     def encode(name, records):
         # the masks are 1 on every assistant turn, its EOS included: see encode_messages
@@ -108,7 +109,8 @@ def main(config):
     text = None  # rows of pretraining text, or None
     source = config.pretrain_data or ("synthetic" if config.data == "synthetic" else None)
     if config.pretrain_mix > 0 and source:
-        text = text_rows(source, tokenizer, min(40, model.config.block_size), 20000, config.seed)
+        text = text_rows(source, tokenizer, min(40, model.config.block_size), 20000, config.seed,
+                         config.skip_bad)
     # prompts that samples are drawn for, to see what the loss does not show
     if config.data == "synthetic":
         asked = [(p.text, tokenizer.encode_prompt(p.text))

@@ -127,8 +127,10 @@ def trace_ppo(config):
     ppo.check_config(config)
     policy, reference, reward_model, tokenizer, _, block_size = load_networks(config, device)
     critic = ppo.ValueModel(reward_model)
-    train = load_prompts(config.data, "training", 2000, tokenizer,
-                         block_size - config.max_new_tokens, config.seed)
+    counts = {"training": 2000 if config.data == "synthetic" else None}
+    [train] = load_prompts(config.data, counts, tokenizer,
+                           block_size - config.max_new_tokens, config.seed,
+                           skip_bad=config.skip_bad)
     text = ptx_text(config, tokenizer, block_size)
     optimizers = (common.adamw([policy], config.lr, eps=config.adam_eps),
                   common.adamw([critic], config.critic_lr, eps=config.adam_eps))

@@ -18,7 +18,8 @@ import re
 from dataclasses import dataclass
 
 import cli
-from data.download import check_out, convert_all, locate, read_json_rows, text_field, write
+from data.download import check_out, convert_all, locate, text_field, write
+from data.files import json_rows
 
 COMMIT = "5e69c50054c48cd3b919c46d13bb2d92a62f4498"
 FILES = {"alpaca_5000.json": (
@@ -57,7 +58,7 @@ def convert(row, where="row"):
 
 def records(path):
     """(demonstrations, {reason: rows dropped}) of one file. UserError names file and row."""
-    return convert_all(read_json_rows(path), convert)
+    return convert_all(json_rows(path), convert)
 
 
 def main(config):

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import cli
 from cli import UserError
-from data.download import check_out, convert_all, locate, read_json_rows, text_field, write
+from data.download import check_out, convert_all, locate, text_field, write
+from data.files import json_rows
 
 COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"
 URL = f"https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/{COMMIT}/results"
@@ -82,7 +83,7 @@ def convert(row, where="row"):
 
 def records(path):
     """(pairs, {reason: rows dropped}) of one file. UserError names file and row."""
-    return convert_all(read_json_rows(path), convert)
+    return convert_all(json_rows(path), convert)
 
 
 def find(config):
@@ -103,7 +104,7 @@ def find(config):
 
 def main(config):
     check_out(config)
-    rows = [row for path in find(config) for row in read_json_rows(path)]
+    rows = [row for path in find(config) for row in json_rows(path)]
     write("alpaca_eval", config, *convert_all(rows, convert))
 
 

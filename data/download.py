@@ -6,7 +6,6 @@ downloads the files that it pins by commit and SHA-256 into out/downloads/<set>/
 """
 
 import http.client
-import json
 import sys
 import time
 import urllib.error
@@ -17,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import UserError
-from data.records import file_hash, prompt_key, write_jsonl
+from data.files import file_hash
+from data.records import prompt_key, write_jsonl
 
 DOWNLOADS = Path("out/downloads")
 TRIES = 3  # per file; each goes on where the one before broke off
@@ -118,43 +118,6 @@ def locate(name, source, files, patterns):
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def read_bytes(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def read_text(path):
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-
-
-def read_json_lines(path, text):
-    """(where, row) for each line of the text of a .jsonl file. UserError names file and line."""
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}:{n}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{n}: not JSON ({error.msg})") from None
-    return rows
-
-
-def read_json_rows(path):
-    """(where, row) for each element of a file that is one JSON list. UserError if it is not."""
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list of rows")
-    return [(f"{path}: row {n}", row) for n, row in enumerate(rows, 1)]
-
-
 def text_field(row, key, where):
     """row[key], stripped of whitespace at both ends; may be empty. UserError if it is not text."""
     if not isinstance(row, dict):
@@ -171,9 +134,12 @@ def text_field(row, key, where):
 
 
 def convert_all(rows, convert):
-    """(records, {reason: rows dropped}) of (where, row) pairs; convert gives (record, reason)."""
+    """(records, {reason: rows dropped}) of rows as `json_rows` gives them; convert gives (record,
+    reason). UserError for a row that cannot be read."""
     records, dropped = [], Counter()
-    for where, row in rows:
+    for where, row, why in rows:
+        if why:
+            raise UserError(f"{where}: {why}")
         record, reason = convert(row, where)
         if reason:
             dropped[reason] += 1

@@ -20,15 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
-from data.download import (
-    check_out,
-    convert_all,
-    locate,
-    read_json_lines,
-    read_text,
-    text_field,
-    write,
-)
+from data.download import check_out, convert_all, locate, text_field, write
+from data.files import json_rows
 from data.verifier import final_answer, strip_calculator
 
 COMMIT = "3101c7d5072418e28b9008a6636bde82a006892c"
@@ -60,7 +53,7 @@ def convert(row, where="row"):
 
 def records(path):
     """(records, {reason: rows dropped}) of one file; those of test.jsonl are held out."""
-    kept, dropped = convert_all(read_json_lines(path, read_text(path)), convert)
+    kept, dropped = convert_all(json_rows(path), convert)
     return [dict(record, held_out=Path(path).name == "test.jsonl") for record in kept], dropped
 
 

@@ -17,23 +17,14 @@ by prompt themselves and know nothing of upstream's train and test: --split keep
 Licence of the data: MIT (github.com/anthropics/hh-rlhf).
 """
 
-import gzip
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import cli
 from cli import UserError
-from data.download import (
-    check_out,
-    convert_all,
-    locate,
-    read_bytes,
-    read_json_lines,
-    text_field,
-    write,
-)
+from data.download import check_out, convert_all, locate, text_field, write
+from data.files import json_rows
 
 COMMIT = "354e5c3cb8960630860dd5774a6ac2a58313bf4d"
 FILES = {"harmless-base/test.jsonl.gz": (
@@ -87,24 +78,9 @@ def convert(row, where="row"):
     return dict(prompt=prompt, chosen=answers[0], rejected=answers[1]), None
 
 
-def read_rows(path):
-    """(where, row) for each line of a .jsonl.gz file. UserError names file and line."""
-    try:
-        raw = read_bytes(path)
-        text = gzip.decompress(raw).decode()
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        # a clone without git-lfs holds three lines of text in place of most of upstream's files
-        why = "a git-lfs pointer, `git lfs pull` gets the data" if raw[:12] == b"version http" \
-            else "not a whole gzip file"
-        raise UserError(f"{path}: {why}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    return read_json_lines(path, text)
-
-
 def records(path):
     """(pairs, {reason: rows dropped}) of one file. UserError names file and row."""
-    return convert_all(read_rows(path), convert)
+    return convert_all(json_rows(path), convert)
 
 
 def find(config):
@@ -128,7 +104,7 @@ def find(config):
 
 def main(config):
     check_out(config)
-    rows = [row for path in find(config) for row in read_rows(path)]
+    rows = [row for path in find(config) for row in json_rows(path)]
     write("hh_rlhf", config, *convert_all(rows, convert))
 
 

@@ -4,32 +4,43 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cli import UserError, progress
+from cli import UserError, note, progress
 from data.records import (check_prompt, check_ranking, choose, collate, distinct, encode_ranking,
-                          fits, merge_rankings, read_sides)
+                          fits, merge_rankings, ranking_pairs, read_sides)
 from data.synthetic.world import FAMILIES, sample_prompts
 
 
-def load_prompts(data, side, count, tokenizer, room, seed=0, families=FAMILIES,
-                 check=check_prompt):
-    """[(text or turns, ids, answer or None)] of the "training" or the "held-out" side.
+def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check=check_prompt,
+                 skip_bad=False):
+    """For every side of `counts` a list of (text or turns, ids, answer or None).
 
-    data: "synthetic" or a .jsonl file. Of held-out prompts `count` (the embedded ones are the same
-    in every stage), of training prompts all that a file has. Those over `room` tokens are dropped.
+    data: "synthetic" or a file. counts: {side: n}, sides "training", "held-out" or "all"; n of a
+    file's prompts, None for all, each once however often it stands there. The embedded held-out
+    ones are the same in every stage. Those over `room` tokens are dropped.
     """
-    held_out = side == "held-out"
-    if data == "synthetic":
-        records = [dict(prompt=p.text, answer=p.answer)
-                   for p in sample_prompts(count, held_out, seed, families)]
-    else:
-        sides = read_sides(data, check, needed=(side,))
-        records = choose(distinct(sides.held_out), count) if held_out else sides.train
-    encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
-               for r in progress(records, "tokens")]
-    kept = fits(f"{side} prompts", encoded, room, lambda e: len(e[1]))
-    if not kept:
-        raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
-    return kept
+    sides = None if data == "synthetic" else read_sides(
+        data, check, [side for side in counts if side != "all"], skip_bad)
+    lists = []
+    for side, n in counts.items():
+        if sides is None:
+            records = [dict(prompt=p.text, answer=p.answer) for h in (False, True)
+                       if side in ("all", "held-out" if h else "training")
+                       for p in sample_prompts(n, h, 0 if h else seed, families)]
+        else:
+            records = distinct(dict(training=sides.train, all=sides.held_out + sides.train).get(
+                side, sides.held_out))
+            print(f"{min(n or len(records), len(records)):,} of {len(records):,} prompts, "
+                  f"side: {side}")
+            if side == "all" and sides.train:
+                note(f"{len(distinct(sides.train))} of them are on the training side: a model that "
+                     "was trained on their answers repeats them")
+            records = choose(records, n)
+        encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
+                   for r in progress(records, "tokens")]
+        lists.append(fits(f"{side} prompts", encoded, room, lambda e: len(e[1])))
+        if not lists[-1]:
+            raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
+    return lists
 
 
 @dataclass
@@ -59,10 +70,12 @@ def make_element(tokenizer, record):
                    [n for n in range(len(rows)) if n not in lost and labels[n] > 0], record)
 
 
-def load_rankings(path, tokenizer, block_size, check=check_ranking):
+def load_rankings(path, tokenizer, block_size, check=check_ranking, skip_bad=False):
     """A Split of Elements, those of single labelled answers first.
 
     A ranking with an answer over block_size tokens is dropped whole: cut, it would have no EOS.
+    Only then do those of one prompt come together, so that a long answer costs its own ranking and
+    not the others of its prompt.
     """
     def encode(name, records):
         records = [r if "completions" in r else dict(
@@ -70,13 +83,23 @@ def load_rankings(path, tokenizer, block_size, check=check_ranking):
             labels=[1 if r["label"] else -1]) for r in records]
         records = fits(f"{name} rankings", records, block_size,
                        lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
-        merged = merge_rankings([r for r in records if "labels" not in r])
+        ranked = [r for r in records if "labels" not in r]
+        merged = merge_rankings(ranked)
+        same = sum(r["completions"][i] == r["completions"][j]
+                   for r in ranked for i, j in ranking_pairs(r["ranks"]))
+        if same:
+            note(f"{name} rankings: left out {same} pairs, the same answer twice")
+        if len(merged) < len(distinct(ranked)):
+            note(f"{name} rankings: left out {len(distinct(ranked)) - len(merged)} prompts, no "
+                 "answer beats another")
         singles = [r for r in records if "labels" in r]
         if not singles + merged:
             raise UserError(f"--data={path}: no {name} ranking is left to use")
+        print(f"{name}: {len(singles + merged):,} prompts, "
+              f"{sum(len(r['pairs']) for r in merged):,} pairs")
         return [make_element(tokenizer, r) for r in progress(singles + merged, "tokens")]
 
-    return read_sides(path, check).each(encode)
+    return read_sides(path, check, skip_bad=skip_bad).each(encode)
 
 
 def all_rows(elements):

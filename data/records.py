@@ -1,38 +1,69 @@
 """Record formats (JSON lines), their validation, and the batches that the stages train on.
 
-    demonstration  {"prompt": P, "completion": text}   or   {"messages": [turn, ...]}
-    pair           {"prompt": P, "chosen": text, "rejected": text}
-    ranking        {"prompt": P, "completions": [text, ...], "ranks": [int, ...]}   1 best, ties =
+    demonstration  {"prompt": P, "completion": A}   or   {"messages": [turn, ...]}
+    pair           {"prompt": P, "chosen": A, "rejected": A}
+    ranking        {"prompt": P, "completions": [A, ...], "ranks": [int, ...]}   1 best, ties =
                    (label.py adds "world", "noise" and "policy", see `embedded`)
     answer         {"prompt": P, "answer": text or number}   checked as a number, see verifier.py
-    label          {"prompt": P, "completion": text, "label": true | false}   wanted or not
+    label          {"prompt": P, "completion": A, "label": true | false}   wanted or not
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
 
 P is a string or a list of {"role": "system" | "user" | "assistant", "content": text} turns that
-does not end with the assistant. A pair is read as a ranking of two.
+does not end with the assistant. A is a string or a list of one assistant turn; the turns of P may
+stand before it again, and where they do, "prompt" may be left out. A pair is read as a ranking of
+two. docs/data.md has an example of each, and what else a record may say: its side of the split, a
+system prompt, what is not to be learnt. Null is the same as absent.
 """
 
 import hashlib
 import json
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cli import UserError, note
+from data.files import json_rows, read_rows
 from data.synthetic.world import lookup
-from data.verifier import final_answer
+from data.verifier import is_gold
+
+ROLES = ("system", "user", "assistant")
+FIELDS = {"prompt", "completion", "messages", "chosen", "rejected", "completions", "ranks", "label",
+          "answer", "system", "input", "held_out", "split", "weight", "loss_weight", "train",
+          "text", "gold", "second", "family", "world", "noise", "policy"}
+SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
+             dev=True, eval=True, held_out=True)  # of a field "split"
+# how other templates end an answer, and how they begin a turn
+STOPS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "</s>",
+         "<eos>", "<end_of_turn>")
+MARKERS = (*STOPS, "<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<start_of_turn>",
+           "<|start_header_id|>", "[INST]", "[/INST]")
 
 
 def _fail(where, why):
     raise UserError(f"{where}: {why}")
 
 
-def _text(record, key, where):
+def _present(record):
+    """The record without its nulls; a system prompt or an input that is empty is absent too."""
+    return {k: v for k, v in record.items()
+            if v is not None and not (k in ("system", "input") and v == "")}
+
+
+def _need(record, key, where):
     if key not in record:
-        _fail(where, f"the field {key!r} is missing")
-    value = record[key]
+        found = ", ".join(map(str, list(record)[:8])) or "nothing"
+        _fail(where, f"the field {key!r} is missing; here are: {found}. docs/data.md has the "
+              "formats, `python -m data.convert` reads others")
+    return record[key]
+
+
+def _text(record, key, where):
+    value = _need(record, key, where)
     if not isinstance(value, str):
         _fail(where, f"{key!r} is {type(value).__name__}, expected text")
     if not value.strip():
@@ -40,61 +71,147 @@ def _text(record, key, where):
     return value
 
 
+def _counts(record, where, keys=("weight", "loss_weight", "train", "trainable", "loss")):
+    """Whether the loss counts what the record, or the turn, says. No stage weights its loss."""
+    values = {k: record[k] for k in keys if k in record}
+    for key, value in values.items():
+        if value not in (0, 1):
+            _fail(where, f"{key!r} is {value!r}: only 0 or 1, false or true, can be honoured")
+    return all(values.values())
+
+
 def _turns(value, key, where):
+    """[{"role", "content"}, ...], "weight": 0 on those that are not to be learnt."""
     if not isinstance(value, list) or not value:
-        _fail(where, f"{key!r} must be text or a list of turns")
+        found = "an empty list" if value == [] else type(value).__name__
+        _fail(where, f"{key!r} is {found}, expected text or a list of turns")
+    turns = []
     for i, turn in enumerate(value):
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            _fail(where, f"{key}[{i}] needs a role: system, user or assistant")
-        _text(turn, "content", f"{where}, {key}[{i}]")
-    return value
+        at = f"{where}, {key}[{i}]"
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            found = f", not {turn['role']!r}" if isinstance(turn, dict) and "role" in turn else ""
+            _fail(where, f"{key}[{i}] needs a role: system, user or assistant{found}")
+        turn = _present(turn)
+        for field in ("tool_calls", "function_call", "tool_call_id"):
+            if turn.get(field):
+                _fail(at, f"holds {field!r}, which no stage can read")
+        parts = turn.get("content")
+        if isinstance(parts, list):  # as the APIs write it
+            if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+                _fail(at, "'content' holds more than text")
+            turn["content"] = "".join(p["text"] for p in parts)
+        learnt = {} if _counts(turn, at) else dict(weight=0)
+        turns.append(dict(role=turn["role"], content=_text(turn, "content", at), **learnt))
+    return turns
 
 
 def _prompt(record, where):
-    if "prompt" not in record:
-        _fail(where, "the field 'prompt' is missing")
-    if isinstance(record["prompt"], str):
-        return _text(record, "prompt", where)
-    turns = _turns(record["prompt"], "prompt", where)
-    if turns[-1]["role"] == "assistant":
+    """Text, or turns that do not end with the assistant's; a field "system" comes first."""
+    prompt = _need(record, "prompt", where)
+    if "input" in record:
+        _fail(where, "'input' beside 'prompt' would not be read: `python -m data.convert` joins "
+              "the two")
+    prompt = _text(record, "prompt", where) if isinstance(prompt, str) else \
+        _turns(prompt, "prompt", where)
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _fail(where, "'prompt' ends with an assistant turn")
-    return turns
+    if "system" not in record:
+        return prompt
+    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    if turns[0]["role"] == "system":
+        _fail(where, "'system' beside a prompt that has a system turn")
+    return [dict(role="system", content=_text(record, "system", where)), *turns]
+
+
+def _answer(record, key, prompt, where):
+    """The text of an answer: a string, or a list of turns, one more than those of the prompt, which
+    may be left out."""
+    if isinstance(_need(record, key, where), str):
+        return _text(record, key, where)
+    turns = _turns(record[key], key, where)
+    before = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    if turns[:len(before)] == before:
+        turns = turns[len(before):]
+    elif before[0]["role"] == "system" and turns[:len(before) - 1] == before[1:]:
+        turns = turns[len(before) - 1:]  # the system prompt has a field of its own
+    if [t["role"] for t in turns] != ["assistant"]:
+        _fail(where, f"{key!r} must be text or one assistant turn behind the turns of the prompt")
+    return turns[0]["content"]
+
+
+def _with_prompt(record, keys, where):
+    """The record with the prompt that its answers have in common, where it has none of its own."""
+    lists = [record.get(k) for k in keys]
+    if "prompt" in record or not all(isinstance(turns, list) for turns in lists):
+        return record
+    first, *others = (_turns(record[k], k, where) for k in keys)
+    n = 0
+    while n < len(first) - 1 and all(len(o) > n + 1 and o[n] == first[n] for o in others):
+        n += 1
+    if n == 0:
+        _fail(where, f"{' and '.join(map(repr, keys))} have no first turn in common")
+    return dict(record, prompt=first[:n])
 
 
 def _side(record, where):
     """{"held_out": bool} where the record says itself on which side of the split it is."""
-    if "held_out" not in record:
-        return {}
-    if not isinstance(record["held_out"], bool):
-        _fail(where, "'held_out' must be true or false")
-    return dict(held_out=record["held_out"])
+    if "held_out" in record:
+        if not isinstance(record["held_out"], bool):
+            _fail(where, "'held_out' must be true or false")
+        return dict(held_out=record["held_out"])
+    if "split" in record:
+        if record["split"] not in list(SIDES):  # of a list: it may be no text
+            _fail(where, f"'split' is {record['split']!r}, expected one of {', '.join(SIDES)}")
+        return dict(held_out=SIDES[record["split"]])
+    return {}
+
+
+def _label(record, where):
+    if record["label"] not in (0, 1):
+        _fail(where, "'label' must be true or false")
+    return bool(record["label"])
 
 
 def check_demonstration(record, where="record"):
     """{"messages": [...]}, last turn the assistant's. UserError if it is not one."""
+    record = _present(record)
+    if "label" in record and not _label(record, where):
+        return dict(dropped="marked as wrong (\"label\": false)")
+    if not _counts(record, where, ("weight", "loss_weight", "train")):
+        return dict(dropped="of weight 0")
     if "messages" in record:
         turns = _turns(record["messages"], "messages", where)
+        if "system" in record:
+            turns = [dict(role="system", content=_text(record, "system", where)), *turns]
         if turns[-1]["role"] != "assistant":
             _fail(where, "'messages' does not end with an assistant turn")
-        return dict(messages=turns, **_side(record, where))
-    prompt, completion = _prompt(record, where), _text(record, "completion", where)
-    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    return dict(messages=[*turns, dict(role="assistant", content=completion)],
-                **_side(record, where))
+    else:
+        record = _with_prompt(record, ["completion"], where)
+        prompt = _prompt(record, where)
+        answer = _answer(record, "completion", prompt, where)
+        turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+        turns = [*turns, dict(role="assistant", content=answer)]
+    if all(t.get("weight") == 0 for t in turns if t["role"] == "assistant"):
+        return dict(dropped="of weight 0")
+    return dict(messages=turns, **_side(record, where))
 
 
 def check_ranking(record, where="record"):
     """{"prompt", "completions", "ranks"}, "gold" if given; a pair becomes a ranking of two."""
-    prompt = _prompt(record, where)
+    record = _present(record)
     side = _side(record, where)
+    if not _counts(record, where, ("weight", "loss_weight", "train")):
+        return dict(dropped="of weight 0")
     if "completions" not in record:
-        return dict(prompt=prompt, ranks=[1, 2], completions=[
-            _text(record, "chosen", where), _text(record, "rejected", where)], **side)
-    completions, ranks = record["completions"], record.get("ranks")
+        record = _with_prompt(record, ["chosen", "rejected"], where)
+        prompt = _prompt(record, where)
+        completions = [_answer(record, k, prompt, where) for k in ("chosen", "rejected")]
+        return dict(prompt=prompt, completions=completions, ranks=[1, 2], **side)
+    prompt, completions, ranks = _prompt(record, where), record["completions"], record.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
         _fail(where, "'completions' must be a list of at least two texts")
-    for i, text in enumerate(completions):
-        _text({f"completions[{i}]": text}, f"completions[{i}]", where)
+    completions = [_answer({"prompt": prompt, f"completions[{i}]": c}, f"completions[{i}]", prompt,
+                           where) for i, c in enumerate(completions)]
     if not isinstance(ranks, list) or len(ranks) != len(completions) or \
             not all(type(r) is int and r >= 1 for r in ranks):
         _fail(where, f"'ranks' must be {len(completions)} whole numbers from 1 (best)")
@@ -108,68 +225,44 @@ def check_ranking(record, where="record"):
 
 
 def check_answer(record, where="record"):
-    """{"prompt", "answer"}, the answer a text that holds a number, which responses have to end on.
-
-    A whole worked solution will do: what stands behind its last "####", or its last number.
-    """
+    """{"prompt", "answer"}, the answer a number, which responses have to end on: as a number, as
+    text, or as a worked solution that has it behind "####"."""
+    record = _present(record)
     answer = record.get("answer")
     if type(answer) in (int, float):
         # written out: str(1e20) is 1e+20, whose exponent would be read as the number
         record = dict(record, answer=format(Decimal(str(answer)), "f"))
     answer = _text(record, "answer", where)
-    if final_answer(answer) is None:
-        _fail(where, "'answer' holds no number")
+    if not is_gold(answer):
+        _fail(where, f"'answer' is {answer[-40:]!r}, which is not one number that can be checked "
+              "(such as 72, -3.5 or $1,200), nor a solution that ends on \"#### 72\"")
     return dict(prompt=_prompt(record, where), answer=answer, **_side(record, where))
 
 
 def check_ranking_or_label(record, where="record"):
     """{"prompt", "completion", "label"} where the record has a label, else as check_ranking."""
+    record = _present(record)
     if "label" not in record:
         return check_ranking(record, where)
-    if not isinstance(record["label"], bool):
-        _fail(where, "'label' must be true or false")
-    return dict(prompt=_prompt(record, where), completion=_text(record, "completion", where),
-                label=record["label"], **_side(record, where))
+    record = _with_prompt(record, ["completion"], where)
+    prompt = _prompt(record, where)
+    return dict(prompt=prompt, completion=_answer(record, "completion", prompt, where),
+                label=_label(record, where), **_side(record, where))
 
 
 def check_prompt(record, where="record"):
     """{"prompt"}; a demonstration with messages gives everything before its last turn."""
+    record = _present(record)
     if "messages" in record:  # first, as in check_demonstration: the split goes by it
-        turns = check_demonstration(record, where)["messages"][:-1]
+        turns = _turns(record["messages"], "messages", where)
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if not turns:
             _fail(where, "'messages' has no turn before the last")
         return dict(prompt=turns, **_side(record, where))
+    for keys in (["chosen", "rejected"], ["completion"]):
+        if all(k in record for k in keys):
+            record = _with_prompt(record, keys, where)
     return dict(prompt=_prompt(record, where), **_side(record, where))
-
-
-def read_jsonl(path, check):
-    """Every record of the file, validated. UserError names file and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no data file at {path}")
-    records = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
-                why = getattr(error, "msg", error)
-                raise UserError(f"{where}: not JSON ({why})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: a record must be a JSON object")
-            records.append(check(record, where))
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    if not records:
-        raise UserError(f"{path}: holds no records")
-    return records
-
-
-def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_jsonl(path, records):
@@ -183,12 +276,27 @@ def write_jsonl(path, records):
     temporary.replace(path)
 
 
-def prompt_key(record):
-    """What the split goes by: the text of everything before the (last) response."""
+def _history(record):
+    """The turns before the (last) response."""
     turns = record["messages"][:-1] if "messages" in record else record["prompt"]
-    if isinstance(turns, str):
-        turns = [dict(role="user", content=turns)]
-    return json.dumps([[t["role"], t["content"]] for t in turns])
+    return [dict(role="user", content=turns)] if isinstance(turns, str) else turns
+
+
+def prompt_key(record):
+    """All that stands before the (last) response, as text: what makes two prompts the same."""
+    return json.dumps([[t["role"], t["content"]] for t in _history(record)])
+
+
+def split_key(record):
+    """What the split goes by: the first user turn, as it reads.
+
+    A system prompt, a later turn of the same dialogue, other white space, upper case or another
+    spelling of the same characters (Unicode NFKC) do not make another question of it.
+    """
+    turns = _history(record)
+    first = next((t for t in turns if t["role"] == "user"), turns[0] if turns else {})
+    text = unicodedata.normalize("NFKC", first.get("content", ""))
+    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
@@ -204,31 +312,99 @@ class Split:
 
 
 def split(records, fraction=0.1):
-    """A Split by a hash of the prompt, never by row: the same prompt is on the same side in every
-    file and every stage, so nothing that a stage is tested on was seen by one before it. Records
-    with a field "held_out" (the embedded data has its own split) say it themselves."""
-    def is_held_out(record):
+    """A Split by `split_key`, never by record: a question is on the same side in every file and
+    every stage, so nothing that a stage is tested on was seen by one before it. By a hash, unless
+    one of its records says itself where it belongs ("held_out", as the embedded data do, or
+    "split"); UserError where two of them contradict each other."""
+    keys = [split_key(r) for r in records]
+    said = {}
+    for key, record in zip(keys, records):
         if "held_out" in record:
-            return record["held_out"]
-        digest = hashlib.sha256(prompt_key(record).encode()).hexdigest()
+            said.setdefault(key, set()).add(record["held_out"])
+    both = [key for key, sides in said.items() if len(sides) == 2]
+    if both:
+        raise UserError(f"{len(both)} prompts are marked as held out in one record and not in "
+                        f"another, such as {both[0][:60]!r}: a prompt is on one side, with all its "
+                        "answers and dialogues")
+
+    def is_held_out(key):
+        if key in said:
+            return True in said[key]
+        # half a surrogate pair, which JSON can hold, is no UTF-8
+        digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
         return int(digest[:8], 16) < fraction * 2**32
 
-    return Split([r for r in records if not is_held_out(r)], [r for r in records if is_held_out(r)])
+    sides = [[], []]
+    for key, record in zip(keys, records):
+        sides[is_held_out(key)].append(record)
+    return Split(*sides)
 
 
-def read_sides(path, check, needed=("training", "held-out")):
-    """A Split of the records of a file. UserError if a needed side has none."""
-    sides = split(read_jsonl(path, check))
+def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
+    """A Split of the records of a file, and a line about what it holds. UserError if a needed side
+    has none."""
+    fields = set()
+
+    def noted(row, where):
+        fields.update(k for k, v in row.items() if v is not None)
+        return check(row, where)
+
+    records = read_rows(path, noted, skip_bad)
+    dropped = Counter(r["dropped"] for r in records if "dropped" in r)
+    records = [r for r in records if "dropped" not in r]
+    for reason, n in dropped.items():
+        note(f"{path}: left out {n} of {len(records) + sum(dropped.values())} records, {reason}")
+    if fields - FIELDS:
+        note(f"{path}: fields that are not used: {', '.join(sorted(fields - FIELDS)[:12])}")
+    clean_markers(path, records)
+    sides = split(records)
 
     def found(name, rows):
         if name in needed and not rows:
-            raise UserError(f"{path}: none of its {len(sides.train + sides.held_out)} records is "
+            raise UserError(f"{path}: none of its {len(records)} records is "
                             f"on the {name} side. About a tenth of the prompts is held out, by a "
                             "hash of the prompt; a field \"held_out\": true or false decides for "
                             "its record")
         return rows
 
-    return sides.each(found)
+    sides.each(found)
+    count = lambda rows: len({split_key(r) for r in rows})
+    twice = len(records) - len({hash(json.dumps(r)) for r in records})
+    print(f"{path}: {len(records):,} records; {count(sides.train):,} prompts to train on, "
+          f"{count(sides.held_out):,} held out" + f"; {twice:,} records stand there again" *
+          (twice > 0))
+    return sides
+
+
+def clean_markers(path, records):
+    """Stop markers of other templates at the end of an answer are cut off: every answer gets our
+    own EOS, and a model must not learn to spell another. Markers inside a text stay, as text. Both
+    are counted aloud."""
+    cut = inside = 0
+
+    def clean(text, answer):
+        nonlocal cut, inside
+        whole = text
+        while answer and (stop := next((m for m in STOPS if text.rstrip().endswith(m)), None)) \
+                and text.strip() != stop:  # an answer that is nothing else stays what it is
+            text = text.rstrip()[:-len(stop)]
+        cut += text != whole
+        inside += any(m in text for m in MARKERS)
+        return text
+
+    for record in records:
+        for turn in [*record.get("messages", ()), *(() if "messages" in record else
+                                                    _history(record))]:
+            turn["content"] = clean(turn["content"], turn["role"] == "assistant")
+        if "completion" in record:
+            record["completion"] = clean(record["completion"], True)
+        if "completions" in record:
+            record["completions"] = [clean(text, True) for text in record["completions"]]
+    if cut:
+        note(f"{path}: cut off a stop marker behind {cut} answers; they end with our own EOS")
+    if inside:
+        note(f"warning: {path}: {inside} texts hold markers of a chat template, such as "
+             "<|im_start|>, and are read as they stand: the model may learn to write them out")
 
 
 def distinct(records):
@@ -253,16 +429,11 @@ def embedded(path):
     noise: of the labeler, in gold units; policy: hash of the model whose answers are ranked. The
     records say so themselves ("world": "synthetic"): a file name, or a file beside, can lie.
     """
-    record = {}
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                if record["world"] != "synthetic":
-                    return None
-            except (ValueError, RecursionError, TypeError, KeyError):
-                return None
-    if not record:  # no records at all: their reader says so
+    record = None
+    for _, record, _ in json_rows(path):
+        if not isinstance(record, dict) or record.get("world") != "synthetic":
+            return None
+    if record is None:  # no records at all: their reader says so
         return None
     try:
         return dict(noise=float(record["noise"]), policy=str(record["policy"]))
@@ -312,14 +483,15 @@ def merge_rankings(records):
 
 
 def encode_messages(tokenizer, messages):
-    """(ids, mask): mask is 1 on the tokens of every assistant turn, its EOS included."""
+    """(ids, mask): mask is 1 on the tokens of every assistant turn, its EOS included, but of those
+    with "weight": 0."""
     ids, mask = [], []
     for i, turn in enumerate(messages):
         if turn["role"] == "assistant":
             # the prompt up to here ends with <|assistant|>; then the response, then EOS
             head = tokenizer.encode_prompt(messages[:i])
             response = tokenizer.encode_response(turn["content"])
-            mask += [0] * (len(head) - len(ids)) + [1] * len(response)
+            mask += [0] * (len(head) - len(ids)) + [turn.get("weight", 1)] * len(response)
             ids = head + response
     return ids, mask
 
@@ -343,11 +515,17 @@ def collate(rows, masks, pad):
 
 
 def fits(name, rows, length, size=lambda row: max(map(len, row))):
-    """Drop the rows whose size is over `length` tokens; count them aloud, never cut.
+    """Drop the rows whose size is over `length` tokens; count them aloud, never cut. Says how long
+    the rows are.
 
     size: tokens of a row; by default rows are tuples of lists and the longest list counts.
     """
-    kept = [row for row in rows if size(row) <= length]
+    sizes = [size(row) for row in rows]
+    kept = [row for row, n in zip(rows, sizes) if n <= length]
     if len(kept) < len(rows):
         note(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)}, over {length} tokens long")
+    if kept:
+        middle, most, longest = np.quantile([n for n in sizes if n <= length], (0.5, 0.95, 1))
+        print(f"{name}: {len(kept):,}; tokens: median {middle:.0f}, 95% up to {most:.0f}, longest "
+              f"{longest:.0f}")
     return kept

@@ -1,43 +1,52 @@
 """Plain text for the next-token loss: pretraining, and the text mixed into SFT and PPO (ptx)."""
 
-from pathlib import Path
+import re
 
 import torch
 
-from cli import UserError, progress
-from data.records import check_prompt, read_jsonl, split
+from cli import UserError, note, progress
+from data.files import is_json, text_lines
+from data.records import STOPS, check_demonstration, check_prompt, check_ranking, read_sides
 from data.synthetic.corpus import documents
 
 
-def read_texts(data, n, seed):
-    """A list of documents: n embedded ones ("synthetic"), the paragraphs of a .txt file (a blank
-    line ends a document), or all the text of each record of a .jsonl file, without those that the
-    later stages hold out. UserError if it cannot be read."""
+def read_texts(data, n, seed, skip_bad=False):
+    """A list of documents: n embedded ones ("synthetic"), the paragraphs of a text file (a blank
+    line ends a document, and so does a marker such as <|endoftext|>), or the text of the records of
+    a JSON file, without those that the later stages hold out. UserError if it cannot be read."""
     if data == "synthetic":
         return list(documents(n, seed))
-    path = Path(data)
-    if not path.is_file():
-        raise UserError(f"no text file at {path}")
-    if path.suffix != ".jsonl":
-        try:
-            return [d for d in path.read_text(encoding="utf-8").split("\n\n") if d.strip()]
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
+    if is_json(data):
+        records = read_sides(data, check_text, needed=("training",), skip_bad=skip_bad).train
+        texts = [text_of(record) for record in records]
+        print(f"{data}: read as text are the field \"text\" where there is one, else prompt and "
+              "answers")
+    else:
+        texts = "\n".join(text for _, text in text_lines(data)).split("\n\n")
+    found = {stop: n for stop in STOPS if (n := sum(text.count(stop) for text in texts))}
+    if found:
+        note(f"{data}: {sum(found.values())} markers end a document each and are not learnt: "
+             + ", ".join(found))
+        texts = [part for text in texts for part in re.split("|".join(map(re.escape, STOPS)), text)]
+    return [text for text in texts if text.strip()]
 
-    def strings(value):  # every text of a record, in order: prompt, then completion, ...
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, dict):
-            return [s for k, v in value.items() if k != "role" for s in strings(v)]
-        return [s for v in value for s in strings(v)] if isinstance(value, list) else []
 
-    def check(record, where):  # a record with a prompt must be one that the split can read
-        if not {"prompt", "messages"} & set(record):
-            return record | dict(held_out=False)  # plain text: nothing is held out
-        check_prompt(record, where)
-        return record
+def check_text(record, where):
+    """{"text"} of a record with one, else the texts of a record of our formats, with its prompt, by
+    which the split goes."""
+    if isinstance(record.get("text"), str):
+        return dict(prompt=record["text"], held_out=False)  # plain text: nothing is held out
+    fields = {k for k, v in record.items() if v is not None}
+    check = check_demonstration if fields & {"messages", "completion"} else \
+        check_ranking if fields & {"chosen", "completions"} else check_prompt
+    return check(record, where)
 
-    return ["\n".join(strings(record)) for record in split(read_jsonl(path, check)).train]
+
+def text_of(record):
+    """Prompt and answers of a record, one text; of a ranking every answer."""
+    turns = record.get("messages", record.get("prompt"))
+    texts = [turns] if isinstance(turns, str) else [t["content"] for t in turns]
+    return "\n".join([*texts, *record.get("completions", ())])
 
 
 def pack(documents, length):
@@ -60,9 +69,9 @@ def pack(documents, length):
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
-def text_rows(data, tokenizer, length, n, seed):
+def text_rows(data, tokenizer, length, n, seed, skip_bad=False):
     """Rows (rows, length) of token ids; documents are separated by EOS. UserError if too short."""
-    texts = read_texts(data, n, seed)
+    texts = read_texts(data, n, seed, skip_bad)
     rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in progress(texts, "tokens")], length)
     if len(rows) < 2:
         raise UserError(f"{data}: too little text for two rows of {length} tokens")

@@ -37,6 +37,17 @@ def final_answer(text: str):
     return -value if re.search("[-−]", found[-1][0]) else value
 
 
+def is_gold(text: str) -> bool:
+    """Whether an answer, or what stands behind its last "####", is one number and nothing else that
+    could be part of the answer: 72, -3.5, $1,200, 40%, 18 apples, but not 1/4, (2, 4), 12:30 or
+    \\sqrt{2}, of which a response would only have to match the last number."""
+    text = text.rsplit("####", 1)[-1]
+    number = NUMBER.search(text)
+    return number is not None and bool(
+        re.fullmatch(r"\s*[$€£]?\s?", text[:number.start()])
+        and re.fullmatch(r"\s?%?( [A-Za-z ]+)?\.?\s*", text[number.end():]))
+
+
 def is_right(response: str, answer: str) -> bool:
     """Whether the response ends on the same number as the answer. ValueError for an answer without
     a number. A response cut by the length limit is wrong whatever it says: the caller knows."""

@@ -53,7 +53,8 @@ import ppo
 from common import ROOT, clustered_se
 from data import batches
 from data.load import load_prompts
-from data.records import embedded, file_hash, question
+from data.files import file_hash
+from data.records import embedded, question
 from data.synthetic.gold import gold_reward
 from evaluate import response_rows
 from reward import load_reward_model
@@ -124,8 +125,8 @@ def best_of_n_rows(config, device):
     policy, tokenizer, _ = common.load_policy(config.init, ("sft",), device)
     reward_model, _, _ = load_reward_model(config.reward_model, device)
     block_size = min(policy.config.block_size, reward_model.gpt.config.block_size)
-    texts, ids, _ = zip(*load_prompts("synthetic", "held-out", config.eval_prompts, tokenizer,
-                                      block_size - config.max_new_tokens))
+    texts, ids, _ = zip(*load_prompts("synthetic", {"held-out": config.eval_prompts}, tokenizer,
+                                      block_size - config.max_new_tokens)[0])
     drawn = batches.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
                                  common.stream(config.seed, "frontier", "best of n", device=device),
                                  config.temperature, samples=MOST + 1)

@@ -284,16 +284,26 @@ def key_of(prompt):
     return json.dumps([[t["role"], t["content"]] for t in turns])
 
 
+def asked_first(record):
+    """The first thing that the user says, in lower case and with single spaces."""
+    prompt = prompt_of(record)
+    said = [prompt] if isinstance(prompt, str) else \
+        [t["content"] for t in prompt if t["role"] == "user"]
+    return " ".join(said[0].lower().split())
+
+
 def read(path):
-    """(training records, held-out records): a tenth by a hash of the prompt, or as they say."""
+    """(training records, held-out records): a tenth by a hash of what is asked first, or as one of
+    the records that ask it says."""
     sides = [], []
-    for line in Path(path).read_text().split("\n"):
-        if line.strip():
-            record, held_out = json.loads(line), False  # plain text has no prompt to hold out
-            if "prompt" in record or "messages" in record:
-                digest = hashlib.sha256(key_of(prompt_of(record)).encode()).hexdigest()
-                held_out = record.get("held_out", int(digest[:8], 16) < 0.1 * 2**32)
-            sides[held_out].append(record)
+    records = [json.loads(line) for line in Path(path).read_text().split("\n") if line.strip()]
+    said = {asked_first(r): r["held_out"] for r in records if "held_out" in r}
+    for record in records:
+        held_out = False  # plain text has no prompt to hold out
+        if "text" not in record:
+            digest = hashlib.sha256(asked_first(record).encode()).hexdigest()
+            held_out = said.get(asked_first(record), int(digest[:8], 16) < 0.1 * 2**32)
+        sides[held_out].append(record)
     return sides
 
 
@@ -310,9 +320,14 @@ def choose(records, n, key=lambda r: key_of(prompt_of(r))):
     return sorted(records, key=lambda r: hashlib.sha256(repr(key(r)).encode()).hexdigest())[:n]
 
 
-def held_out_prompts(data, count, tokenizer, room):
-    prompts = [p.text for p in sample_prompts(count, held_out=True, seed=0)] \
-        if data == "synthetic" else choose(once(map(prompt_of, read(data)[1])), count, key_of)
+def held_out_prompts(data, count, tokenizer, room, split="held_out"):
+    """Or those of another split, None: all prompts of a file, the held-out ones of the world."""
+    if data == "synthetic":
+        prompts = [p.text for p in sample_prompts(count or 512, held_out=True, seed=0)]
+    else:
+        train, held_out = ([prompt_of(r) for r in side] for side in read(data))
+        prompts = dict(train=train, held_out=held_out).get(split, held_out + train)
+        prompts = choose(once(prompts), count, key_of)
     return [p for p in prompts if len(prompt_ids(tokenizer, p)) <= room]
 
 
@@ -350,18 +365,12 @@ def merged(records):
 
 def texts_of(data, n, seed):
     """The documents of a text source."""
-    def strings(value):
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, dict):
-            value = [v for k, v in value.items() if k != "role"]
-        return [s for v in value for s in strings(v)] if isinstance(value, list) else []
-
     if data == "synthetic":
         return list(documents(n, seed))
     if not data.endswith(".jsonl"):
         return [d for d in Path(data).read_text().split("\n\n") if d.strip()]
-    return ["\n".join(strings(record)) for record in read(data)[0]]
+    return [r["text"] if "text" in r else "\n".join(t["content"] for t in messages_of(r))
+            for r in read(data)[0]]
 
 
 def text_rows(data, tokenizer, length, n, seed):
@@ -797,7 +806,7 @@ def evaluate(c):
         reward_model, rm_parent, _ = load(c.reward_model)
         parents["reward"], networks = rm_parent["hash"], [*networks, reward_model]
     room = min(n.size["block_size"] for n in networks) - c.max_new_tokens
-    prompts, log = held_out_prompts(c.data, c.eval_prompts, tokenizer, room), Log()
+    prompts, log = held_out_prompts(c.data, c.eval_prompts, tokenizer, room, c.split), Log()
     final = compare(log, policy, reference, tokenizer, prompts, c, c.data == "synthetic",
                     reward_model, c.best_of)
     return None, log, final, parents
@@ -962,7 +971,7 @@ def ppo(c):
                      reward_model.size, "gpt.")
     block = min(policy.size["block_size"], reward_model.size["block_size"])
     train = [p.text for p in sample_prompts(2000, held_out=False, seed=c.seed)] \
-        if c.data == "synthetic" else [prompt_of(r) for r in read(c.data)[0]]
+        if c.data == "synthetic" else choose(once(map(prompt_of, read(c.data)[0])), None, key_of)
     train = [p for p in train if len(prompt_ids(tokenizer, p)) + c.max_new_tokens <= block]
     asked = held_out_prompts(c.data, c.eval_prompts, tokenizer, block - c.max_new_tokens)
     text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None
@@ -1131,9 +1140,11 @@ def grpo(c):
                  for n, held_out, seed in ((2000, False, c.seed), (c.eval_prompts, True, 0))]
     else:
         sides = [[(prompt_of(r), str(r.get("answer"))) for r in side] for side in read(c.data)]
-        answer = dict((key_of(p), a) for p, a in reversed(sides[1]))  # of the first record
-        sides[1] = [(p, answer[key_of(p)])
-                    for p in choose(once([p for p, _ in sides[1]]), c.eval_prompts, key_of)]
+        for n, side in enumerate(sides):
+            answer = dict((key_of(p), a) for p, a in reversed(side))  # of the first record
+            sides[n] = [(p, answer[key_of(p)])
+                        for p in choose(once([p for p, _ in side]), n and c.eval_prompts or None,
+                                        key_of)]
     train, asked = ([(p, a) for p, a in side if len(prompt_ids(tokenizer, p)) + c.max_new_tokens
                      <= block] for side in sides)
     text = text_rows(c.ptx_data, tokenizer, min(64, block), 3000, c.seed) if c.ptx_coef else None

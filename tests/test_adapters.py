@@ -19,7 +19,7 @@ import cli
 import data.tokenizer
 from cli import UserError
 from data import alpaca, alpaca_eval, download, hh_rlhf
-from data.records import check_demonstration, check_ranking, prompt_key, read_jsonl, split
+from data.records import check_demonstration, check_ranking, prompt_key, read_rows, split
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -161,7 +161,7 @@ def test_real_set(adapter, check, n, n_prompts, n_dropped, tmp_path, monkeypatch
 
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
     assert len(records) == n
-    assert len(read_jsonl(out, check)) == n  # every record passes
+    assert len(read_rows(out, check)) == n  # every record passes
     sides = split(records)
     train, held_out = ({prompt_key(r) for r in side} for side in (sides.train, sides.held_out))
     assert len(train | held_out) == n_prompts and not train & held_out
@@ -278,8 +278,7 @@ def bad_inputs():
         pattern = file.replace("x/", "*/")
         yield adapter, lambda folder: folder.mkdir(), f"holds no {pattern}"
         yield adapter, make_raw(b'[{"a": 1},\n {"b" 2}]'), f"{file}: not JSON"
-        yield adapter, make_raw(b'[{"a": "\xff"}]'), f"{file}: not UTF-8"
-        yield adapter, make(good), f"{file}: expected a JSON list"
+        yield adapter, make_raw(b'[{"a": "\xff"}]'), f"{file}:1: not UTF-8"
         yield adapter, make([good, 3]), f"{file}: row 2: expected a JSON object"
         yield adapter, make([good, good, lacking]), f"{file}: row 3: the field '{key}' is missing"
         yield adapter, make([good, {**good, key: None}]), f"{file}: row 2: '{key}' is NoneType"
@@ -299,10 +298,10 @@ def bad_inputs():
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     yield hh_rlhf, lambda folder: None, "is not a folder"
     yield hh_rlhf, lambda folder: folder.mkdir(), "holds no */*.jsonl.gz"
-    yield hh_rlhf, gz(b"plain text"), f"{file}: not a whole gzip file"
+    yield hh_rlhf, gz(b"plain text"), f"{file}:1: not JSON"
     yield hh_rlhf, gz(gzip.compress(line * 99)[:-9]), f"{file}: not a whole gzip file"
     yield hh_rlhf, gz(pointer), f"{file}: a git-lfs pointer"
-    yield hh_rlhf, gz(gzip.compress(b'{"chosen": "\xff"}')), f"{file}: not UTF-8"
+    yield hh_rlhf, gz(gzip.compress(b'{"chosen": "\xff"}')), f"{file}:1: not UTF-8"
     yield hh_rlhf, gz(gzip.compress(line + b"\n{oops\n")), f"{file}:2: not JSON"
     yield hh_rlhf, gz(gzip.compress(line + b"\n\n[]")), f"{file}:3: expected a JSON object"
     yield hh_rlhf, gz(gzip.compress(line + b'\n{"chosen": "a"}')), f"{file}:2: the field 'rejected'"

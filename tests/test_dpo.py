@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from cli import UserError
 from data.load import make_element
-from data.records import check_ranking_or_label, read_jsonl, write_jsonl
+from data.records import check_ranking_or_label, read_rows, write_jsonl
 from data.tokenizer import load_tokenizer
 from dpo import (
     SETTINGS,
@@ -254,12 +254,12 @@ def test_label_records(label):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(label=1), "'label' must be true or false"), (dict(label="yes"), "'label' must be"),
-    (dict(label=None), "'label' must be"), (dict(completion=""), "'completion' is empty"),
-    (dict(completion=None), "'completion' is NoneType"), (dict(prompt=3), "'prompt' must be text"),
+    (dict(label=2), "'label' must be true or false"), (dict(label="yes"), "'label' must be"),
+    (dict(label=None), "'chosen' is missing"), (dict(completion=""), "'completion' is empty"),
+    (dict(completion=None), "'completion' is missing"), (dict(prompt=3), "expected text or a list"),
     (dict(held_out=1), "'held_out' must be true or false")])
 def test_label_records_that_are_none(change, message):
-    # catches a 1 read as true, and a record that fails later with a traceback
+    # catches a label that is neither, and a record that fails later with a traceback
     with pytest.raises(UserError, match=message):
         check_ranking_or_label(dict(prompt="a", completion="b", label=True) | change)
 
@@ -345,7 +345,7 @@ def test_labels_are_those_of_the_file(folder, monkeypatch):
     data = dpo.load_data(Config(data="labels.jsonl", loss="kto"), tok, 64)
     train, held_out = data.train, data.held_out
     found = {tuple(e.rows[0]): e.labels for e in train + held_out}
-    records = read_jsonl("labels.jsonl", check_ranking_or_label)
+    records = read_rows("labels.jsonl", check_ranking_or_label)
     assert len(found) == len(records) and {r["label"] for r in records} == {True, False}
     for r in records:
         row = tok.encode_prompt(r["prompt"]) + tok.encode_response(r["completion"])
@@ -490,7 +490,7 @@ def test_held_out_and_training_pairs_are_told_apart(folder, monkeypatch):
     monkeypatch.setattr(dpo, "pair_metrics", spy)
     rows = run(folder, monkeypatch, "apart", "--epochs=1", "--lr=0.02")
     sides = {True: set(), False: set()}
-    for record in read_jsonl("pairs.jsonl", lambda r, where: r):
+    for record in read_rows("pairs.jsonl", lambda r, where: r):
         sides[record["held_out"]] |= {
             tuple(row) for row in make_element(tok, dict(record, pairs=[])).rows}
     for row, (held_out, trained) in zip(of_kind(rows, "validation"), zip(asked[::2], asked[1::2])):
@@ -510,7 +510,7 @@ def test_no_held_out_pair_is_trained_on(folder, monkeypatch):
 
     monkeypatch.setattr(dpo, "batch_tensors", spy)
     run(folder, monkeypatch, "sides", "--epochs=1", "--batch_size=4")
-    for record in read_jsonl("pairs.jsonl", lambda r, where: r):
+    for record in read_rows("pairs.jsonl", lambda r, where: r):
         rows = {tuple(row) for row in make_element(tok, dict(record, pairs=[])).rows}
         assert rows <= seen or record["held_out"]
         assert not rows & seen or not record["held_out"]
@@ -589,7 +589,7 @@ def test_evaluate_as_a_command_says_what_the_stage_said(folder, monkeypatch):
     # catches an instrument that measures another KL, length or EOS rate than the end of a stage
     final = of_kind(run(folder, monkeypatch, "judged", "--lr=0.01", "--epochs=4"), "final")[0]
     given = ["--policy=judged", "--reference=sft", "--data=pairs.jsonl", "--out=judge",
-             "--eval_prompts=4", "--max_new_tokens=12"]
+             "--eval_prompts=4", "--max_new_tokens=12", "--split=held_out"]
     evaluate.main(cli.read_flags(evaluate.Config, given))
     lines = (folder / "judge" / "log.jsonl").read_text().splitlines()
     found = json.loads(lines[-1])
@@ -712,14 +712,14 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
     (["--los=dpo"], "unknown flag --los: did you mean --loss?"),
     (["--init=reward"], "is a reward checkpoint; needed here: sft or dpo or ppo or grpo"),
     (["--init=nowhere"], "--init=nowhere does not exist"),
-    (["--data=missing.jsonl"], "--data=missing.jsonl does not exist"),
+    (["--data=missing.jsonl"], "--data: there is no file missing.jsonl"),
     (["--data=labels.jsonl"], "labels.jsonl:1: the field 'chosen' is missing"),
     (["--data=wrong_label.jsonl", "--loss=kto"], "wrong_label.jsonl:1: 'label' must be true or"),
     (["--data=ties.jsonl"], "no training ranking is left to use"),
     (["--data=one_side.jsonl"], "is on the held-out side"),
     (["--data=one.jsonl", "--loss=kto"], "kto needs at least two prompts"),
     (["--data=even.jsonl", "--loss=kto"], "so kto has no labels"),
-    (["--data=."], "--data=. is a folder; name a file in it, as in --data=out/label/rankings"),
+    (["--data=."], "--data: . is a folder; name a file in it: "),
     (["--reference_cache=pairs.jsonl"], "--reference_cache=pairs.jsonl is no folder"),
     (["--reference_cache=pairs.jsonl/a"], "--reference_cache=pairs.jsonl/a is no folder"),
     (["--max_new_tokens=63"], "no held-out prompt of at most 1 tokens"),

@@ -135,8 +135,8 @@ def test_a_prompt_is_asked_once(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", [
         dict(prompt=p, chosen="Yes.", rejected="No.", held_out=True)
         for p in ("Say one.", turns, "Say two.", "Say one.", "Say three.")])
-    prompts = load_prompts(str(tmp_path / "pairs.jsonl"), "held-out", 2,
-                           load_tokenizer("synthetic"), 99)
+    [prompts] = load_prompts(str(tmp_path / "pairs.jsonl"), {"held-out": 2},
+                             load_tokenizer("synthetic"), 99)
     assert [text for text, *_ in prompts] == ["Say one.", "Say two."]
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from data import gsm8k
 from cli import UserError
-from data.records import check_answer, check_demonstration, read_jsonl, split
+from data.records import check_answer, check_demonstration, read_rows, split
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer, is_right, strip_calculator
@@ -494,12 +494,18 @@ def test_answer_records():
     assert check_answer(dict(prompt="2 + 2?", answer=4, held_out=True, completion="x")) == \
         dict(prompt="2 + 2?", answer="4", held_out=True)
     assert check_answer(dict(prompt="a", answer="#### -2.5"))["answer"] == "#### -2.5"
+    for answer in ("72", "-3.5", " $1,200.00 ", "40%", "18 apples.", "−2", "-$5", "4*3=12\n#### 12"):
+        assert check_answer(dict(prompt="a", answer=answer))["answer"] == answer
     for number, text in ((1e20, "1" + 20 * "0"), (1e-7, "0.0000001"), (-2.5, "-2.5"),
                          (10**30, "1" + 30 * "0")):
         assert check_answer(dict(prompt="a", answer=number))["answer"] == text
-    for answer, why in ((None, "expected text"), ("", "is empty"), ("four", "holds no number"),
-                        (True, "expected text"), (float("nan"), "holds no number"),
-                        (float("inf"), "holds no number")):
+    for answer, why in ((None, "is missing"), ("", "is empty"), ("four", "not one number"),
+                        (True, "expected text"), (float("nan"), "not one number"),
+                        (float("inf"), "not one number"), (r"\frac{1}{4}", "not one number"),
+                        ("(2, 4)", "not one number"), ("12:30", "not one number"),
+                        (r"\sqrt{2}", "not one number"), ("3/4", "not one number"),
+                        ("2 + 2 = 4, so 4", "not one number"), ("thirty: 30", "not one number"),
+                        ("2x", "not one number"), ("4 #### 3 or 4", "not one number")):
         with pytest.raises(UserError, match=why):
             check_answer(dict(prompt="a", answer=answer))
     with pytest.raises(UserError, match="'answer' is missing"):
@@ -521,11 +527,11 @@ def test_gsm8k_adapter(tmp_path, monkeypatch):
             json.dumps(dict(question=f"{name} {i}?", answer=SOLUTION)) + "\n" for i in range(n)))
     out = tmp_path / "out.jsonl"
     gsm8k.main(gsm8k.Config(source=str(tmp_path), out=str(out)))
-    sides = split(read_jsonl(out, check_answer))
+    sides = split(read_rows(out, check_answer))
     train, test = sides.train, sides.held_out
     assert [r["prompt"] for r in train] == ["train 0?", "train 1?", "train 2?"]
     assert [r["prompt"] for r in test] == ["test 0?", "test 1?"]
-    assert len(read_jsonl(out, check_demonstration)) == 5
+    assert len(read_rows(out, check_demonstration)) == 5
     (tmp_path / "test.jsonl").write_text("{")
     with pytest.raises(common.UserError, match="test.jsonl:1: not JSON"):
         gsm8k.main(gsm8k.Config(source=str(tmp_path), out=str(tmp_path / "b.jsonl")))
@@ -537,10 +543,10 @@ def test_gsm8k_files(tmp_path, capsys):
     gsm8k.main(gsm8k.Config(source=str(SHARED), out=str(tmp_path / "g.jsonl")))
     printed = capsys.readouterr()
     assert "8792 rows read, 8792 written" in printed.out and not printed.err
-    sides = split(read_jsonl(tmp_path / "g.jsonl", check_answer))
+    sides = split(read_rows(tmp_path / "g.jsonl", check_answer))
     train, test = sides.train, sides.held_out
     assert (len(train), len(test)) == (7473, 1319)
-    assert not any("<<" in json.dumps(r) for r in read_jsonl(tmp_path / "g.jsonl",
+    assert not any("<<" in json.dumps(r) for r in read_rows(tmp_path / "g.jsonl",
                                                             check_demonstration))
 
 

@@ -107,7 +107,8 @@ CASES = dict(
         (["--policy=sft", "--reference=base", "--reward_model=reward", "--best_of=3",
           "--eval_prompts=6", "--max_new_tokens=9", "--temperature=1.1"], ""),
         (["--policy=base", "--reference=sft", "--data=demos.jsonl", "--eval_prompts=3",
-          "--max_new_tokens=7", "--seed=2"], "")])
+          "--max_new_tokens=7", "--seed=2", "--split=held_out"], ""),
+        (["--policy=base", "--reference=sft", "--data=answers.jsonl", "--max_new_tokens=7"], "")])
 ALL = [(stage, n) for stage, cases in CASES.items() for n in range(len(cases))]
 
 
@@ -160,8 +161,8 @@ def folder(tmp_path_factory):
               for n in range(9)]
     pairs += [dict(prompt=[user(say(n)), bot("No."), user("Why?")], chosen="I do.",
                    rejected="The sea is blue.") for n in range(14)]
-    pairs += [dict(prompt="Go on. " * 30, chosen="Yes.", rejected="No.", held_out=side)
-              for side in (False, True)]
+    pairs += [dict(prompt=go * 30, chosen="Yes.", rejected="No.", held_out=go == "Go. ")
+              for go in ("Go. ", "Go on. ")]
     pairs += [dict(prompt=say(3), chosen="Yes.", rejected="No. " * 60, held_out=True),
               dict(prompt=say(60), chosen="Yes.", rejected="No. " * 60)]
     write_jsonl(folder / "pairs.jsonl", pairs)

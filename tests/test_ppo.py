@@ -413,7 +413,7 @@ def test_resume_is_exact(folder, monkeypatch):
     assert len(hashes) == 1
 
 
-def test_comparison_with_the_reference(monkeypatch, tiny):
+def test_comparison_with_the_reference(monkeypatch, tiny, tmp_path):
     # catches ties that count as wins, an answer that wins over itself by a rounding, a best of n
     # taken over other prompts' samples, a cut answer that keeps its score
     prompts = [p for p in all_prompts().values() if p.family == "factual"][::200][:2]
@@ -430,6 +430,7 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
 
     class Log:
         log, device, stage = staticmethod(lambda *_, **__: None), torch.device("cpu"), "ppo"
+        folder = tmp_path
 
     metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1], None) for p in prompts],
                                settings(), Log, True, "a reward model", 2)[0]
@@ -442,6 +443,10 @@ def test_comparison_with_the_reference(monkeypatch, tiny):
     assert metrics["eos_rate_sft"] == 1 and metrics["gold_sft"] == np.mean([gold[0][0], gold[1][0]])
     # the last sample was cut: its score is -4, not 50, and so it is not the best
     assert metrics["gold_best_of_n"] == np.mean([gold[0][0], gold[1][0]])
+    answers = list(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()))
+    assert [a["policy"] for a in answers] == [bad, bad] and answers[1]["reference"] == good[1]
+    assert [a["score_policy"] for a in answers] == [pytest.approx(3), 9]
+    assert [a["gold_reference"] for a in answers] == [gold[0][0], gold[1][0]]
 
 
 @pytest.mark.parametrize("error, passes", [(0.0, True), (2e-5, True), (-2e-3, False),

@@ -219,7 +219,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("sft.py", ["--init=nowhere"], "--init=nowhere does not exist: `python pretrain.py"),
     ("sft.py", ["--init=out/reward"], "is a reward checkpoint; needed here: pretrain or sft"),
     ("sft.py", ["--init=text.txt"], "is not a checkpoint of this project"),
-    ("sft.py", ["--data=missing.jsonl"], "no data file at missing.jsonl"),
+    ("sft.py", ["--data=missing.jsonl"], "there is no file missing.jsonl"),
     ("sft.py", ["--data=broken.jsonl"], "broken.jsonl:2: not JSON"),
     ("sft.py", ["--data=fields.jsonl"], "fields.jsonl:1: the field 'completion' is missing"),
     ("sft.py", ["--data=empty.jsonl"], "empty.jsonl:1: 'completion' is empty"),
@@ -243,7 +243,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("sft.py", ["--out=out/reward"], "out/reward holds a reward run: choose another --out"),
     ("pretrain.py", ["--tokenizer=bert"], "tokenizer 'bert' is unknown"),
     ("pretrain.py", ["--n_head=3"], "n_embd=128 is not a multiple of n_head=3"),
-    ("pretrain.py", ["--data=missing.txt"], "no text file at missing.txt"),
+    ("pretrain.py", ["--data=missing.txt"], "there is no file missing.txt"),
 ])
 def test_bad_input_is_one_clear_line(chain, script, flags, message):
     # catches tracebacks, wrong exit statuses, and files touched by a run that cannot start

@@ -1,0 +1,151 @@
+"""Rows of a data file: JSON lines or one JSON list, plain or gzip, with or without a byte order mark.
+
+What a file is is decided by its bytes, never by its name. A pipe, as in --data=<(zcat FILE), is
+read once and kept.
+"""
+
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from cli import UserError, note
+
+# set: its adapter's command
+ADAPTERS = ("alpaca", "alpaca_eval", "dolly", "gsm8k", "hh_rlhf", "tldr", "ultrafeedback")
+# how files begin that are no text: (bytes, what it is)
+BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd7zXZ", "xz"),
+          (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xff\xfe", "UTF-16 text"),
+          (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"))
+
+
+def is_data(path):
+    """Whether there is something to read at path: a file or a pipe."""
+    return Path(path).is_file() or Path(path).is_fifo()
+
+
+@cache
+def _pipe(path):
+    return Path(path).read_bytes()  # what has been read from a pipe is gone
+
+
+def _open(path):
+    if Path(path).is_fifo():
+        return io.BytesIO(_pipe(str(path)))
+    if not Path(path).is_file():
+        raise UserError(missing(path))
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def missing(path):
+    """Why nothing can be read at path, and what to do."""
+    path = Path(path)
+    if path.name in ADAPTERS:
+        source = f" --source={path}" if path.is_dir() else ""
+        return (f"{path} is a data set, not a file: `python -m data.{path.name}{source}` writes "
+                f"out/data/{path.name}.jsonl, which can be read here")
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.is_file())
+        return f"{path} is a folder; name a file in it" + (
+            f": {', '.join(inside[:5])}" + ", ..." * (len(inside) > 5) if inside else "")
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f"there is no file {path}" + (f"; did you mean {path.parent / close[0]}?" if close
+                                         else "")
+
+
+def file_hash(path):
+    with _open(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_lines(path):
+    """Every line of a file as (number, text), without its line break. UserError names the file where
+    it is no UTF-8 text, and says what reads it."""
+    with _open(path) as stream:
+        head = stream.read(64)
+        stream.seek(0)
+        for start, kind in BINARY:
+            if head.startswith(start):
+                raise UserError(f"{path} is {kind}: " + (
+                    "save it as UTF-8" if "UTF-16" in kind else "unpack it" if "parquet" not in kind
+                    else f"`python -m data.convert {path} --out=FILE.jsonl` reads it"))
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: a git-lfs pointer, `git lfs pull` gets the data")
+        number = 0
+        try:
+            for number, line in enumerate(gzip.open(stream) if head[:2] == b"\x1f\x8b" else stream,
+                                          1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: without a mark
+                yield number, text.rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{number}: not UTF-8 text") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise UserError(f"{path}: not a whole gzip file") from None
+
+
+def is_json(path):
+    """Whether the first character that is not white space opens a JSON object or list."""
+    first = next((text.strip()[0] for _, text in text_lines(path) if text.strip()), "")
+    return first in ("{", "[")
+
+
+def json_rows(path):
+    """(where, row, None) for each row of a file, or (where, None, why it cannot be read)."""
+    lines = ((n, text) for n, text in text_lines(path) if text.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1].lstrip()[0] == "[":  # one list of rows
+        text = "\n".join(text for _, text in (first, *lines))
+        row, why = _parse(text)
+        if why:
+            raise UserError(f"{path}: not JSON ({why}): what begins with [ must be one whole list")
+        yield from ((f"{path}: row {n}", row, None) for n, row in enumerate(row, 1))
+        return
+    for number, text in chain([first], lines):
+        row, why = _parse(text)
+        yield f"{path}:{number}", row, why and f"not JSON ({why})"
+
+
+def _parse(text):
+    """(what the JSON says, None), or (None, why it is none)."""
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
+        return None, getattr(error, "msg", str(error)) + (
+            f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else "")
+
+
+def read_rows(path, check, skip_bad=False):
+    """[check(row, where), ...] of all rows. Those that check answers with a UserError, or that are
+    no JSON objects, are bad: all are counted, the first ten told. UserError unless skip_bad."""
+    rows, bad = [], []
+    for where, row, why in json_rows(path):
+        try:
+            if why or not isinstance(row, dict):
+                raise UserError(f"{where}: {why or 'a record must be a JSON object'}")
+            rows.append(check(row, where))
+        except UserError as error:
+            bad.append(str(error))
+    if bad and not rows:  # a file of another kind: its first record says it
+        raise UserError(bad[0] + f"; so are the other {len(bad) - 1} records" * (len(bad) > 1))
+    if bad:
+        listed = "\n  ".join(bad[:10]) + "\n  ..." * (len(bad) > 10)
+        if not skip_bad:
+            raise UserError(listed if len(bad) == 1 else
+                            f"{path}: {len(bad)} bad records of {len(rows) + len(bad)}; "
+                            f"--skip_bad=true goes on without them:\n  {listed}")
+        note(f"{path}: {len(bad)} of {len(rows) + len(bad)} records are bad and left out:\n  "
+             + listed)
+    if not rows:
+        raise UserError(f"{path}: holds no records")
+    return rows
