@@ -179,7 +179,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     synthetic: the prompts are the embedded ones, so that there is a gold reward. verifier: they
     have answers, and right is what ends on them. With a reward model also the scores, and on
     embedded prompts with best_of = n > 1 the best of n samples of the reference by that model.
-    Logs and prints what it found, and writes every answer to answers.jsonl. Returns (metrics, the policy's samples, the reference's).
+    Logs and prints what it found, and
+    writes every answer to answers.jsonl. Returns (metrics, the policy's samples, the reference's).
     """
     policy.eval()
     n, device = best_of if synthetic and reward_model is not None else 1, run.device

@@ -1,9 +1,10 @@
-"""Rows of a data file: JSON lines or one JSON list, plain or gzip, with or without a byte order mark.
+"""Rows of a data file: JSON lines or one JSON list, plain or gzip.
 
 What a file is is decided by its bytes, never by its name. A pipe, as in --data=<(zcat FILE), is
 read once and kept.
 """
 
+import csv
 import difflib
 import gzip
 import hashlib
@@ -14,7 +15,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from cli import UserError, note
+from cli import UserError, note, shorten
 
 # set: its adapter's command
 ADAPTERS = ("alpaca", "alpaca_eval", "dolly", "gsm8k", "hh_rlhf", "tldr", "ultrafeedback")
@@ -34,7 +35,7 @@ def _pipe(path):
     return Path(path).read_bytes()  # what has been read from a pipe is gone
 
 
-def _open(path):
+def open_file(path):
     if Path(path).is_fifo():
         return io.BytesIO(_pipe(str(path)))
     if not Path(path).is_file():
@@ -63,14 +64,14 @@ def missing(path):
 
 
 def file_hash(path):
-    with _open(path) as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def text_lines(path):
-    """Every line of a file as (number, text), without its line break. UserError names the file where
-    it is no UTF-8 text, and says what reads it."""
-    with _open(path) as stream:
+    """Every line of a file as (number, text), without its line break or byte order mark. UserError
+    where it is no UTF-8 text, with what reads it."""
+    with open_file(path) as stream:
         head = stream.read(64)
         stream.seek(0)
         for start, kind in BINARY:
@@ -149,3 +150,44 @@ def read_rows(path, check, skip_bad=False):
     if not rows:
         raise UserError(f"{path}: holds no records")
     return rows
+
+
+def any_rows(path):
+    """The same of a file that may be a table or parquet as well, for data/convert.py."""
+    with open_file(path) as stream:
+        is_parquet = stream.read(4) == b"PAR1"
+    return (parquet_rows if is_parquet else json_rows if is_json(path) else table_rows)(path)
+
+
+def parquet_rows(path):
+    """The rows of a parquet file. UserError if it cannot be read."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path} is a parquet file; to read it: pip install pyarrow") from None
+    try:
+        with open_file(path) as stream:
+            rows = chain.from_iterable(
+                batch.to_pylist() for batch in pyarrow.parquet.ParquetFile(stream).iter_batches())
+            yield from ((f"{path}: row {n}", row, None) for n, row in enumerate(rows, 1))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole parquet file ({shorten(str(error), 60)})") from None
+
+
+def table_rows(path):
+    """The rows of a table with a header line, separated by what is most frequent in it."""
+    lines = (text + "\n" for _, text in text_lines(path))
+    header = next((line.lstrip("\ufeff") for line in lines if line.strip()), "")
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(chain([header], lines), strict=True,
+                        delimiter=max(",\t;", key=header.count))
+    n = 0
+    try:
+        names = next(reader)
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
+        for n, cells in enumerate(filter(None, reader), 1):
+            why = None if len(cells) == len(names) else f"{len(cells)} cells, {len(names)} columns"
+            yield f"{path}: row {n}", dict(zip(names, cells)), why
+    except csv.Error as error:
+        raise UserError(f"{path}: neither JSON nor a table (behind row {n}: {error})") from None

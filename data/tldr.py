@@ -4,8 +4,8 @@
      "chosen": "My cat plays at night.", "rejected": "I own a piano.", "held_out": false}
 
 A row is {"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice",
-"split"}, choice 0 or 1. The prompt is laid out as in the paper. Upstream's valid1 and valid2 are the
-held-out side; training rows with one of their posts are dropped.
+"split"}, choice 0 or 1. The prompt is laid out as in the paper. Upstream's valid1 and valid2 are
+the held-out side; training rows with one of their posts are dropped.
 
     python -m data.tldr --source=DIR                           # a folder with batch3.json and so on
     python reward.py --data=out/data/tldr.jsonl --init=...

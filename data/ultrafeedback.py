@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import cli
 from cli import NotNegative, UserError
-from data.convert import parquet_rows
+from data.files import parquet_rows
 from data.download import check_out, convert_all, locate, text_field, write
 from data.records import split_key
 

@@ -1,4 +1,4 @@
-"""Readers of data files under broken input: they read a file or refuse it in one line, nothing else.
+"""Readers of data files under broken input: they read it or refuse it in one line.
 
 Valid files of every format are changed at random: bytes flipped, cut, doubled, pieces of one file
 put into another, JSON values replaced. Each is then read by every reader that could be given it.
@@ -35,7 +35,7 @@ import random
 from collections import Counter
 
 from cli import NOTES, UserError, progress
-from data import alpaca, alpaca_eval, gsm8k, hh_rlhf
+from data import alpaca, alpaca_eval, convert, dolly, gsm8k, hh_rlhf
 from data.records import (check_answer, check_demonstration, check_prompt, check_ranking,
                           check_ranking_or_label, embedded, read_sides)
 from data.text import read_texts
@@ -76,7 +76,8 @@ READERS = {check.__name__: sides_of(check) for check in (
     check_demonstration, check_ranking, check_ranking_or_label, check_answer, check_prompt)}
 READERS |= dict(text=lambda path: read_texts(str(path), 0, 0), embedded=embedded,
                 alpaca=alpaca.records, alpaca_eval=alpaca_eval.records, gsm8k=gsm8k.records,
-                hh_rlhf=hh_rlhf.records, ranks=read_ranks)
+                hh_rlhf=hh_rlhf.records, dolly=dolly.records,
+                convert=converted, ranks=read_ranks)
 
 
 def change_value(rng, value):
@@ -95,8 +96,8 @@ def change_value(rng, value):
 def change_bytes(rng, content):
     for _ in range(rng.randint(0, 4)):
         i, n = rng.randrange(len(content) + 1), rng.randint(1, 9)
-        piece = rng.choice([b"", rng.randbytes(n), content[i:i + n] * 2, b"[" * 3000, b"\xef\xbb\xbf",
-                            b"\r\n", b"{", b"]", b'"', b"\\u", b"9" * 5000])
+        piece = rng.choice([b"", rng.randbytes(n), content[i:i + n] * 2, b"[" * 3000,
+                            b"\xef\xbb\xbf", b"\r\n", b"{", b"]", b'"', b"\\u", b"9" * 5000])
         content = content[:i] + piece + content[i + rng.choice((0, n)):]
     return content
 

@@ -26,6 +26,7 @@ from data.records import (
 )
 from data.text import read_texts
 from data.tokenizer import load_tokenizer
+from studies import fuzz
 from tiny_runs import FLAGS, make_inputs
 
 tok = load_tokenizer("synthetic")
@@ -218,8 +219,8 @@ def test_the_same_records_in_any_shape_train_the_same_model(folder, stage):
                   | dict(split="test" if r["held_out"] else "train") for i, r in enumerate(rows)]
                  for n in (1, 4)]
     else:  # rankings with turns for prompts and answers
-        forms = [[r | dict(prompt=[user(r["prompt"])], completions=[[bot(c)] for c in
-                                                                   r["completions"]]) for r in rows]]
+        forms = [[r | dict(prompt=[user(r["prompt"])],
+                           completions=[[bot(c)] for c in r["completions"]]) for r in rows]]
         forms.append([r | dict(id=3, gold=None, input="") for r in rows])
     for n, (form, wrap) in enumerate(zip(forms, ("gzip_array", "bom"))):
         (folder / f"form{n}").write_bytes(WRAPPINGS[wrap](form))
@@ -453,3 +454,19 @@ def test_bad_records_are_all_counted_and_can_be_skipped(folder):
     assert len({torch.load(folder / name / "model.pt", weights_only=True)["hash"]
                 for name in ("holes", "whole")}) == 1
     assert "12 of 42 records" in (folder / "holes/log.jsonl").read_text()
+
+
+def test_readers_survive_broken_files(tmp_path, capsys):
+    # the short form of studies/fuzz.py
+    fuzz.main(fuzz.Config(n=400, seed=7, out=str(tmp_path / "fuzz")))
+    said = capsys.readouterr().out
+    assert "400 inputs: " in said and ", 0 broke a reader" in said
+
+
+def test_a_reader_that_breaks_is_noticed(tmp_path, capsys, monkeypatch):
+    # catches a study that could not fail
+    monkeypatch.setitem(fuzz.READERS, "check_prompt", lambda path: json.loads(path.read_bytes()))
+    with pytest.raises(SystemExit) as stop:
+        fuzz.main(fuzz.Config(n=400, seed=7, out=str(tmp_path / "fuzz")))
+    assert stop.value.code == 1 and "Error: " in capsys.readouterr().out
+    assert list((tmp_path / "fuzz").glob("check_prompt-*"))

@@ -494,7 +494,8 @@ def test_answer_records():
     assert check_answer(dict(prompt="2 + 2?", answer=4, held_out=True, completion="x")) == \
         dict(prompt="2 + 2?", answer="4", held_out=True)
     assert check_answer(dict(prompt="a", answer="#### -2.5"))["answer"] == "#### -2.5"
-    for answer in ("72", "-3.5", " $1,200.00 ", "40%", "18 apples.", "−2", "-$5", "4*3=12\n#### 12"):
+    for answer in ("72", "-3.5", " $1,200.00 ", "40%", "18 apples.", "−2", "-$5",
+                   "4 * 3 = 12\n#### 12"):
         assert check_answer(dict(prompt="a", answer=answer))["answer"] == answer
     for number, text in ((1e20, "1" + 20 * "0"), (1e-7, "0.0000001"), (-2.5, "-2.5"),
                          (10**30, "1" + 30 * "0")):

@@ -424,7 +424,8 @@ def test_comparison_with_the_reference(monkeypatch, tiny, tmp_path):
     # equal to the first SFT sample's: to a rounding for the same answer, exactly for another one
     scores = iter(([3.0 + 1e-6, 9.0], [3.0, 2.0, 9.0, 50.0]))
     monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
-        dict(text=t, ids=[len(t), tokenizer.eos], finished=i < 3) for i, t in enumerate(next(drawn))])
+        dict(text=t, ids=[len(t), tokenizer.eos], finished=i < 3)
+        for i, t in enumerate(next(drawn))])
     monkeypatch.setattr(evaluate, "sequence_logprobs", lambda *_: torch.zeros(2))
     monkeypatch.setattr(batches, "over_rows", lambda *_, **__: torch.tensor(next(scores)))
 
