@@ -17,6 +17,7 @@ system prompt, what is not to be learnt. Null is the same as absent.
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -35,8 +36,10 @@ ROLES = ("system", "user", "assistant")
 FIELDS = {"prompt", "completion", "messages", "chosen", "rejected", "completions", "ranks", "label",
           "answer", "system", "input", "held_out", "split", "weight", "loss_weight", "train",
           "text", "gold", "second", "family", "world", "noise", "policy"}
+TURN_FIELDS = {"role", "content", "weight", "loss_weight", "train", "trainable", "loss"}
 SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
              dev=True, eval=True, held_out=True)  # of a field "split"
+ZERO_WIDTH = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 # how other templates end an answer, and how they begin a turn
 STOPS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "</s>",
          "<eos>", "<end_of_turn>")
@@ -92,6 +95,8 @@ def _turns(value, key, where):
             found = f", not {turn['role']!r}" if isinstance(turn, dict) and "role" in turn else ""
             _fail(where, f"{key}[{i}] needs a role: system, user or assistant{found}")
         turn = _present(turn)
+        if turn["role"] == "system" and turn.get("content", "") == "":
+            continue  # the same as none
         for field in ("tool_calls", "function_call", "tool_call_id"):
             if turn.get(field):
                 _fail(at, f"holds {field!r}, which no stage can read")
@@ -102,6 +107,8 @@ def _turns(value, key, where):
             turn["content"] = "".join(p["text"] for p in parts)
         learnt = {} if _counts(turn, at) else dict(weight=0)
         turns.append(dict(role=turn["role"], content=_text(turn, "content", at), **learnt))
+    if not turns:
+        _fail(where, f"{key!r} holds an empty system prompt and nothing else")
     return turns
 
 
@@ -160,9 +167,11 @@ def _side(record, where):
             _fail(where, "'held_out' must be true or false")
         return dict(held_out=record["held_out"])
     if "split" in record:
-        if record["split"] not in list(SIDES):  # of a list: it may be no text
+        name = str(record["split"]).lower()  # as hubs write it: train, Test, train_sft
+        name = name if name in SIDES else name.split("_")[0]
+        if name not in SIDES:
             _fail(where, f"'split' is {record['split']!r}, expected one of {', '.join(SIDES)}")
-        return dict(held_out=SIDES[record["split"]])
+        return dict(held_out=SIDES[name])
     return {}
 
 
@@ -212,6 +221,8 @@ def check_ranking(record, where="record"):
         _fail(where, "'completions' must be a list of at least two texts")
     completions = [_answer({"prompt": prompt, f"completions[{i}]": c}, f"completions[{i}]", prompt,
                            where) for i, c in enumerate(completions)]
+    if isinstance(ranks, list):  # whole numbers that a table wrote as 1.0
+        ranks = [int(r) if type(r) is float and r.is_integer() else r for r in ranks]
     if not isinstance(ranks, list) or len(ranks) != len(completions) or \
             not all(type(r) is int and r >= 1 for r in ranks):
         _fail(where, f"'ranks' must be {len(completions)} whole numbers from 1 (best)")
@@ -219,7 +230,7 @@ def check_ranking(record, where="record"):
     if "gold" in record:
         gold = dict(gold=record["gold"])
         if not isinstance(gold["gold"], list) or len(gold["gold"]) != len(completions) or \
-                not all(type(g) in (int, float) for g in gold["gold"]):
+                not all(type(g) in (int, float) and abs(g) < 1e9 for g in gold["gold"]):
             _fail(where, f"'gold' must be {len(completions)} numbers")
     return dict(prompt=prompt, completions=completions, ranks=ranks, **gold, **side)
 
@@ -290,12 +301,12 @@ def prompt_key(record):
 def split_key(record):
     """What the split goes by: the first user turn, as it reads.
 
-    A system prompt, a later turn of the same dialogue, other white space, upper case or another
-    spelling of the same characters (Unicode NFKC) do not make another question of it.
+    A system prompt, a later turn of the same dialogue, other white space, upper case, characters
+    without width or another spelling of the same ones (Unicode NFKC) do not make another question.
     """
     turns = _history(record)
     first = next((t for t in turns if t["role"] == "user"), turns[0] if turns else {})
-    text = unicodedata.normalize("NFKC", first.get("content", ""))
+    text = unicodedata.normalize("NFKC", ZERO_WIDTH.sub("", first.get("content", "")))
     return " ".join(text.casefold().split())
 
 
@@ -346,7 +357,13 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
     fields = set()
 
     def noted(row, where):
-        fields.update(k for k, v in row.items() if v is not None)
+        for key, value in row.items():
+            if value is not None and key not in FIELDS:
+                fields.add(key)
+            for turn in value if isinstance(value, list) and key in FIELDS else ():
+                if isinstance(turn, dict):
+                    fields.update(f"{key}[].{k}" for k, v in turn.items()
+                                  if v is not None and k not in TURN_FIELDS)
         return check(row, where)
 
     records = read_rows(path, noted, skip_bad)
@@ -354,8 +371,9 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
     records = [r for r in records if "dropped" not in r]
     for reason, n in dropped.items():
         note(f"{path}: left out {n} of {len(records) + sum(dropped.values())} records, {reason}")
-    if fields - FIELDS:
-        note(f"{path}: fields that are not used: {', '.join(sorted(fields - FIELDS)[:12])}")
+    if fields:
+        note(f"{path}: fields that are not used: {', '.join(sorted(fields)[:12])}"
+             + ", ..." * (len(fields) > 12))
     clean_markers(path, records)
     sides = split(records)
 

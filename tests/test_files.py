@@ -138,6 +138,7 @@ DEMO_SHAPES = dict(
     implicit=lambda p, a: dict(completion=[user(p), bot(a)]),
     nulls=lambda p, a: dict(prompt=p, completion=a, messages=None, system=None, label=None,
                             input="", weight=None),
+    no_system=lambda p, a: dict(messages=[system(""), user(p), bot(a)]),
     extra=lambda p, a: dict(prompt=p, completion=a, id=7, url="x", score=[1, {"b": None}]),
     parts=lambda p, a: dict(messages=[dict(role="user", content=[dict(type="text", text=p)]),
                                       bot(a, name="x")]),
@@ -156,7 +157,8 @@ PAIR_SHAPES = dict(
     implicit=lambda p, c, r: dict(chosen=[*turns_of(p), bot(c)], rejected=[*turns_of(p), bot(r)]),
     whole=lambda p, c, r: dict(prompt=p, chosen=[*turns_of(p), bot(c)],
                                rejected=[*turns_of(p), bot(r)], messages=None, score_chosen=9),
-    ranking=lambda p, c, r: dict(prompt=p, completions=[[bot(r)], c], ranks=[2, 1]))
+    ranking=lambda p, c, r: dict(prompt=p, completions=[[bot(r)], c], ranks=[2, 1]),
+    table=lambda p, c, r: dict(prompt=p, completions=[c, r], ranks=[1.0, 2.0]))
 
 
 @pytest.mark.parametrize("prompt", ["Hi.", [user("a"), bot("b"), user("c")],
@@ -201,6 +203,10 @@ def test_a_shared_first_answer_is_part_of_the_prompt_but_never_the_last_turn():
      "one assistant turn"),
     (check_ranking, dict(chosen="\n\nHuman: a\n\nAssistant: b", rejected="x"),
      "`python -m data.convert`"),
+    (check_ranking, dict(prompt="a", completions=["b", "c"], ranks=[1.5, 2]), "whole numbers"),
+    (check_ranking, dict(prompt="a", completions=["b", "c"], ranks=[1, 2], gold=[float("nan"), 1]),
+     "'gold' must be"),
+    (check_demonstration, dict(messages=[system("")]), "nothing else"),
     (check_prompt, dict(question="a"), "here are: question")])
 def test_what_cannot_be_honoured_is_refused(check, record, message):
     with pytest.raises(UserError) as error:
@@ -241,7 +247,8 @@ def test_one_question_is_on_one_side_however_it_is_written():
     # the start of a longer dialogue, in capitals, in other spaces or other code points
     for i in range(60):
         forms = [f"Who wrote book {i}?", f"Who wrote book {i}?\n", f"  WHO wrote\tbook {i}? ",
-                 f"Who wrote\u00a0book {i}?", f"Ｗho wrote book {i}?"]
+                 f"Who wrote\u00a0book {i}?", f"Ｗho wrote book {i}?",
+                 f"\ufeffWho wro\u200bte book {i}?"]
         records = [dict(prompt=form) for form in forms]
         records += [dict(prompt=[system("Be brief."), user(form)]) for form in forms]
         records += [dict(prompt=[user(form), bot("Me."), user("And you?")]) for form in forms]
@@ -265,7 +272,9 @@ def test_the_side_is_decided_for_a_prompt_and_not_for_a_record():
                                                        ("b\n", False), ("c", True))])
 
 
-@pytest.mark.parametrize("said, held_out", [("train", False), ("test", True), ("validation", True)])
+@pytest.mark.parametrize("said, held_out", [
+    ("train", False), ("test", True), ("validation", True), ("Train", False), ("train_sft", False),
+    ("test_prefs", True), ("held_out", True)])
 def test_a_split_column_is_honoured(said, held_out):
     record = dict(prompt="a", completion="b", chosen="c", rejected="d", split=said)
     for check in (check_demonstration, check_ranking, check_prompt):
@@ -367,6 +376,13 @@ def test_fields_that_are_not_used_are_named_once(tmp_path, capsys):
     read_sides(tmp_path / "x", check_demonstration)
     said = capsys.readouterr().out
     assert said.count("fields that are not used: source, toxicity\n") == 1
+
+
+def test_what_stands_in_a_turn_and_is_not_used_is_named(tmp_path, capsys):
+    # catches a mask of another trainer that is ignored in silence
+    write_jsonl(tmp_path / "x", [dict(messages=[user("a"), bot("b", masked=True, name=None)])])
+    read_sides(tmp_path / "x", check_demonstration, needed=())
+    assert "fields that are not used: messages[].masked\n" in capsys.readouterr().out
 
 
 def test_identical_answers_and_ties_are_counted(tmp_path, capsys):
