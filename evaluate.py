@@ -257,7 +257,7 @@ def report(metrics):
                      f"gold against the reference's best of {metrics['best_of']} by score"))
     rows.append(("", cell("kl"), "", "KL to the reference, nats a sequence"))
     say(cli.table(dict(zip(("reference", "result", "difference",
-                               f"on {metrics['judged']} held-out prompts, ± one standard error"),
+                               f"on {metrics['judged']} prompts, ± one standard error"),
                               zip(*rows)))))
     say("\n" + verdict(metrics))
 

@@ -96,7 +96,8 @@ def trace_reward(config):
     policy, tokenizer, _ = common.load_policy(config.init, ("sft", "pretrain"), device)
     model = reward.RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
-    train = load_rankings(config.data, tokenizer, policy.config.block_size).train
+    train = load_rankings(config.data, tokenizer, policy.config.block_size,
+                          skip_bad=config.skip_bad).train
     first = common.stream(config.seed, "reward", "order", 0).permutation(len(train))[0]
     rows, masks, pairs = train[first].rows, train[first].masks, train[first].pairs
 
@@ -119,7 +120,8 @@ def trace_reward(config):
 def ptx_text(config, tokenizer, block_size):
     """Rows of pretraining text for ppo and grpo, or None."""
     if config.ptx_coef > 0:
-        return text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed)
+        return text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed,
+                         config.skip_bad)
 
 
 def trace_ppo(config):

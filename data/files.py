@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from functools import cache
 from itertools import chain
@@ -22,12 +23,17 @@ ADAPTERS = ("alpaca", "alpaca_eval", "dolly", "gsm8k", "hh_rlhf", "tldr", "ultra
 # how files begin that are no text: (bytes, what it is)
 BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd7zXZ", "xz"),
           (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xff\xfe", "UTF-16 text"),
-          (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"))
+          (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"), (b"ARROW1", "an Arrow file"),
+          (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a rar archive"), (b"%PDF", "a PDF"),
+          (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"))
 
 
 def is_data(path):
     """Whether there is something to read at path: a file or a pipe."""
-    return Path(path).is_file() or Path(path).is_fifo()
+    try:
+        return Path(path).is_file() or Path(path).is_fifo()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"cannot read {str(path)[:60]}: {error.strerror}") from None
 
 
 @cache
@@ -36,10 +42,10 @@ def _pipe(path):
 
 
 def open_file(path):
+    if not is_data(path):
+        raise UserError(missing(path))
     if Path(path).is_fifo():
         return io.BytesIO(_pipe(str(path)))
-    if not Path(path).is_file():
-        raise UserError(missing(path))
     try:
         return open(path, "rb")
     except OSError as error:
@@ -48,18 +54,22 @@ def open_file(path):
 
 def missing(path):
     """Why nothing can be read at path, and what to do."""
-    path = Path(path)
-    if path.name in ADAPTERS:
+    name, path = str(path), Path(path)
+    words = path.name.lower().replace("-", "_")  # as hubs call it: hh-rlhf, databricks-dolly-15k
+    known = sorted((a for a in ADAPTERS if a in words), key=len)
+    if known:
         source = f" --source={path}" if path.is_dir() else ""
-        return (f"{path} is a data set, not a file: `python -m data.{path.name}{source}` writes "
-                f"out/data/{path.name}.jsonl, which can be read here")
+        return (f"{name} is a data set, not a file: `python -m data.{known[-1]}{source}` writes "
+                f"out/data/{known[-1]}.jsonl, which can be read here")
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.is_file())
         return f"{path} is a folder; name a file in it" + (
             f": {', '.join(inside[:5])}" + ", ..." * (len(inside) > 5) if inside else "")
+    if path.exists():
+        return f"{name} is neither a file nor a pipe"
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)
-    return f"there is no file {path}" + (f"; did you mean {path.parent / close[0]}?" if close
+    return f"there is no file {name}" + (f"; did you mean {path.parent / close[0]}?" if close
                                          else "")
 
 
@@ -68,9 +78,9 @@ def file_hash(path):
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def text_lines(path):
+def text_lines(path, broken=False):
     """Every line of a file as (number, text), without its line break or byte order mark. UserError
-    where it is no UTF-8 text, with what reads it."""
+    where it is no UTF-8 text, with what reads it; with `broken` the text of such a line is None."""
     with open_file(path) as stream:
         head = stream.read(64)
         stream.seek(0)
@@ -81,40 +91,49 @@ def text_lines(path):
                     else f"`python -m data.convert {path} --out=FILE.jsonl` reads it"))
         if head.startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a git-lfs pointer, `git lfs pull` gets the data")
-        number = 0
         try:
             for number, line in enumerate(gzip.open(stream) if head[:2] == b"\x1f\x8b" else stream,
                                           1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: without a mark
-                yield number, text.rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}:{number}: not UTF-8 text") from None
+                if number == 1 and b"\0" in line:
+                    raise UserError(f"{path} is no text, or UTF-16: save it as UTF-8")
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError:
+                    if not broken:
+                        raise UserError(f"{path}:{number}: not UTF-8 text") from None
+                    text = None
+                yield number, text and text.lstrip("\ufeff").rstrip("\r\n")
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise UserError(f"{path}: not a whole gzip file") from None
 
 
 def is_json(path):
-    """Whether the first character that is not white space opens a JSON object or list."""
-    first = next((text.strip()[0] for _, text in text_lines(path) if text.strip()), "")
-    return first in ("{", "[")
+    """Whether a file begins as JSON does: an object, a list of something, or a text in quotes."""
+    start = next((text.strip() for _, text in text_lines(path) if text.strip()), "")
+    # [Verse 1] and {chorus} are text; "a" alone on a line is JSON, which its reader refuses
+    return re.match(r"\[\s*($|[\[{\"\]\d])|\{\s*($|[\"}])", start) is not None or \
+        start[0:1] == '"' and _parse(start)[1] is None
 
 
 def json_rows(path):
     """(where, row, None) for each row of a file, or (where, None, why it cannot be read)."""
-    lines = ((n, text) for n, text in text_lines(path) if text.strip())
+    lines = ((n, text) for n, text in text_lines(path, broken=True) if text is None or text.strip())
     first = next(lines, None)
     if first is None:
         return
-    if first[1].lstrip()[0] == "[":  # one list of rows
-        text = "\n".join(text for _, text in (first, *lines))
+    if first[1] and first[1].lstrip()[0] == "[":  # one list of rows
+        parts = [text for _, text in (first, *lines)]
+        if None in parts:
+            raise UserError(f"{path}:{parts.index(None) + 1}: not UTF-8 text")
+        text = "\n".join(parts)
         row, why = _parse(text)
         if why:
             raise UserError(f"{path}: not JSON ({why}): what begins with [ must be one whole list")
         yield from ((f"{path}: row {n}", row, None) for n, row in enumerate(row, 1))
         return
     for number, text in chain([first], lines):
-        row, why = _parse(text)
-        yield f"{path}:{number}", row, why and f"not JSON ({why})"
+        row, why = (None, "not UTF-8 text") if text is None else _parse(text)
+        yield f"{path}:{number}", row, why and (why if text is None else f"not JSON ({why})")
 
 
 def _parse(text):
@@ -138,13 +157,16 @@ def read_rows(path, check, skip_bad=False):
         except UserError as error:
             bad.append(str(error))
     if bad and not rows:  # a file of another kind: its first record says it
-        raise UserError(bad[0] + f"; so are the other {len(bad) - 1} records" * (len(bad) > 1))
+        raise UserError(bad[0] + f"; so are the other {len(bad) - 1} records" * (len(bad) > 1)
+                        + ". `python -m data.convert` reads tables and other JSON"
+                        * ("not JSON" in bad[0]))
     if bad:
         listed = "\n  ".join(bad[:10]) + "\n  ..." * (len(bad) > 10)
         if not skip_bad:
-            raise UserError(listed if len(bad) == 1 else
+            more = "--skip_bad=true goes on without"
+            raise UserError(f"{listed} ({more} it)" if len(bad) == 1 else
                             f"{path}: {len(bad)} bad records of {len(rows) + len(bad)}; "
-                            f"--skip_bad=true goes on without them:\n  {listed}")
+                            f"{more} them:\n  {listed}")
         note(f"{path}: {len(bad)} of {len(rows) + len(bad)} records are bad and left out:\n  "
              + listed)
     if not rows:

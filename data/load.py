@@ -6,7 +6,7 @@ import numpy as np
 
 from cli import UserError, note, progress
 from data.records import (check_prompt, check_ranking, choose, collate, distinct, encode_ranking,
-                          fits, merge_rankings, ranking_pairs, read_sides)
+                          fits, merge_rankings, prompt_key, ranking_pairs, read_sides)
 from data.synthetic.world import FAMILIES, sample_prompts
 
 
@@ -31,10 +31,10 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
                 side, sides.held_out))
             print(f"{min(n or len(records), len(records)):,} of {len(records):,} prompts, "
                   f"side: {side}")
-            if side == "all" and sides.train:
-                note(f"{len(distinct(sides.train))} of them are on the training side: a model that "
-                     "was trained on their answers repeats them")
-            records = choose(records, n)
+            records, seen = choose(records, n), {prompt_key(r) for r in sides.train}
+            if side == "all" and (n := sum(prompt_key(r) in seen for r in records)):
+                note(f"{n} of them are on the training side, by the hash or by their own word: a "
+                     "model that was trained on their answers repeats them")
         encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
                    for r in progress(records, "tokens")]
         lists.append(fits(f"{side} prompts", encoded, room, lambda e: len(e[1])))
@@ -95,8 +95,9 @@ def load_rankings(path, tokenizer, block_size, check=check_ranking, skip_bad=Fal
         singles = [r for r in records if "labels" in r]
         if not singles + merged:
             raise UserError(f"--data={path}: no {name} ranking is left to use")
-        print(f"{name}: {len(singles + merged):,} prompts, "
-              f"{sum(len(r['pairs']) for r in merged):,} pairs")
+        print(f"{name}: {len(distinct(singles + merged)):,} prompts, "
+              f"{sum(len(r['pairs']) for r in merged):,} pairs"
+              + f", {len(singles):,} labelled answers" * (len(singles) > 0))
         return [make_element(tokenizer, r) for r in progress(singles + merged, "tokens")]
 
     return read_sides(path, check, skip_bad=skip_bad).each(encode)

@@ -33,18 +33,23 @@ from data.synthetic.world import lookup
 from data.verifier import is_gold
 
 ROLES = ("system", "user", "assistant")
+WEIGHTS = {"weight", "loss_weight", "train", "trainable", "training"}
+# what belongs into a prompt, and would be left out of it
+BESIDE = ("input", "context", "query", "instruction", "history", "system_prompt", "tools", "images")
 FIELDS = {"prompt", "completion", "messages", "chosen", "rejected", "completions", "ranks", "label",
-          "answer", "system", "input", "held_out", "split", "weight", "loss_weight", "train",
-          "text", "gold", "second", "family", "world", "noise", "policy"}
-TURN_FIELDS = {"role", "content", "weight", "loss_weight", "train", "trainable", "loss"}
+          "answer", "system", *BESIDE, "held_out", "split", *WEIGHTS, "text",
+          "gold", "second", "family", "world", "noise", "policy"}
+TURN_FIELDS = {"role", "content", "loss", *WEIGHTS}
 SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
              dev=True, eval=True, held_out=True)  # of a field "split"
-ZERO_WIDTH = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+# a dialogue of HH-RLHF's kind up to the answer
+DIALOGUE = re.compile(r"^\s*Human: .*\n\s*Assistant:\s*$", re.DOTALL)
 # how other templates end an answer, and how they begin a turn
-STOPS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "</s>",
-         "<eos>", "<end_of_turn>")
-MARKERS = (*STOPS, "<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<start_of_turn>",
-           "<|start_header_id|>", "[INST]", "[/INST]")
+STOP = re.compile(r"<[|｜](?:endoftext|im_end|eot_id|eot|end_of_text|end_of_turn|end|return|"
+                  r"end▁of▁sentence)[|｜]>|</s>|<eos>|<end_of_turn>|\[EOS\]", re.IGNORECASE)
+ENDS = re.compile(rf"(?:\s*(?:{STOP.pattern}))+\s*$", re.IGNORECASE)
+MARKER = re.compile(r"<[|｜][\w▁ ]{1,30}[|｜]>|</s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|"
+                    r"\[/?INST\]|\[EOS\]", re.IGNORECASE)
 
 
 def _fail(where, why):
@@ -52,9 +57,17 @@ def _fail(where, why):
 
 
 def _present(record):
-    """The record without its nulls; a system prompt or an input that is empty is absent too."""
-    return {k: v for k, v in record.items()
-            if v is not None and not (k in ("system", "input") and v == "")}
+    """The record without its nulls; what may stand beside a prompt and is empty is absent too."""
+    return {k: v for k, v in record.items() if v is not None
+            and not (k in ("system", *BESIDE) and (not v or not str(v).strip()))}
+
+
+def _alone(record, where):
+    """UserError for what belongs into the prompt and would be left out."""
+    for key in BESIDE:
+        if key in record:
+            _fail(where, f"{key!r} beside the prompt would not be read: put it into the prompt "
+                  "(`python -m data.convert` appends an input or a context)")
 
 
 def _need(record, key, where):
@@ -74,13 +87,30 @@ def _text(record, key, where):
     return value
 
 
-def _counts(record, where, keys=("weight", "loss_weight", "train", "trainable", "loss")):
-    """Whether the loss counts what the record, or the turn, says. No stage weights its loss."""
-    values = {k: record[k] for k in keys if k in record}
+def _counts(record, where):
+    """Whether the loss counts what the record, or the turn, says. No stage weights its loss, and
+    none reads masks of tokens."""
+    for key in ("mask", "masked", "loss_mask", "weights"):
+        if key in record:
+            _fail(where, f"{key!r} cannot be honoured; \"weight\": 0 says what is not to be learnt")
+    # "loss" may be a measurement, unless it is a truth value
+    values = {k: v for k, v in record.items() if k in WEIGHTS or k == "loss" and type(v) is bool}
     for key, value in values.items():
         if value not in (0, 1):
-            _fail(where, f"{key!r} is {value!r}: only 0 or 1, false or true, can be honoured")
+            _fail(where, f"{key!r} is {str(value)[:40]}: only 0 or 1, false or true, can be "
+                  "honoured")
     return all(values.values())
+
+
+def _checked(record, where, **result):
+    """The result with the side that the record says; "dropped" where it is not to be learnt."""
+    if not _counts(record, where):
+        result["dropped"] = "of weight 0"
+    return result | _side(record, where)
+
+
+def _bare(turns):
+    return [(t["role"], t["content"]) for t in turns]
 
 
 def _turns(value, key, where):
@@ -95,7 +125,7 @@ def _turns(value, key, where):
             found = f", not {turn['role']!r}" if isinstance(turn, dict) and "role" in turn else ""
             _fail(where, f"{key}[{i}] needs a role: system, user or assistant{found}")
         turn = _present(turn)
-        if turn["role"] == "system" and turn.get("content", "") == "":
+        if turn["role"] == "system" and not str(turn.get("content", "")).strip():
             continue  # the same as none
         for field in ("tool_calls", "function_call", "tool_call_id"):
             if turn.get(field):
@@ -115,11 +145,12 @@ def _turns(value, key, where):
 def _prompt(record, where):
     """Text, or turns that do not end with the assistant's; a field "system" comes first."""
     prompt = _need(record, "prompt", where)
-    if "input" in record:
-        _fail(where, "'input' beside 'prompt' would not be read: `python -m data.convert` joins "
-              "the two")
+    _alone(record, where)
     prompt = _text(record, "prompt", where) if isinstance(prompt, str) else \
         _turns(prompt, "prompt", where)
+    if isinstance(prompt, str) and DIALOGUE.search(prompt):
+        _fail(where, "'prompt' is a dialogue in one text (Human: ... Assistant:): write it as "
+              "turns")
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _fail(where, "'prompt' ends with an assistant turn")
     if "system" not in record:
@@ -137,12 +168,14 @@ def _answer(record, key, prompt, where):
         return _text(record, key, where)
     turns = _turns(record[key], key, where)
     before = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    if turns[:len(before)] == before:
+    if _bare(turns[:len(before)]) == _bare(before):
         turns = turns[len(before):]
-    elif before[0]["role"] == "system" and turns[:len(before) - 1] == before[1:]:
+    elif before[0]["role"] == "system" and _bare(turns[:len(before) - 1]) == _bare(before[1:]):
         turns = turns[len(before) - 1:]  # the system prompt has a field of its own
     if [t["role"] for t in turns] != ["assistant"]:
         _fail(where, f"{key!r} must be text or one assistant turn behind the turns of the prompt")
+    if "weight" in turns[0]:
+        _fail(where, f"{key!r} is marked as not to be learnt")
     return turns[0]["content"]
 
 
@@ -153,7 +186,8 @@ def _with_prompt(record, keys, where):
         return record
     first, *others = (_turns(record[k], k, where) for k in keys)
     n = 0
-    while n < len(first) - 1 and all(len(o) > n + 1 and o[n] == first[n] for o in others):
+    while n < len(first) - 1 and all(
+            len(o) > n + 1 and _bare(o[n:n + 1]) == _bare(first[n:n + 1]) for o in others):
         n += 1
     if n == 0:
         _fail(where, f"{' and '.join(map(repr, keys))} have no first turn in common")
@@ -162,17 +196,20 @@ def _with_prompt(record, keys, where):
 
 def _side(record, where):
     """{"held_out": bool} where the record says itself on which side of the split it is."""
+    said = set()
     if "held_out" in record:
         if not isinstance(record["held_out"], bool):
             _fail(where, "'held_out' must be true or false")
-        return dict(held_out=record["held_out"])
+        said.add(record["held_out"])
     if "split" in record:
-        name = str(record["split"]).lower()  # as hubs write it: train, Test, train_sft
-        name = name if name in SIDES else name.split("_")[0]
+        name = re.match("held_out|[a-z]*", str(record["split"]).lower())[0]  # also of train_sft
         if name not in SIDES:
-            _fail(where, f"'split' is {record['split']!r}, expected one of {', '.join(SIDES)}")
-        return dict(held_out=SIDES[name])
-    return {}
+            _fail(where, f"'split' is {str(record['split'])[:40]!r}, expected one of "
+                  f"{', '.join(SIDES)}; rename the field if it says something else")
+        said.add(SIDES[name])
+    if len(said) == 2:
+        _fail(where, "'held_out' and 'split' contradict each other")
+    return dict(held_out=said.pop()) if said else {}
 
 
 def _label(record, where):
@@ -184,11 +221,8 @@ def _label(record, where):
 def check_demonstration(record, where="record"):
     """{"messages": [...]}, last turn the assistant's. UserError if it is not one."""
     record = _present(record)
-    if "label" in record and not _label(record, where):
-        return dict(dropped="marked as wrong (\"label\": false)")
-    if not _counts(record, where, ("weight", "loss_weight", "train")):
-        return dict(dropped="of weight 0")
     if "messages" in record:
+        _alone(record, where)
         turns = _turns(record["messages"], "messages", where)
         if "system" in record:
             turns = [dict(role="system", content=_text(record, "system", where)), *turns]
@@ -199,23 +233,25 @@ def check_demonstration(record, where="record"):
         prompt = _prompt(record, where)
         answer = _answer(record, "completion", prompt, where)
         turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+        # the completion is what is learnt, and not what the assistant said before
+        turns = [t | dict(weight=0) if t["role"] == "assistant" else t for t in turns]
         turns = [*turns, dict(role="assistant", content=answer)]
+    checked = _checked(record, where, messages=turns)
     if all(t.get("weight") == 0 for t in turns if t["role"] == "assistant"):
-        return dict(dropped="of weight 0")
-    return dict(messages=turns, **_side(record, where))
+        checked["dropped"] = "of weight 0"
+    if "label" in record and not _label(record, where):
+        checked["dropped"] = "marked as wrong (\"label\": false)"
+    return checked
 
 
 def check_ranking(record, where="record"):
     """{"prompt", "completions", "ranks"}, "gold" if given; a pair becomes a ranking of two."""
     record = _present(record)
-    side = _side(record, where)
-    if not _counts(record, where, ("weight", "loss_weight", "train")):
-        return dict(dropped="of weight 0")
     if "completions" not in record:
         record = _with_prompt(record, ["chosen", "rejected"], where)
         prompt = _prompt(record, where)
         completions = [_answer(record, k, prompt, where) for k in ("chosen", "rejected")]
-        return dict(prompt=prompt, completions=completions, ranks=[1, 2], **side)
+        return _checked(record, where, prompt=prompt, completions=completions, ranks=[1, 2])
     prompt, completions, ranks = _prompt(record, where), record["completions"], record.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
         _fail(where, "'completions' must be a list of at least two texts")
@@ -232,7 +268,7 @@ def check_ranking(record, where="record"):
         if not isinstance(gold["gold"], list) or len(gold["gold"]) != len(completions) or \
                 not all(type(g) in (int, float) and abs(g) < 1e9 for g in gold["gold"]):
             _fail(where, f"'gold' must be {len(completions)} numbers")
-    return dict(prompt=prompt, completions=completions, ranks=ranks, **gold, **side)
+    return _checked(record, where, prompt=prompt, completions=completions, ranks=ranks, **gold)
 
 
 def check_answer(record, where="record"):
@@ -247,7 +283,7 @@ def check_answer(record, where="record"):
     if not is_gold(answer):
         _fail(where, f"'answer' is {answer[-40:]!r}, which is not one number that can be checked "
               "(such as 72, -3.5 or $1,200), nor a solution that ends on \"#### 72\"")
-    return dict(prompt=_prompt(record, where), answer=answer, **_side(record, where))
+    return _checked(record, where, prompt=_prompt(record, where), answer=answer)
 
 
 def check_ranking_or_label(record, where="record"):
@@ -257,8 +293,9 @@ def check_ranking_or_label(record, where="record"):
         return check_ranking(record, where)
     record = _with_prompt(record, ["completion"], where)
     prompt = _prompt(record, where)
-    return dict(prompt=prompt, completion=_answer(record, "completion", prompt, where),
-                label=_label(record, where), **_side(record, where))
+    return _checked(record, where, prompt=prompt,
+                    completion=_answer(record, "completion", prompt, where),
+                    label=_label(record, where))
 
 
 def check_prompt(record, where="record"):
@@ -269,11 +306,11 @@ def check_prompt(record, where="record"):
         turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if not turns:
             _fail(where, "'messages' has no turn before the last")
-        return dict(prompt=turns, **_side(record, where))
+        return _checked(record, where, prompt=turns)
     for keys in (["chosen", "rejected"], ["completion"]):
         if all(k in record for k in keys):
             record = _with_prompt(record, keys, where)
-    return dict(prompt=_prompt(record, where), **_side(record, where))
+    return _checked(record, where, prompt=_prompt(record, where))
 
 
 def write_jsonl(path, records):
@@ -306,7 +343,10 @@ def split_key(record):
     """
     turns = _history(record)
     first = next((t for t in turns if t["role"] == "user"), turns[0] if turns else {})
-    text = unicodedata.normalize("NFKC", ZERO_WIDTH.sub("", first.get("content", "")))
+    text = first.get("content", "")
+    if not text.isascii():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf" and c != "\ufe0f")
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(text.casefold().split())
 
 
@@ -367,28 +407,28 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
         return check(row, where)
 
     records = read_rows(path, noted, skip_bad)
-    dropped = Counter(r["dropped"] for r in records if "dropped" in r)
-    records = [r for r in records if "dropped" not in r]
-    for reason, n in dropped.items():
-        note(f"{path}: left out {n} of {len(records) + sum(dropped.values())} records, {reason}")
+    clean_markers(path, records)
+    sides = split(records)  # what is left out below says on which side its prompt is, too
+    for reason, n in Counter(r["dropped"] for r in records if "dropped" in r).items():
+        note(f"{path}: left out {n} of {len(records)} records, {reason}")
+    sides = sides.each(lambda _, rows: [r for r in rows if "dropped" not in r])
     if fields:
         note(f"{path}: fields that are not used: {', '.join(sorted(fields)[:12])}"
              + ", ..." * (len(fields) > 12))
-    clean_markers(path, records)
-    sides = split(records)
 
     def found(name, rows):
         if name in needed and not rows:
-            raise UserError(f"{path}: none of its {len(records)} records is "
-                            f"on the {name} side. About a tenth of the prompts is held out, by a "
-                            "hash of the prompt; a field \"held_out\": true or false decides for "
-                            "its record")
+            raise UserError(f"{path}: none of the {len(sides.train + sides.held_out)} records to "
+                            f"use is on the {name} side. About a tenth of the prompts is held out, "
+                            "by a hash of the prompt; a field \"held_out\": true or false decides "
+                            "for its prompt")
         return rows
 
     sides.each(found)
     count = lambda rows: len({split_key(r) for r in rows})
-    twice = len(records) - len({hash(json.dumps(r)) for r in records})
-    print(f"{path}: {len(records):,} records; {count(sides.train):,} prompts to train on, "
+    used = sides.train + sides.held_out
+    twice = len(used) - len({hash(json.dumps(r)) for r in used})
+    print(f"{path}: {len(used):,} records; {count(sides.train):,} prompts to train on, "
           f"{count(sides.held_out):,} held out" + f"; {twice:,} records stand there again" *
           (twice > 0))
     return sides
@@ -402,12 +442,9 @@ def clean_markers(path, records):
 
     def clean(text, answer):
         nonlocal cut, inside
-        whole = text
-        while answer and (stop := next((m for m in STOPS if text.rstrip().endswith(m)), None)) \
-                and text.strip() != stop:  # an answer that is nothing else stays what it is
-            text = text.rstrip()[:-len(stop)]
+        whole, text = text, ENDS.sub("", text) if answer else text
         cut += text != whole
-        inside += any(m in text for m in MARKERS)
+        inside += MARKER.search(text) is not None
         return text
 
     for record in records:
@@ -418,6 +455,10 @@ def clean_markers(path, records):
             record["completion"] = clean(record["completion"], True)
         if "completions" in record:
             record["completions"] = [clean(text, True) for text in record["completions"]]
+        answers = record.get("completions") or [record.get("completion") or "-"]
+        if not all(text.strip() for text in [*answers, *(t["content"] for t in record.get(
+                "messages", ()))]):
+            record["dropped"] = "of which an answer is a stop marker and nothing else"
     if cut:
         note(f"{path}: cut off a stop marker behind {cut} answers; they end with our own EOS")
     if inside:

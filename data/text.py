@@ -1,12 +1,13 @@
 """Plain text for the next-token loss: pretraining, and the text mixed into SFT and PPO (ptx)."""
 
 import re
+from collections import Counter
 
 import torch
 
 from cli import UserError, note, progress
 from data.files import is_json, text_lines
-from data.records import STOPS, check_demonstration, check_prompt, check_ranking, read_sides
+from data.records import MARKER, STOP, check_demonstration, check_prompt, check_ranking, read_sides
 from data.synthetic.corpus import documents
 
 
@@ -22,21 +23,31 @@ def read_texts(data, n, seed, skip_bad=False):
         print(f"{data}: read as text are the field \"text\" where there is one, else prompt and "
               "answers")
     else:
-        texts = "\n".join(text for _, text in text_lines(data)).split("\n\n")
-    found = {stop: n for stop in STOPS if (n := sum(text.count(stop) for text in texts))}
+        texts = re.split(r"\n\s*\n", "\n".join(text for _, text in text_lines(data)))
+        print(f"{data}: plain text, documents end at blank lines")
+    found = Counter(stop for text in texts for stop in STOP.findall(text))
     if found:
         note(f"{data}: {sum(found.values())} markers end a document each and are not learnt: "
-             + ", ".join(found))
-        texts = [part for text in texts for part in re.split("|".join(map(re.escape, STOPS)), text)]
-    return [text for text in texts if text.strip()]
+             + ", ".join(sorted(found)))
+        texts = [part for text in texts for part in STOP.split(text)]
+    texts = [text for text in texts if text.strip()]
+    inside = sum(MARKER.search(text) is not None for text in texts)
+    if inside:
+        note(f"warning: {data}: {inside} documents hold markers of a chat template and are read as "
+             "they stand: the model may learn to write them out")
+    return texts
 
 
 def check_text(record, where):
     """{"text"} of a record with one, else the texts of a record of our formats, with its prompt, by
     which the split goes."""
-    if isinstance(record.get("text"), str):
-        return dict(prompt=record["text"], held_out=False)  # plain text: nothing is held out
     fields = {k for k, v in record.items() if v is not None}
+    if isinstance(record.get("text"), str):
+        if fields & {"prompt", "messages", "chosen", "completion"}:  # the split goes by the prompt
+            return check_prompt(record, where) | dict(text=record["text"])
+        side = {k: record[k] for k in ("held_out", "split") if k in fields} or dict(held_out=False)
+        return check_prompt(dict(prompt=record["text"] or "-", **side), where) | dict(
+            text=record["text"])  # plain text that says nothing is not held out
     check = check_demonstration if fields & {"messages", "completion"} else \
         check_ranking if fields & {"chosen", "completions"} else check_prompt
     return check(record, where)
@@ -44,8 +55,11 @@ def check_text(record, where):
 
 def text_of(record):
     """Prompt and answers of a record, one text; of a ranking every answer."""
+    if "text" in record:
+        return record["text"]
     turns = record.get("messages", record.get("prompt"))
-    texts = [turns] if isinstance(turns, str) else [t["content"] for t in turns]
+    texts = [turns] if isinstance(turns, str) else \
+        [t["content"] for t in turns if t.get("weight", 1)]
     return "\n".join([*texts, *record.get("completions", ())])
 
 

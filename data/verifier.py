@@ -16,6 +16,11 @@ CALCULATOR = re.compile(r"<<.*?>>", re.DOTALL)  # GSM8K: "9 * 2 = $<<9*2=18>>18"
 NUMBER = re.compile(r"(?:(?<![\w)%.])[-−](?:[$€£]\s?)?|(?<=[$€£])[-−])?"
                     r"(\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
+# words behind a number that make another one of it
+COMPUTES = re.compile(r"\b(hundreds?|thousands?|[mb]illions?|trillions?|dozens?|hal(f|ves)|thirds?|"
+                      r"quarters?|squared|cubed|pi|or|to|and|minus|plus|times|over|am|pm)\b",
+                      re.IGNORECASE)
+
 
 def strip_calculator(text):
     """GSM8K's text without its calculator marks, as a person would write it."""
@@ -45,7 +50,8 @@ def is_gold(text: str) -> bool:
     number = NUMBER.search(text)
     return number is not None and bool(
         re.fullmatch(r"\s*[$€£]?\s?", text[:number.start()])
-        and re.fullmatch(r"\s?%?( [A-Za-z ]+)?\.?\s*", text[number.end():]))
+        and re.fullmatch(r"\s?%?( [A-Za-z]+){0,2}\.?\s*", text[number.end():])
+        and not COMPUTES.search(text[number.end():]))
 
 
 def is_right(response: str, answer: str) -> bool:

@@ -376,7 +376,7 @@ BAD = [  # (content, flags, what the error says)
     (b"[]", {}, "in: holds no rows"),
     (b"[{}]", {}, "in: holds no rows"),
     (b"[1, 2]", {}, "in: holds no rows"),
-    (b"{oops", {}, "in:1: not JSON"),
+    (b'{"oops', {}, "in:1: not JSON"),
     (b"[{}", {}, "in: not JSON"),
     (b"\xff\xfe\x00", {}, "is UTF-16"),
     (b"a,b\n\xff,2", {}, "in:2: not UTF-8"),

@@ -111,7 +111,7 @@ def test_the_table_shows_the_numbers(capsys):
     lines = capsys.readouterr().out.splitlines()
     cell = lambda x: f"{x:.3f} ± {x + 0.5:.3f}"
     shown = {line.rsplit("  ", 1)[-1]: line for line in lines if "±" in line}
-    assert len(shown) == 10 and "on 7 held-out prompts, ± one standard error" in shown
+    assert len(shown) == 10 and "on 7 prompts, ± one standard error" in shown
     for n, label in enumerate(("gold, the true reward", "score of the reward model",
                                "length in tokens", "share that ends with EOS")):
         assert re.findall(CELL, shown[label]) == [cell(10 * n + i) for i in range(3)]

@@ -14,6 +14,7 @@ from conftest import run_script
 from data.files import file_hash, is_json, read_rows
 from data.load import load_prompts, load_rankings
 from data.records import (
+    check_answer,
     check_demonstration,
     check_prompt,
     check_ranking,
@@ -108,7 +109,11 @@ def test_a_name_that_is_no_file(tmp_path, monkeypatch):
                           ("gsm8k", "`python -m data.gsm8k --source=gsm8k` writes"),
                           ("pair.jsonl", "did you mean pairs.jsonl?"),
                           (".", "is a folder; name a file in it: pairs.jsonl"),
-                          ("far/away", "there is no file far/away")):
+                          ("far/away", "there is no file far/away"),
+                          ("Anthropic/hh-rlhf", "`python -m data.hh_rlhf` writes"),
+                          ("https://hub/alpaca_eval", "https://hub/alpaca_eval is a data set"),
+                          ("/dev/null", "/dev/null is neither a file nor a pipe"),
+                          ("a" * 300, "cannot read aaa")):
         with pytest.raises(UserError, match=message.replace("?", r"\?")):
             read_sides(name, check_prompt)
 
@@ -182,7 +187,7 @@ def test_a_shared_first_answer_is_part_of_the_prompt_but_never_the_last_turn():
 
 
 @pytest.mark.parametrize("check, record, message", [
-    (check_demonstration, dict(prompt="a", input="b", completion="c"), "'input' beside 'prompt'"),
+    (check_demonstration, dict(prompt="a", input="b", completion="c"), "'input' beside the prompt"),
     (check_demonstration, dict(messages=[dict(role="gpt", content="a")]), "not 'gpt'"),
     (check_demonstration, dict(prompt="a", completion="b", weight=0.5), "only 0 or 1"),
     (check_demonstration, dict(messages=[user("a"), bot("b", weight=0.3)]), "only 0 or 1"),
@@ -274,7 +279,7 @@ def test_the_side_is_decided_for_a_prompt_and_not_for_a_record():
 
 @pytest.mark.parametrize("said, held_out", [
     ("train", False), ("test", True), ("validation", True), ("Train", False), ("train_sft", False),
-    ("test_prefs", True), ("held_out", True)])
+    ("test_prefs", True), ("held_out", True), ("valid1", True), ("train-00000", False)])
 def test_a_split_column_is_honoured(said, held_out):
     record = dict(prompt="a", completion="b", chosen="c", rejected="d", split=said)
     for check in (check_demonstration, check_ranking, check_prompt):
@@ -346,6 +351,68 @@ def test_what_is_not_to_be_learnt_is_not_learnt(tmp_path, capsys):
     assert check_demonstration(dict(messages=messages[:2]))["dropped"]
 
 
+@pytest.mark.parametrize("check, record", [
+    (check_demonstration, dict(prompt="a", completion="b")),
+    (check_ranking, dict(prompt="a", chosen="b", rejected="c")),
+    (check_ranking_or_label, dict(prompt="a", completion="b", label=True)),
+    (check_answer, dict(prompt="a", answer="3")), (check_prompt, dict(prompt="a"))])
+def test_weights_and_sides_are_honoured_by_every_reader(check, record):
+    # catches a reader that takes what another one leaves out, or tests on what it trains on
+    for field in ("weight", "loss_weight", "train", "trainable", "training"):
+        assert check({**record, field: 0})["dropped"] == "of weight 0"
+        assert "dropped" not in check({**record, field: 1})
+        with pytest.raises(UserError, match="only 0 or 1"):
+            check({**record, field: 0.25})
+    assert check(dict(record, loss=False))["dropped"] and "dropped" not in check(
+        dict(record, loss=2.3))  # a measurement
+    for field in ("mask", "masked", "loss_mask", "weights"):
+        with pytest.raises(UserError, match="cannot be honoured"):
+            check({**record, field: [0, 1]})
+    for field in ("input", "context", "history", "tools", "system_prompt"):
+        with pytest.raises(UserError, match="beside the prompt"):
+            check({**record, field: ["x"]})
+        assert "dropped" not in check({**record, field: []})
+    with pytest.raises(UserError, match="contradict"):
+        check(dict(record, held_out=False, split="test"))
+    # what is left out says all the same where its prompt belongs
+    assert check(dict(record, weight=0, held_out=True))["held_out"]
+
+
+def test_what_is_left_out_still_says_where_its_prompt_belongs(tmp_path):
+    # catches a held-out prompt that is trained on because only a wrong answer to it said so
+    write_jsonl(tmp_path / "x", [dict(prompt="Who", completion="a", label=False, held_out=True),
+                                 dict(prompt="who", completion="b"),
+                                 dict(prompt="Q", completion="c", held_out=False)])
+    sides = read_sides(tmp_path / "x", check_demonstration)
+    assert [len(sides.train), len(sides.held_out)] == [1, 1]
+
+
+def test_answers_that_are_not_to_be_learnt_are_refused_in_pairs():
+    for key in ("chosen", "rejected"):
+        record = dict(prompt="a", chosen="b", rejected="c") | {key: [bot("d", weight=0)]}
+        with pytest.raises(UserError, match="marked as not to be learnt"):
+            check_ranking(record)
+    # a history that is not learnt in one of the two is the same history
+    first = [user("a"), bot("b", weight=0), user("c")]
+    again = [user("a"), bot("b"), user("c")]
+    checked = check_ranking(dict(chosen=[*first, bot("d")], rejected=[*again, bot("e")]))
+    assert checked["completions"] == ["d", "e"] and len(checked["prompt"]) == 3
+
+
+def test_of_a_prompt_with_turns_only_the_completion_is_learnt():
+    messages = check_demonstration(dict(prompt=[user("a"), bot("b"), user("c")],
+                                        completion="d"))["messages"]
+    ids, mask = encode_messages(tok, messages)
+    assert [i for i, m in zip(ids, mask) if m] == tok.encode_response("d")
+
+
+def test_a_dialogue_in_one_text_is_no_prompt():
+    # catches dialogues of HH-RLHF's kind that the split cannot see into
+    with pytest.raises(UserError, match="dialogue in one text"):
+        check_prompt(dict(prompt="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"))
+    assert check_prompt(dict(prompt="Human: a question about Assistant: b"))
+
+
 def test_a_system_prompt_beside_the_prompt_is_read():
     record = dict(system="Be brief.", prompt="Hi.", completion="Yes.", chosen="Yes.", rejected="No")
     head = [system("Be brief."), user("Hi.")]
@@ -380,9 +447,9 @@ def test_fields_that_are_not_used_are_named_once(tmp_path, capsys):
 
 def test_what_stands_in_a_turn_and_is_not_used_is_named(tmp_path, capsys):
     # catches a mask of another trainer that is ignored in silence
-    write_jsonl(tmp_path / "x", [dict(messages=[user("a"), bot("b", masked=True, name=None)])])
+    write_jsonl(tmp_path / "x", [dict(messages=[user("a"), bot("b", reward=1, name=None)])])
     read_sides(tmp_path / "x", check_demonstration, needed=())
-    assert "fields that are not used: messages[].masked\n" in capsys.readouterr().out
+    assert "fields that are not used: messages[].reward\n" in capsys.readouterr().out
 
 
 def test_identical_answers_and_ties_are_counted(tmp_path, capsys):
@@ -421,7 +488,37 @@ def test_web_records_give_their_text_and_not_their_metadata(tmp_path):
         read_texts(str(tmp_path / "x"), 0, 0)
 
 
-@pytest.mark.parametrize("stop", ["<|endoftext|>", "</s>", "<|im_end|>"])
+def test_a_text_column_does_not_hide_the_prompt_from_the_split(tmp_path):
+    # catches held-out answers in the text of a set that has its records rendered as well
+    rows = [dict(prompt=f"Q{i}", completion=f"A{i}", text=f"Q{i} A{i}") for i in range(200)]
+    (tmp_path / "x").write_bytes(LINES(rows))
+    sides = split([check_prompt(r) for r in rows])
+    assert read_texts(str(tmp_path / "x"), 0, 0) == [
+        r["prompt"] + " A" + r["prompt"][1:] for r in sides.train]
+    (tmp_path / "x").write_bytes(LINES([dict(text="a", split="test"), dict(text="b"),
+                                        dict(text="c", held_out=True)]))
+    assert read_texts(str(tmp_path / "x"), 0, 0) == ["b"]
+    (tmp_path / "x").write_bytes(LINES([dict(messages=[user("a"), bot("b", weight=0), user("c"),
+                                                       bot("d")], held_out=False)]))
+    assert read_texts(str(tmp_path / "x"), 0, 0) == ["a\nc\nd"]
+
+
+def test_plain_text(tmp_path, capsys):
+    # catches text that is taken for JSON, and what is no text but is learnt as if it were
+    path = tmp_path / "x"
+    path.write_text("[Verse 1]\na\n \n{chorus}\n\n\nb <|im_start|>user")
+    assert read_texts(str(path), 0, 0) == ["[Verse 1]\na", "{chorus}", "b <|im_start|>user"]
+    assert "1 documents hold markers" in capsys.readouterr().out
+    for content, message in ((b"%PDF-1.7", "a PDF"), (b"<!DOCTYPE html>", "a web page"),
+                             ("story".encode("utf-16-le"), "UTF-16"), (b'"a"\n"b"', "JSON object"),
+                             (b"a\ncaf\xe9", ":2: not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_texts(str(path), 0, 0)
+
+
+@pytest.mark.parametrize("stop", ["<|endoftext|>", "</s>", "<|im_end|>", "<|EOT|>",
+                                  "<｜end▁of▁sentence｜>"])
 def test_documents_end_at_a_stop_marker_and_it_is_not_learnt(tmp_path, capsys, stop):
     # catches 400 stories that become 308 documents, with the marker as text
     stories = [f"Story {i}.\n\nIt ends." if i % 3 else f"Story {i}." for i in range(40)]
@@ -441,15 +538,28 @@ def test_an_answer_ends_with_our_own_eos_and_no_other(tmp_path, capsys):
         dict(prompt="e", completion="f<|eot_id|></s>"), dict(prompt="g", completion="h")])
     sides = read_sides(tmp_path / "x", check_demonstration, needed=())
     texts = [[t["content"] for t in r["messages"]] for r in sides.train + sides.held_out]
-    assert sorted(texts) == [["a </s>", "b", "c", "d "], ["e", "f"], ["g", "h"]]
+    assert sorted(texts) == [["a </s>", "b", "c", "d"], ["e", "f"], ["g", "h"]]
     said = capsys.readouterr().out
     assert "cut off a stop marker behind 3 answers" in said and "1 texts hold markers" in said
+    write_jsonl(tmp_path / "x", [dict(prompt="a", completion="</s>"),
+                                 dict(prompt="b", completion="c")])
+    sides = read_sides(tmp_path / "x", check_demonstration, needed=())
+    assert len(sides.train + sides.held_out) == 1
+    assert "left out 1 of 2 records, of which an answer is a stop marker" in capsys.readouterr().out
     write_jsonl(tmp_path / "x", [dict(prompt="a", completions=["b</s>", "c"], ranks=[1, 2])])
     sides = read_sides(tmp_path / "x", check_ranking, needed=())
     assert (sides.train + sides.held_out)[0]["completions"] == ["b", "c"]
 
 
 # --- bad records ---------------------------------------------------------------------------------
+
+
+def test_a_line_that_is_no_utf8_costs_only_itself(tmp_path, capsys):
+    good = json.dumps(dict(prompt="a", completion="b")).encode()
+    (tmp_path / "x").write_bytes(good + b"\ncaf\xe9\n" + b"\xef\xbb\xbf" + good + b"\n")
+    with pytest.raises(UserError, match=r"x:2: not UTF-8 text \(--skip_bad=true goes on without"):
+        read_rows(tmp_path / "x", check_demonstration)
+    assert len(read_rows(tmp_path / "x", check_demonstration, skip_bad=True)) == 2
 
 
 def test_bad_records_are_all_counted_and_can_be_skipped(folder):

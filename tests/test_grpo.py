@@ -506,7 +506,10 @@ def test_answer_records():
                         ("(2, 4)", "not one number"), ("12:30", "not one number"),
                         (r"\sqrt{2}", "not one number"), ("3/4", "not one number"),
                         ("2 + 2 = 4, so 4", "not one number"), ("thirty: 30", "not one number"),
-                        ("2x", "not one number"), ("4 #### 3 or 4", "not one number")):
+                        ("2x", "not one number"), ("2 million", "not one number"),
+                        ("3 dozen", "not one number"), ("7 or eight", "not one number"),
+                        ("5 minus two", "not one number"), ("2 pi", "not one number"),
+                        ("4 #### 3 or 4", "not one number")):
         with pytest.raises(UserError, match=why):
             check_answer(dict(prompt="a", answer=answer))
     with pytest.raises(UserError, match="'answer' is missing"):

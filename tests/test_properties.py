@@ -177,7 +177,9 @@ def test_demonstrations_survive(record):
         assert turns[-1] == dict(role="assistant", content=record["completion"])
         before = record["prompt"]
         before = [dict(role="user", content=before)] if isinstance(before, str) else before
-        assert turns[:-1] == before
+        # only the completion is learnt, not what the assistant said before it
+        assert turns[:-1] == [t | dict(weight=0) if t["role"] == "assistant" else t
+                              for t in before]
         # the split goes by the prompt: the same for the demonstration and for its prompt alone
         assert prompt_key(checked) == prompt_key(check_prompt(record))
         assert split([checked]).train == [] or split([check_prompt(record)]).held_out == []
