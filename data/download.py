@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cli import UserError
 from data.files import file_hash
-from data.records import prompt_key, write_jsonl
+from data.records import prompt_key, split_key, write_jsonl
 
 DOWNLOADS = Path("out/downloads")
 TRIES = 3  # per file; each goes on where the one before broke off
@@ -146,6 +146,15 @@ def convert_all(rows, convert):
         else:
             records.append(record)
     return records, dropped
+
+
+def without_tested(records, dropped, what):
+    """The records without those of the training part whose prompt is held out as well, which are
+    added to `dropped`: a prompt is on one side."""
+    tested = {split_key(record) for record in records if record["held_out"]}
+    kept = [r for r in records if r["held_out"] or split_key(r) not in tested]
+    dropped[f"of the training part whose {what} is tested"] += len(records) - len(kept)
+    return kept
 
 
 # --- output --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cli import UserError, note, shorten
 
-# set: its adapter's command
+# data sets with an adapter, python -m data.NAME
 ADAPTERS = ("alpaca", "alpaca_eval", "dolly", "gsm8k", "hh_rlhf", "tldr", "ultrafeedback")
 # how files begin that are no text: (bytes, what it is)
 BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd7zXZ", "xz"),

@@ -27,8 +27,8 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
                        if side in ("all", "held-out" if h else "training")
                        for p in sample_prompts(n, h, 0 if h else seed, families)]
         else:
-            records = distinct(dict(training=sides.train, all=sides.held_out + sides.train).get(
-                side, sides.held_out))
+            records = distinct({"training": sides.train, "held-out": sides.held_out,
+                                "all": sides.held_out + sides.train}[side])
             print(f"{min(n or len(records), len(records)):,} of {len(records):,} prompts, "
                   f"side: {side}")
             records, seen = choose(records, n), {prompt_key(r) for r in sides.train}
@@ -89,9 +89,9 @@ def load_rankings(path, tokenizer, block_size, check=check_ranking, skip_bad=Fal
                    for r in ranked for i, j in ranking_pairs(r["ranks"]))
         if same:
             note(f"{name} rankings: left out {same} pairs, the same answer twice")
-        if len(merged) < len(distinct(ranked)):
-            note(f"{name} rankings: left out {len(distinct(ranked)) - len(merged)} prompts, no "
-                 "answer beats another")
+        unranked = len(distinct(ranked)) - len(merged)
+        if unranked:
+            note(f"{name} rankings: left out {unranked} prompts, no answer beats another")
         singles = [r for r in records if "labels" in r]
         if not singles + merged:
             raise UserError(f"--data={path}: no {name} ranking is left to use")

@@ -416,15 +416,12 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
         note(f"{path}: fields that are not used: {', '.join(sorted(fields)[:12])}"
              + ", ..." * (len(fields) > 12))
 
-    def found(name, rows):
+    for name, rows in (("training", sides.train), ("held-out", sides.held_out)):
         if name in needed and not rows:
             raise UserError(f"{path}: none of the {len(sides.train + sides.held_out)} records to "
                             f"use is on the {name} side. About a tenth of the prompts is held out, "
                             "by a hash of the prompt; a field \"held_out\": true or false decides "
                             "for its prompt")
-        return rows
-
-    sides.each(found)
     count = lambda rows: len({split_key(r) for r in rows})
     used = sides.train + sides.held_out
     twice = len(used) - len({hash(json.dumps(r)) for r in used})
@@ -448,8 +445,7 @@ def clean_markers(path, records):
         return text
 
     for record in records:
-        for turn in [*record.get("messages", ()), *(() if "messages" in record else
-                                                    _history(record))]:
+        for turn in record.get("messages") or _history(record):
             turn["content"] = clean(turn["content"], turn["role"] == "assistant")
         if "completion" in record:
             record["completion"] = clean(record["completion"], True)

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 import cli
 from cli import UserError
-from data.download import check_out, convert_all, locate, text_field, write
+from data.download import check_out, convert_all, locate, text_field, without_tested, write
 from data.files import json_rows
-from data.records import split_key
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
 
@@ -66,9 +65,7 @@ def main(config):
     for path in locate("tldr", config.source, {}, ("batch*.json",)):
         pairs, reasons = convert_all(json_rows(path), convert)
         kept, dropped = kept + pairs, dropped + reasons
-    tested = {split_key(pair) for pair in kept if pair["held_out"]}
-    pairs = [pair for pair in kept if pair["held_out"] or split_key(pair) not in tested]
-    dropped["of the training part whose post is tested"] += len(kept) - len(pairs)
+    pairs = without_tested(kept, dropped, "post")
     write("tldr", config, pairs, +dropped)
 
 

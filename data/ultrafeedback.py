@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import cli
 from cli import NotNegative, UserError
 from data.files import parquet_rows
-from data.download import check_out, convert_all, locate, text_field, write
-from data.records import split_key
+from data.download import check_out, convert_all, locate, text_field, without_tested, write
 
 SET = "HuggingFaceH4/ultrafeedback_binarized"
 PATTERNS = ("train_prefs-*.parquet", "test_prefs-*.parquet")
@@ -73,9 +72,7 @@ def main(config):
             parquet_rows(path), lambda row, where: convert(row, where, config.min_margin))
         kept += [dict(pair, held_out=path.name.startswith("test")) for pair in pairs]
         dropped += reasons
-    tested = {split_key(pair) for pair in kept if pair["held_out"]}
-    pairs = [pair for pair in kept if pair["held_out"] or split_key(pair) not in tested]
-    dropped["of the training part whose prompt is tested"] += len(kept) - len(pairs)
+    pairs = without_tested(kept, dropped, "prompt")
     write("ultrafeedback", config, pairs, +dropped)
 
 

@@ -39,7 +39,7 @@ from data import alpaca, alpaca_eval, convert, dolly, gsm8k, hh_rlhf
 from data.records import (check_answer, check_demonstration, check_prompt, check_ranking,
                           check_ranking_or_label, embedded, read_sides)
 from data.text import read_texts
-from data.tokenizer import load_tokenizer, read_ranks
+from data.tokenizer import read_ranks
 
 TURNS = [dict(role="system", content="Be brief."), dict(role="user", content="Hi?"),
          dict(role="assistant", content="Yes.</s>", weight=1)]
@@ -132,7 +132,6 @@ def make(rng, row):
 def main(config):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    load_tokenizer("synthetic")
     path, found, broken = out / "input", Counter(), 0
     right = []  # the readers that each row is meant for
     for row in ROWS:

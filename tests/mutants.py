@@ -684,7 +684,7 @@ PPO = [
            'if set(before["parents"]) != set(self.parents):',
            "test_common.py::test_resume_needs_the_same_inputs", "-"),
     Mutant("records_counted_as_prompts", "data/load.py",
-           "records = distinct(dict(", "records = (lambda rows: rows)(dict(",
+           "records = distinct({", "records = (lambda rows: rows)({",
            "test_evaluate.py::test_a_prompt_is_asked_once", "-"),
     Mutant("kl_error_of_independent_prompts", "evaluate.py",
            'f"{name}_se": common.clustered_se(x, cluster)}',
