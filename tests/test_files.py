@@ -83,7 +83,7 @@ def test_a_pipe_is_read_once_and_kept(tmp_path):
     (b"PK\x03\x04\x00", "is a zip archive: unpack it"), (b"BZh91AY", "is bzip2: unpack it"),
     ("[1]".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
     (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer, `git lfs pull`"),
-    (gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "not a whole gzip file"),
+    (gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "not a whole gzip file"),
     (b"\x1f\x8bnot gzip", "not a whole gzip file"),
     (b'[{"prompt": "a"},\n {"prompt"', "not JSON"), (b"", "holds no records"),
     (b"[]", "holds no records"), (b"prompt,completion\na,b\n", ":1: not JSON"),
