@@ -70,7 +70,7 @@ import common
 from cli import progress, say
 from data import batches
 from data.load import all_rows, batch_pairs, load_prompts, load_rankings
-from data.records import check_ranking, check_ranking_or_label, choose, embedded
+from data.records import check_ranking, check_ranking_or_label, choose, embedded, prompt_key
 from evaluate import check_start, compare, load_networks, sequence_logprobs
 from model import autocast, token_logprobs
 
@@ -291,11 +291,16 @@ def pair_metrics(policy, elements, config, pad):
                 rejected_logp=seq_logp[losers].mean().item())
 
 
-def batch_of(train, step, config):
-    """(elements, others) of an optimiser step. elements: those of its prompts; others, for kto and
-    else empty: each of these prompts with an answer to the next one, (ids, mask), for z0."""
-    epoch, i = divmod(step, -(-len(train) // config.batch_size))
-    order = common.stream(config.seed, "dpo", "order", epoch).permutation(len(train))
+def epoch_order(train, epoch, config):
+    """The prompts of an epoch as indices, those of a batch with answers of like length."""
+    return batches.like_length([max(map(len, e.rows)) for e in train], config.batch_size,
+                               common.stream(config.seed, "dpo", "order", epoch))
+
+
+def batch_of(train, order, i, config):
+    """(elements, others) of the ith step of an epoch. elements: those of its prompts; others, for
+    kto and else empty: each of these prompts with an answer to the next one, (ids, mask), for z0.
+    """
     chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
     others = []
     if config.loss == "kto":
@@ -303,12 +308,20 @@ def batch_of(train, step, config):
     return [train[order[n]] for n in chosen], others
 
 
-def update(policy, reference, optimizer, batch, others, config, pad, check=False):
+def per_step(train, config):
+    """(pairs, or kto's labelled answers; tokens of the best answers) of an average step."""
+    steps = -(-len(train) // config.batch_size)
+    count = sum(sum(map(abs, e.labels)) if config.loss == "kto" else len(e.pairs) for e in train)
+    return count / steps, sum(sum(e.masks[n]) for e in train for n in e.best) / steps
+
+
+def update(policy, reference, optimizer, batch, others, average, config, pad, check=False):
     """Train the policy on what `batch_of` returned: one optimiser step, its learning rate set.
 
-    The loss is its sum over pairs (kto: labelled answers) divided by their number. check: assert
-    that every log-ratio is 0. Returns tensors or floats: loss and accuracy, means over pairs or
-    answers; baseline, kto's z0; grad_norm, before clipping.
+    The loss is its sum over pairs (kto: labelled answers) divided by their number in an average
+    step; average: what `per_step` returns. check: assert that every log-ratio is 0. Returns tensors
+    or floats: loss and accuracy, means over the pairs or answers of this step; baseline, kto's z0;
+    grad_norm, before clipping.
     """
     device, baseline = policy.wte.weight.device, 0.0
     tokens, mask, ref, length, label, winners, losers, best = batch_tensors(batch, pad, device)
@@ -322,23 +335,23 @@ def update(policy, reference, optimizer, batch, others, config, pad, check=False
             baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), pad)
                                      for m in (policy, reference)))
         count = label.abs().sum().clamp(min=1)  # labelled answers
-        loss = kto_loss(seq_logp - ref, label, baseline, config).sum() / count
+        loss = kto_loss(seq_logp - ref, label, baseline, config).sum()
         right = ordered((seq_logp.detach() - ref - baseline) * label)[label != 0]
     else:
         count = len(winners)  # pairs
-        loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum() / count
+        loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
         reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
         right = ordered(reward[winners] - reward[losers])
     if check:
         check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
-    total = loss
+    total = loss / average[0]
     if config.nll > 0 and best:  # SFT on the best answers, nats per token
-        total = loss - config.nll * seq_logp[best].sum() / length[best].sum()
+        total = total - config.nll * seq_logp[best].sum() / average[1]
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return dict(loss=loss.detach(), accuracy=right.sum() / count, baseline=baseline,
+    return dict(loss=loss.detach() / count, accuracy=right.sum() / count, baseline=baseline,
                 grad_norm=norm)
 
 
@@ -371,7 +384,7 @@ def main(config):
     if config.loss == "kto" and len(train) < 2:
         raise UserError(f"--data={config.data}: kto needs at least two prompts, to measure z0")
     steps_per_epoch = -(-len(train) // config.batch_size)
-    steps = config.epochs * steps_per_epoch
+    steps, average = config.epochs * steps_per_epoch, per_step(train, config)
     common.say_warmup(steps, config.warmup)
     run = common.Run("dpo", config, device, parents)
     pairs = sum(len(e.pairs) for e in train)
@@ -384,7 +397,7 @@ def main(config):
               f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
-    watched = choose(train, len(held_out), lambda e: e.rows)
+    watched = choose(train, len(held_out), lambda e: prompt_key(e.record))
 
     def validate(epoch):
         """Held-out pairs beside training pairs, in one row of the log."""
@@ -407,20 +420,22 @@ def main(config):
         start = time.perf_counter()
         if step % config.save_every == 0:
             run.save_state(policy=policy, optimizer=optimizer, step=step, metrics=metrics)
-        batch, others = batch_of(train, step, config)
+        epoch, i = divmod(step, steps_per_epoch)
+        if i == 0 or step == first:
+            order = epoch_order(train, epoch, config)
+        batch, others = batch_of(train, order, i, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
-        trained = update(policy, reference, optimizer, batch, others, config, tokenizer.pad,
-                         check=step == 0)
+        trained = update(policy, reference, optimizer, batch, others, average, config,
+                         tokenizer.pad, check=step == 0)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
                     answers_per_s=sum(len(e.rows) for e in batch) / (time.perf_counter() - start))
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
-        epoch, left = divmod(step + 1, steps_per_epoch)
-        if left == 0:
-            metrics = validate(epoch)
-            run.save_model(policy, tokenizer, metrics, f"model-epoch{epoch}.pt")
+        if i + 1 == steps_per_epoch:
+            metrics = validate(epoch + 1)
+            run.save_model(policy, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
 
     metrics |= compare(policy, reference, tokenizer, prompts, config, run, bool(origin))[0]
     run.save_model(policy, tokenizer, metrics)

@@ -1,7 +1,7 @@
 """Stage 2b, the reward model: Bradley-Terry on rankings of K answers per prompt.
 
     P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))
-    L_RM = - sum over all pairs of log sigmoid(r(x, y_w) - r(x, y_l)) / number of pairs
+    L_RM = - sum over the pairs of log sigmoid(r(x, y_w) - r(x, y_l)) / pairs of an average batch
 
 The network is the SFT model with a scalar head in place of the vocabulary, read at EOS. All
 K(K-1)/2 pairs of a prompt sit in one batch element and each answer passes through the network
@@ -107,7 +107,7 @@ def reward_loss(chosen, rejected):
     """Bradley-Terry negative log-likelihood, -sum log sigmoid(r_w - r_l): InstructGPT eq. 1.
 
     chosen, rejected (pairs,): raw scores. Returns a scalar in nats, a SUM over pairs: the caller
-    divides by the pairs of the whole optimiser step, so a prompt with more pairs weighs more.
+    divides by the pairs of an average step, so a prompt with more pairs weighs more.
     """
     return -F.logsigmoid(chosen - rejected).sum()
 
@@ -174,6 +174,12 @@ def evaluate(model, elements, pad, device, noise=None):
     return metrics
 
 
+def epoch_order(train, epoch, config):
+    """The prompts of an epoch as indices, those of a batch with answers of like length."""
+    return batches.like_length([max(map(len, e.rows)) for e in train], config.batch_size,
+                               common.stream(config.seed, "reward", "order", epoch))
+
+
 def main(config):
     device = common.set_up(config, "reward")
     common.ensure_input(config, "init", "sft")
@@ -225,6 +231,7 @@ def main(config):
     common.say_warmup(steps, config.warmup)
     run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(e.pairs) for e in train)
+    pairs_per_step = pairs / steps_per_epoch
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{config.data}"
           f"{' of the embedded world' if origin else ''}: {len(train):,} prompts with {pairs:,} "
           f"pairs, {len(data.held_out)} prompts held out")
@@ -238,15 +245,16 @@ def main(config):
         if step % config.save_every == 0:
             run.save_state(model=model, optimizer=optimizer, step=step)
         epoch, i = divmod(step, steps_per_epoch)
-        order = common.stream(config.seed, "reward", "order", epoch).permutation(len(train))
+        if i == 0 or step == first:
+            order = epoch_order(train, epoch, config)
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
         tokens, mask, winners, losers = batch_pairs(batch, tokenizer.pad, device)
         scores = score_batch(model.raw, tokens, mask, config.micro_batch)  # every answer once
         margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
-        loss = reward_loss(scores[winners], scores[losers]) / count
-        loss.backward()
+        loss = reward_loss(scores[winners], scores[losers])
+        (loss / pairs_per_step).backward()
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
@@ -259,7 +267,7 @@ def main(config):
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 5 == 0:
-            value, accuracy = loss.item(), (torch.sign(margin) / 2 + 0.5).mean().item()
+            value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()
             run.log(step=step, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start))
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")

@@ -1,6 +1,6 @@
 """Stage 1, supervised fine-tuning: cross-entropy on the tokens of the response.
 
-    L_SFT = - sum_{t in response} log p(y_t | x, y_<t) / number of response tokens in the batch
+    L_SFT = - sum_{t in response} log p(y_t | x, y_<t) / response tokens of an average batch
 
 The prompt is conditioned on, never scored; EOS is part of the response, so the model learns to
 stop. Every assistant turn of a dialogue is scored.
@@ -68,8 +68,9 @@ def sft_loss(logp, response_mask):
     """- sum of the log-probabilities of the response tokens (InstructGPT, section 3.1).
 
     logp (B, T), nats per token; response_mask (B, T). Returns a scalar, a SUM in nats: the caller
-    divides by the response tokens of the whole optimiser step. Texts that write a mean per example
-    first weigh a token of a short answer more than one of a long answer; we do not.
+    divides by the response tokens of an average step. Texts that write a mean per example first
+    weigh a token of a short answer more than one of a long answer; we do not. A mean per step would
+    do the same, where the rows of a step are of like length.
     """
     return -(logp * response_mask).sum()
 
@@ -99,6 +100,12 @@ def load_data(config, tokenizer, block_size):
     return sides.each(encode)
 
 
+def epoch_order(train, epoch, config):
+    """The dialogues of an epoch as indices, those of a batch of like length."""
+    return batches.like_length([len(ids) for ids, _ in train], config.batch_size,
+                               common.stream(config.seed, "sft", "order", epoch))
+
+
 def main(config):
     device = common.set_up(config, "sft")
     common.ensure_input(config, "init", "pretrain")
@@ -126,6 +133,7 @@ def main(config):
     texts, ids = zip(*asked)
     steps_per_epoch = -(-len(data.train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
+    tokens_per_step = sum(sum(mask) for _, mask in data.train) / steps_per_epoch  # of responses
     common.say_warmup(steps, config.warmup)
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
     print(f"{model.num_params():,} parameters\n{len(data.train):,} dialogues of {config.data}, "
@@ -139,13 +147,10 @@ def main(config):
     def validate(epoch):
         """Held-out loss per token and, on the embedded data, gold reward of fresh samples."""
         model.eval()
-        total = count = 0.0
-        for i in progress(range(0, len(data.held_out), 64), "held-out loss"):
-            tokens, mask = batch(data.held_out[i:i + 64])
-            with autocast(device):
-                total += sft_loss(token_logprobs(model, tokens, mask), mask).item()
-            count += mask.sum().item()
-        metrics = dict(epoch=epoch, loss=total / count)
+        rows, masks = zip(*data.held_out)
+        logp = batches.over_rows(lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1),
+                                 rows, masks, tokenizer.pad, device, bar="held-out loss")
+        metrics = dict(epoch=epoch, loss=-logp.sum().item() / sum(map(sum, masks)))
         samples = batches.sample_texts(
             model, tokenizer, ids, config.max_new_tokens,
             common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
@@ -179,18 +184,18 @@ def main(config):
         if step % config.save_every == 0:
             run.save_state(model=model, optimizer=optimizer, step=step, metrics=metrics)
         epoch, i = divmod(step, steps_per_epoch)
-        order = common.stream(config.seed, "sft", "order", epoch).permutation(len(data.train))
-        chosen = order[i * config.batch_size:(i + 1) * config.batch_size]
+        if i == 0 or step == first:
+            order = epoch_order(data.train, epoch, config)
+        chosen = [data.train[j]
+                  for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        rows = [data.train[j] for j in chosen]
-        count = sum(sum(mask) for _, mask in rows)  # response tokens of the whole step
         loss_sum = 0.0
-        for j in range(0, len(rows), micro_batch):
-            tokens, mask = batch(rows[j:j + micro_batch])
+        for j in range(0, len(chosen), micro_batch):
+            tokens, mask = batch(chosen[j:j + micro_batch])
             with autocast(device):
-                loss = sft_loss(token_logprobs(model, tokens, mask), mask) / count
-            loss.backward()
+                loss = sft_loss(token_logprobs(model, tokens, mask), mask)
+            (loss / tokens_per_step).backward()
             loss_sum = loss_sum + loss.detach()
         if text is not None:
             # what small models forget while they learn the demonstrations is how to use what they
@@ -205,7 +210,8 @@ def main(config):
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
-            value, seconds = loss_sum.item(), time.perf_counter() - start
+            count = sum(sum(mask) for _, mask in chosen)  # response tokens of this step
+            value, seconds = loss_sum.item() / count, time.perf_counter() - start
             run.log(step=step, loss=value, lr=lr, grad_norm=norm.item(), tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}")
         if i + 1 == steps_per_epoch:

@@ -78,7 +78,7 @@ def trace_sft(config):
     common.ensure_input(config, "init", "pretrain")
     model, tokenizer, _ = common.load_policy(config.init, ("pretrain", "sft"), device)
     train = sft.load_data(config, tokenizer, model.config.block_size).train
-    first = common.stream(config.seed, "sft", "order", 0).permutation(len(train))[0]
+    first = sft.epoch_order(train, 0, config)[0]
     tokens, mask = (x.to(device) for x in collate(*zip(train[first]), tokenizer.pad))
 
     with torch.no_grad():
@@ -98,7 +98,7 @@ def trace_reward(config):
     model.gpt.load_state_dict(policy.state_dict())
     train = load_rankings(config.data, tokenizer, policy.config.block_size,
                           skip_bad=config.skip_bad).train
-    first = common.stream(config.seed, "reward", "order", 0).permutation(len(train))[0]
+    first = reward.epoch_order(train, 0, config)[0]
     rows, masks, pairs = train[first].rows, train[first].masks, train[first].pairs
 
     scores = batches.over_rows(model.raw, rows, masks, tokenizer.pad, device).tolist()
@@ -216,12 +216,15 @@ def trace_dpo(config):
     if pair is None:
         raise UserError("trace.py shows a pair, and the data has single answers only")
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
-    steps = config.epochs * -(-len(train) // config.batch_size)
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    steps, average = config.epochs * steps_per_epoch, dpo.per_step(train, config)
     for step in progress(range(min(19, steps)), "dpo"):
-        batch, others = dpo.batch_of(train, step, config)
+        epoch, i = divmod(step, steps_per_epoch)
+        order = dpo.epoch_order(train, epoch, config)
+        batch, others = dpo.batch_of(train, order, i, config)
         dpo.set_reference(batch, sequence_logprobs(reference, *all_rows(batch), tokenizer.pad))
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
-        dpo.update(policy, reference, optimizer, batch, others, config, tokenizer.pad)
+        dpo.update(policy, reference, optimizer, batch, others, average, config, tokenizer.pad)
 
     both = [(pair.rows[n], pair.masks[n]) for n in pair.pairs[0]]
     tokens, mask = (x.to(device) for x in collate(*zip(*both), tokenizer.pad))

@@ -6,6 +6,7 @@ that stops at the last of them has little padding to run over.
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,24 @@ def by_length(rows, lengths, size):
     forward pass, and may round differently.
     """
     return rows[lengths[rows].argsort(stable=True)].split(size or max(1, len(rows)))
+
+
+def like_length(lengths, size, rng, bucket=100):
+    """A permutation of rows of these lengths, whose batches of `size` are of like length.
+
+    The rows are shuffled; within every `bucket` batches they are sorted by length; then the whole
+    batches are shuffled. On pairs of HH-RLHF a batch runs over 1.13 times its tokens, not 2.3 (at
+    8 prompts). The rows that fill no batch come last, as they are.
+
+    The trap: a sum that is divided by the tokens of its own step makes those of short rows weigh
+    more, and the model brief. The stages divide by what an average step of the epoch holds.
+    """
+    order = rng.permutation(len(lengths))
+    order, rest = np.split(order, [len(order) // size * size])
+    buckets = np.arange(len(order)) // (bucket * size)
+    order = order[np.lexsort((np.asarray(lengths)[order], buckets))]
+    batches = order.reshape(-1, size)
+    return np.concatenate([batches[rng.permutation(len(batches))].ravel(), rest])
 
 
 def in_pieces(fn, lengths, size, bar=None):

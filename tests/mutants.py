@@ -936,7 +936,7 @@ DPO = [
            "test_dpo.py::test_resume_is_exact", "-"),
     Mutant("dpo_order_of_one_epoch_for_all", "dpo.py",
            'common.stream(config.seed, "dpo", "order", epoch)',
-           'common.stream(config.seed, "dpo", "order")',
+           'common.stream(config.seed, "dpo", "order", 0)',
            "test_naive.py::test_script_and_twin_agree[dpo-1]", "-"),
     Mutant("labels_read_by_truth", "data/records.py",
            'if record["label"] not in (0, 1):', "if False:",

@@ -320,6 +320,18 @@ def choose(records, n, key=lambda r: key_of(prompt_of(r))):
     return sorted(records, key=lambda r: hashlib.sha256(repr(key(r)).encode()).hexdigest())[:n]
 
 
+def order_of(lengths, size, random):
+    """Rows in a random order, but every hundred batches sorted by length, then the batches in a
+    random order; the rows that fill no batch are the last of the first order."""
+    order, sorted_batches = list(random.permutation(len(lengths))), []
+    rest = [order.pop() for _ in range(len(lengths) % size)][::-1]
+    for start in range(0, len(order), 100 * size):
+        bucket = sorted(order[start:start + 100 * size], key=lambda i: lengths[i])
+        sorted_batches += [bucket[i:i + size] for i in range(0, len(bucket), size)]
+    shuffled = random.permutation(len(sorted_batches))
+    return [i for n in shuffled for i in sorted_batches[n]] + rest
+
+
 def held_out_prompts(data, count, tokenizer, room, split="held_out"):
     """Or those of another split, None: all prompts of a file, the held-out ones of the world."""
     if data == "synthetic":
@@ -508,14 +520,16 @@ def sft(c):
         return row
 
     step, per_epoch, final = 0, math.ceil(len(train) / c.batch_size), validate(0)
+    average = sum(sum(mask) for _, mask in train) / per_epoch  # response tokens a step
     for epoch in range(c.epochs):
-        order = stream(c.seed, "sft", "order", epoch).permutation(len(train))
+        order = order_of([len(ids) for ids, _ in train],
+                         c.batch_size, stream(c.seed, "sft", "order", epoch))
         for start in range(0, len(train), c.batch_size):
             batch = [train[i] for i in order[start:start + c.batch_size]]
             tokens = sum(sum(mask) for _, mask in batch)
             clear(network)
-            loss = -sum(network.logp(row).sum() for row in batch) / tokens
-            loss.backward()
+            loss = -sum(network.logp(row).sum() for row in batch)
+            (loss / average).backward()
             if text:
                 picked = stream(c.seed, "sft", "text", step).integers(
                     0, len(text), max(1, c.batch_size // 2))
@@ -523,8 +537,8 @@ def sft(c):
             norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
             optimizer.step(factor)
             if step % 10 == 0:
-                log.add("step", step=step, loss=loss.item(), lr=c.lr * factor, grad_norm=norm,
-                        tok_per_s=tokens)
+                log.add("step", step=step, loss=loss.item() / tokens, lr=c.lr * factor,
+                        grad_norm=norm, tok_per_s=tokens)
             step += 1
         final = validate(epoch + 1)
     return network.state(), log, final, {parent["stage"]: parent["hash"]}
@@ -626,8 +640,10 @@ def reward(c):
     weights, log, step = list(network.w.values()), Log(), 0
     optimizer = AdamW(weights, c.lr, c.weight_decay)
     per_epoch = math.ceil(len(train) / c.batch_size)
+    average = sum(len(one["pairs"]) for one in train) / per_epoch
     for epoch in range(c.epochs):
-        order = stream(c.seed, "reward", "order", epoch).permutation(len(train))
+        order = order_of([max(len(ids) for ids, _ in one["rows"]) for one in train],
+                         c.batch_size, stream(c.seed, "reward", "order", epoch))
         for start in range(0, len(train), c.batch_size):
             batch = [train[i] for i in order[start:start + c.batch_size]]
             clear(network)
@@ -638,15 +654,15 @@ def reward(c):
                     margin = scores[i] - scores[j]
                     losses.append(torch.log1p(torch.exp(-margin)))
                     right.append(half(margin.item()))
-            loss = sum(losses) / len(losses)
-            loss.backward()
+            loss = sum(losses)
+            (loss / average).backward()
             if text:
                 picked = stream(c.seed, "reward", "text", step).integers(0, len(text), 16)
                 (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
             norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
             optimizer.step(factor)
             if step % 5 == 0:
-                log.add("step", step=step, loss=loss.item(), accuracy=np.mean(right),
+                log.add("step", step=step, loss=loss.item() / len(losses), accuracy=np.mean(right),
                         lr=c.lr * factor, grad_norm=norm, pairs_per_s=len(losses))
             step += 1
 
@@ -844,7 +860,7 @@ def dpo(c):
             with torch.no_grad():
                 one["ref"] = [reference.logp(row).sum().item() for row in one["rows"]]
     train, held_out = sides
-    watched = choose(train, len(held_out), lambda one: [ids for ids, _ in one["rows"]])
+    watched = choose(train, len(held_out))
 
     def implicit(one, logp):
         """What the loss takes for the reward of each answer, over beta."""
@@ -907,8 +923,13 @@ def dpo(c):
 
     weights, step, per_epoch = list(policy.w.values()), 0, math.ceil(len(train) / c.batch_size)
     optimizer, final = AdamW(weights, lr, c.weight_decay), validate(0)
+    # what a step holds on average: pairs or labelled answers, and tokens of the best answers
+    average = sum(sum(map(abs, one["labels"])) if c.loss == "kto" else len(one["pairs"])
+                  for one in train) / per_epoch
+    average_best = sum(sum(one["rows"][n][1]) for one in train for n in one["best"]) / per_epoch
     for epoch in range(c.epochs):
-        order = stream(c.seed, "dpo", "order", epoch).permutation(len(train))
+        order = order_of([max(len(ids) for ids, _ in one["rows"]) for one in train],
+                         c.batch_size, stream(c.seed, "dpo", "order", epoch))
         shuffled = [train[i] for i in order]
         for start in range(0, len(train), c.batch_size):
             batch = shuffled[start:start + c.batch_size]
@@ -936,16 +957,16 @@ def dpo(c):
                     for i, j in one["pairs"]:
                         losses.append(loss_of_pair(r[i] - r[j]))
                         right.append(nearly(beta * (r[i] - r[j]).item()))
-                best += [(logp[n], sum(one["rows"][n][1])) for n in one["best"]]
-            loss = sum(losses) / len(losses)
-            total = loss
+                best += [logp[n] for n in one["best"]]
+            loss = sum(losses)
+            total = loss / average
             if c.nll > 0 and best:
-                total = loss - c.nll * sum(p for p, _ in best) / sum(n for _, n in best)
+                total = total - c.nll * sum(best) / average_best
             total.backward()
             norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
             optimizer.step(factor)
             if step % 10 == 0:
-                log.add("step", step=step, loss=loss.item(), accuracy=np.mean(right),
+                log.add("step", step=step, loss=loss.item() / len(losses), accuracy=np.mean(right),
                         baseline=baseline, lr=lr * factor, grad_norm=norm,
                         answers_per_s=sum(len(one["rows"]) for one in batch))
             step += 1
