@@ -67,11 +67,9 @@ EQUIVALENT = [
     ("evaluate.py", "row = dict(objective=score.mean().item(), kl=None, kl_se=None, "
      "kl_per_token=None)", "row = dict(objective=score.mean(), kl=None, kl_se=None, "
      "kl_per_token=None)", FLOAT),
-    ("reward.py", "value, accuracy = loss.item(), (torch.sign(margin) / 2 + 0.5).mean().item()",
-     "value, accuracy = loss.item(), (torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
+    ("reward.py", "value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()",
+     "value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
     ("reward.py", "/ model.scale.item()))", "/ model.scale))", FLOAT),
-    ("sft.py", "total += sft_loss(token_logprobs(model, tokens, mask), mask).item()",
-     "total += sft_loss(mask, token_logprobs(model, tokens, mask)).item()", "a product of the two"),
     ("model.py", "if len(active) == 0:", "if len(active) == -1:",
      "time only: an empty batch goes on"),
     ("model.py", "def generate(model, prompts, max_new_tokens, eos, temperature=1.0, "

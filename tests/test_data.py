@@ -2,9 +2,11 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from cli import UserError
+from data import batches
 from data.records import (
     check_demonstration,
     check_prompt,
@@ -154,6 +156,25 @@ def test_split_goes_by_prompt_in_every_format():
     sides = split([dict(prompt="a", held_out=True), dict(prompt="b", held_out=False)])
     train, held_out = sides.train, sides.held_out
     assert [r["prompt"] for r in train + held_out] == ["b", "a"]
+
+
+@pytest.mark.parametrize("n, size", [(3000, 8), (3000, 32), (2000, 7), (40, 32), (5, 8), (8, 8)])
+def test_batches_are_of_like_length(n, size):
+    # lengths spread like those of HH-RLHF: half of the rows below 134 tokens, a twentieth over 379
+    lengths = np.exp(np.random.default_rng(n).normal(4.9, 0.63, n)).clip(8, 512).astype(int)
+    first, again, other = (batches.like_length(list(lengths), size, np.random.default_rng(seed))
+                           for seed in (0, 0, 1))
+    assert sorted(first) == list(range(n)) and (first == again).all()
+    assert n < 9 or (first != other).any()
+    whole = first[:n // size * size].reshape(-1, size)
+    longest = lengths[whole].max(1) if len(whole) else np.zeros(0)
+    assert n < 99 or (longest * size).sum() <= 1.1 * lengths[whole].sum()
+    if len(whole) > 9:  # neither from short to long nor from long to short
+        assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.5
+    # the rest is not the longest rows but any: over seeds every row is in it
+    rest = {i for s in range(200) for i in
+            batches.like_length(lengths, size, np.random.default_rng(s))[n // size * size:]}
+    assert n % size == 0 and not rest or n > 99 or rest == set(range(n))
 
 
 def test_too_long_is_dropped_and_counted(capsys):
