@@ -67,8 +67,8 @@ EQUIVALENT = [
     ("evaluate.py", "row = dict(objective=score.mean().item(), kl=None, kl_se=None, "
      "kl_per_token=None)", "row = dict(objective=score.mean(), kl=None, kl_se=None, "
      "kl_per_token=None)", FLOAT),
-    ("reward.py", "value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()",
-     "value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
+    ("reward.py", "(torch.sign(margin) / 2 + 0.5).mean().item()",
+     "(torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
     ("reward.py", "/ model.scale.item()))", "/ model.scale))", FLOAT),
     ("model.py", "if len(active) == 0:", "if len(active) == -1:",
      "time only: an empty batch goes on"),
