@@ -69,8 +69,8 @@ import torch.nn.functional as F
 import common
 from cli import progress, say
 from data import batches
-from data.load import all_rows, batch_pairs, load_prompts, load_rankings
-from data.records import check_ranking, check_ranking_or_label, choose, embedded, prompt_key
+from data.load import all_rows, batch_pairs, choose_elements, load_prompts, load_rankings
+from data.records import check_ranking, check_ranking_or_label, embedded
 from evaluate import check_start, compare, load_networks, sequence_logprobs
 from model import autocast, token_logprobs
 
@@ -212,7 +212,7 @@ def batch_tensors(elements, pad, device):
     n answers of all elements, one after the other; the last three are lists of indices into them.
     """
     tokens, mask, winners, losers = batch_pairs(elements, pad, device)
-    starts = np.cumsum([0] + [len(e.rows) for e in elements]).tolist()
+    starts = np.cumsum([0] + [len(e.numbers) for e in elements]).tolist()
     best = [start + n for start, e in zip(starts, elements) for n in e.best]
     flat = lambda name: torch.tensor([x for e in elements for x in getattr(e, name)],
                                      dtype=torch.get_default_dtype(), device=device)
@@ -223,16 +223,16 @@ def mismatch(first, second, n):
     """(ids, mask): the prompt of the one Element with the nth answer to the other, for z0. They
     take turns (n modulo their number): of a pair the first one is always the chosen one, and
     training raises just these."""
-    head, i = first.masks[0].index(1), n % len(second.rows)
-    answer = [t for t, m in zip(second.rows[i], second.masks[i]) if m]
-    return first.rows[0][:head] + answer, [0] * head + [1] * len(answer)
+    row, mask = second.source[second.numbers[n % len(second.numbers)]]
+    answer = [t for t, m in zip(row, mask) if m]
+    return first.prompt + answer, [0] * len(first.prompt) + [1] * len(answer)
 
 
 def set_reference(elements, logps):
     """Set `ref` of every Element; logps (answers,), as `all_rows` has them."""
     rest = iter(logps.tolist())
     for e in elements:
-        e.ref = [next(rest) for _ in e.rows]
+        e.ref = [next(rest) for _ in e.numbers]
 
 
 def reference_logprobs(reference, elements, tokenizer, config, device):
@@ -243,8 +243,9 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
     repeats it inside; one that says something else is refused, not used.
     """
     rows, masks = all_rows(elements)
-    key = common.text_hash(json.dumps([common.weights_hash(reference.state_dict()), rows, masks,
-                                       tokenizer.name, device.type]))
+    key = common.text_hash(json.dumps([
+        common.weights_hash(reference.state_dict()), rows.hash(), masks.hash(), tokenizer.name,
+        device.type]))
     path = Path(config.reference_cache) / f"{key}.pt"
     if path.exists():
         cached = common.load_file(path)
@@ -293,7 +294,7 @@ def pair_metrics(policy, elements, config, pad):
 
 def epoch_order(train, epoch, config):
     """The prompts of an epoch as indices, those of a batch with answers of like length."""
-    return batches.like_length([max(map(len, e.rows)) for e in train], config.batch_size,
+    return batches.like_length([e.longest for e in train], config.batch_size,
                                common.stream(config.seed, "dpo", "order", epoch))
 
 
@@ -312,7 +313,8 @@ def per_step(train, config):
     """(pairs, or kto's labelled answers; tokens of the best answers) of an average step."""
     steps = -(-len(train) // config.batch_size)
     count = sum(sum(map(abs, e.labels)) if config.loss == "kto" else len(e.pairs) for e in train)
-    return count / steps, sum(sum(e.masks[n]) for e in train for n in e.best) / steps
+    best = sum(int(e.facts("response")[n]) for e in train for n in e.best)
+    return count / steps, best / steps
 
 
 def update(policy, reference, optimizer, batch, others, average, config, pad, check=False):
@@ -397,7 +399,7 @@ def main(config):
               f"{config.undesirable} (the paper's advice: weight times number in 1 : 1 to 3 : 2)")
     reference_logprobs(reference, train + held_out, tokenizer, config, device)
     # as many training prompts as held-out ones: DPO fits its own pairs better and better
-    watched = choose(train, len(held_out), lambda e: prompt_key(e.record))
+    watched = choose_elements(train, len(held_out))
 
     def validate(epoch):
         """Held-out pairs beside training pairs, in one row of the log."""
@@ -430,8 +432,9 @@ def main(config):
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
+            answers, seconds = sum(len(e.numbers) for e in batch), time.perf_counter() - start
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
-                    answers_per_s=sum(len(e.rows) for e in batch) / (time.perf_counter() - start))
+                    answers_per_s=answers / seconds)
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
         if i + 1 == steps_per_epoch:
             metrics = validate(epoch + 1)

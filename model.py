@@ -336,5 +336,6 @@ def text_loss(model, tokens):
     What SFT and the reward model mix in, and PPO-ptx (InstructGPT eq. 2). Position 0 predicts
     nothing of itself, so the mean is over rows (T - 1) tokens.
     """
+    tokens = tokens.long()  # of the int32 in which texts are kept
     everything = torch.ones(tokens.shape, device=tokens.device)
     return -token_logprobs(model, tokens, everything).sum() / (tokens.numel() - len(tokens))

@@ -61,13 +61,13 @@ import torch.nn.functional as F
 import common
 from cli import note, plus_minus, progress, say
 from data import batches
-from data.load import all_rows, batch_pairs, load_rankings
-from data.records import (check_demonstration, choose, embedded, encode_messages, fits, prompt_key,
-                          question, read_sides)
+from data.load import all_rows, batch_pairs, choose_elements, load_rankings
+from data.records import check_demonstration, demonstration_rows, embedded, fits
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokenizer import load_tokenizer
+from data.tokens import flatten, read_tokens, rows_of
 from model import GPT, GPTConfig, autocast, text_loss, trim
 
 
@@ -140,16 +140,16 @@ def evaluate(model, elements, pad, device, noise=None):
     """
     scores = batches.over_rows(model.raw, *all_rows(elements), pad, device,
                                bar="held-out answers").numpy()
-    starts = np.cumsum([0] + [len(e.rows) for e in elements])
+    starts = np.cumsum([0] + [len(e.numbers) for e in elements])
     margins, longer, asked, gold_order, wide = [], [], [], [], []
-    for n, record in enumerate(e.record for e in elements):
-        score, text = scores[starts[n]:starts[n + 1]], record["completions"]
-        for i, j in record["pairs"]:
+    for n, e in enumerate(elements):
+        score, chars, gold = scores[starts[n]:starts[n + 1]], e.facts("chars"), e.facts("gold")
+        for i, j in e.pairs:
             margins.append(score[i] - score[j])
-            longer.append(np.sign(len(text[i]) - len(text[j])) / 2 + 0.5)
-            asked.append(question(record["prompt"], noise is not None))
-            if "gold" in record:
-                gap = record["gold"][i] - record["gold"][j]
+            longer.append(np.sign(chars[i] - chars[j]) / 2 + 0.5)
+            asked.append(e.facts("key" if noise is None else "asked")[0])
+            if not np.isnan(gold).any():
+                gap = gold[i] - gold[j]
                 gold_order.append(np.sign(gap) / 2 + 0.5)
                 if noise is not None and abs(gap) > noise:
                     wide.append((margins[-1] > 0) == (gap > 0))
@@ -176,7 +176,7 @@ def evaluate(model, elements, pad, device, noise=None):
 
 def epoch_order(train, epoch, config):
     """The prompts of an epoch as indices, those of a batch with answers of like length."""
-    return batches.like_length([max(map(len, e.rows)) for e in train], config.batch_size,
+    return batches.like_length([e.longest for e in train], config.batch_size,
                                common.stream(config.seed, "reward", "order", epoch))
 
 
@@ -197,21 +197,18 @@ def main(config):
     data = load_rankings(config.data, tokenizer, policy.config.block_size,
                          skip_bad=config.skip_bad)
     train = data.train
-    quality = parent["config"].get("quality", 0.5)
-    demos = read_demos(config, train, noise, quality)
-    zero = [encode_messages(tokenizer, r["messages"]) for r in demos]
-    zero = fits("demonstrations", zero, policy.config.block_size)
-    if not zero:
+    zero = read_demos(config, train, tokenizer, noise, parent["config"].get("quality", 0.5))
+    zero = zero.select(fits("demonstrations", zero.lengths, policy.config.block_size))
+    if not len(zero):
         raise UserError(f"--demos={config.demos}: no demonstration fits the context")
     text = None  # rows of pretraining text, or None
     if config.pretrain_mix > 0 and noise is not None:
         text = text_rows("synthetic", tokenizer, min(40, policy.config.block_size), 20000,
                          config.seed)
     # samples of the SFT model, for the scale; now, so that it fails before the training if it must
-    some = choose(train, config.samples, lambda e: prompt_key(e.record))
-    prompts = [e.rows[0][:e.masks[0].index(1)] for e in some]
+    prompts = [e.prompt for e in choose_elements(train, config.samples)]
     room = policy.config.block_size - config.max_new_tokens
-    prompts = fits("prompts to sample on", prompts, room, len)
+    prompts = [prompts[n] for n in fits("prompts to sample on", list(map(len, prompts)), room)]
     if not prompts:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no training prompt leaves that "
                         f"much room in the context of {policy.config.block_size}")
@@ -275,14 +272,14 @@ def main(config):
     # --- shift, scale, report card -------------------------------------------
     model.eval()
     score = lambda rows, masks: batches.over_rows(model, rows, masks, tokenizer.pad, device)
-    demo_scores = score(*zip(*zero))
+    demo_scores = score(zero.ids, zero.masks)
     sample_scores = score([p + y for p, y in complete],
                           [[0] * len(p) + [1] * len(y) for p, y in complete])
     model.shift.fill_(float(demo_scores.mean()))
     model.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
     metrics = evaluate(model, data.held_out, tokenizer.pad, device, noise)
     metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
-                    demo_score=float(score(*zip(*zero)).mean()),
+                    demo_score=float(score(zero.ids, zero.masks).mean()),
                     sft_score=float((sample_scores.mean() - model.shift.item())
                                     / model.scale.item()))
     run.save_model(model, tokenizer, metrics)
@@ -295,19 +292,20 @@ def main(config):
                + ("" if origin else f" --data={config.data}"))
 
 
-def read_demos(config, train, noise, quality):
-    """The demonstrations whose mean score becomes 0: for the embedded data the embedded ones, of
-    the quality that SFT saw; else an answer that won a pair, for each training prompt."""
+def read_demos(config, train, tokenizer, noise, quality):
+    """Rows of the demonstrations whose mean score becomes 0: for the embedded data the embedded
+    ones, of the quality that SFT saw; else an answer that won a pair, for each training prompt."""
     if config.demos != "auto":
-        sides = read_sides(config.demos, check_demonstration, needed=("training",),
-                           skip_bad=config.skip_bad)
-        return choose(sides.train, config.samples)
+        rows = read_tokens(config.demos, check_demonstration, demonstration_rows, tokenizer,
+                           ("training",), config.skip_bad)
+        return rows.select(np.flatnonzero(~rows.facts["held_out"])).choose(config.samples)
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
-        return [check_demonstration(r) for r in demonstrations(prompts, config.seed, quality)]
-    some = [e.record for e in choose(train, config.samples, lambda e: prompt_key(e.record))]
-    return [check_demonstration(dict(
-        prompt=r["prompt"], completion=r["completions"][r["pairs"][0][0]])) for r in some]
+        return rows_of(flatten(tokenizer, [
+            demonstration_rows(tokenizer, check_demonstration(r))
+            for r in demonstrations(prompts, config.seed, quality)]))
+    return train[0].source.select([e.numbers[e.pairs[0][0]]
+                                   for e in choose_elements(train, config.samples)])
 
 
 if __name__ == "__main__":

@@ -55,12 +55,12 @@ import torch
 import common
 from cli import plus_minus, progress, say, shorten, table
 from data import batches
-from data.records import (Split, check_demonstration, choose, collate, encode_messages, fits,
-                          question, read_sides)
+from data.records import (Split, check_demonstration, collate, demonstration_rows, fits, question)
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
+from data.tokens import flatten, read_tokens, rows_of
 from model import autocast, text_loss, token_logprobs
 
 
@@ -76,7 +76,7 @@ def sft_loss(logp, response_mask):
 
 
 def load_data(config, tokenizer, block_size):
-    """A Split of (ids, mask), one a dialogue."""
+    """A Split of Rows, one a dialogue; the masks are 1 on every assistant turn, EOS included."""
     if config.data == "synthetic":
         rng = common.stream(config.seed, "sft", "safety")
         prompts = [p for p in sample_prompts(config.demos, held_out=False, seed=config.seed)
@@ -84,25 +84,27 @@ def load_data(config, tokenizer, block_size):
         asked = sample_prompts(512, held_out=True, seed=0)
         sides = Split(demonstrations(prompts, config.seed, config.quality),
                       demonstrations(asked, 0, config.quality))
-        sides = sides.each(lambda _, records: [check_demonstration(r) for r in records])
+        sides = sides.each(lambda _, records: rows_of(flatten(tokenizer, [
+            demonstration_rows(tokenizer, check_demonstration(r)) for r in records])))
     else:
-        sides = read_sides(config.data, check_demonstration, skip_bad=config.skip_bad)
+        rows = read_tokens(config.data, check_demonstration, demonstration_rows, tokenizer,
+                           skip_bad=config.skip_bad)
+        held_out = rows.facts["held_out"]
+        sides = Split(rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out)))
 
-    def encode(name, records):
-        # the masks are 1 on every assistant turn, its EOS included: see encode_messages
-        rows = fits(f"{name} dialogues", [encode_messages(tokenizer, r["messages"])
-                                          for r in progress(records, "tokens")], block_size)
-        if not rows:
+    def fitting(name, rows):
+        rows = rows.select(fits(f"{name} dialogues", rows.lengths, block_size))
+        if not len(rows):
             raise UserError(f"--data={config.data}: no {name} dialogue fits the context of "
                             f"{block_size} tokens")
         return rows
 
-    return sides.each(encode)
+    return sides.each(fitting)
 
 
 def epoch_order(train, epoch, config):
     """The dialogues of an epoch as indices, those of a batch of like length."""
-    return batches.like_length([len(ids) for ids, _ in train], config.batch_size,
+    return batches.like_length(train.lengths, config.batch_size,
                                common.stream(config.seed, "sft", "order", epoch))
 
 
@@ -123,17 +125,17 @@ def main(config):
         asked = [(p.text, tokenizer.encode_prompt(p.text))
                  for p in sample_prompts(config.samples, held_out=True, seed=0)]
     else:
-        ids = [row[:mask.index(1)] for row, mask in choose(data.held_out, config.samples, repr)]
+        ids = [row[:mask.index(1)] for row, mask in data.held_out.choose(config.samples)]
         asked = [(tokenizer.decode(i), i) for i in ids]
     room = model.config.block_size - config.max_new_tokens
-    asked = fits("prompts to sample on", asked, room, lambda a: len(a[1]))
+    asked = [asked[n] for n in fits("prompts to sample on", [len(i) for _, i in asked], room)]
     if not asked:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no held-out prompt leaves "
                         f"that much room in the context of {model.config.block_size}")
     texts, ids = zip(*asked)
     steps_per_epoch = -(-len(data.train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
-    tokens_per_step = sum(sum(mask) for _, mask in data.train) / steps_per_epoch  # of responses
+    tokens_per_step = data.train.facts["response"].sum() / steps_per_epoch
     common.say_warmup(steps, config.warmup)
     run = common.Run("sft", config, device, {parent["stage"]: parent["hash"]})
     print(f"{model.num_params():,} parameters\n{len(data.train):,} dialogues of {config.data}, "
@@ -147,10 +149,11 @@ def main(config):
     def validate(epoch):
         """Held-out loss per token and, on the embedded data, gold reward of fresh samples."""
         model.eval()
-        rows, masks = zip(*data.held_out)
-        logp = batches.over_rows(lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1),
-                                 rows, masks, tokenizer.pad, device, bar="held-out loss")
-        metrics = dict(epoch=epoch, loss=-logp.sum().item() / sum(map(sum, masks)))
+        logp = batches.over_rows(
+            lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1), data.held_out.ids,
+            data.held_out.masks, tokenizer.pad, device, bar="held-out loss")
+        metrics = dict(epoch=epoch,
+                       loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
             model, tokenizer, ids, config.max_new_tokens,
             common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")

@@ -79,7 +79,7 @@ def trace_sft(config):
     model, tokenizer, _ = common.load_policy(config.init, ("pretrain", "sft"), device)
     train = sft.load_data(config, tokenizer, model.config.block_size).train
     first = sft.epoch_order(train, 0, config)[0]
-    tokens, mask = (x.to(device) for x in collate(*zip(train[first]), tokenizer.pad))
+    tokens, mask = (x.to(device) for x in collate(*zip(train[int(first)]), tokenizer.pad))
 
     with torch.no_grad():
         logp = token_logprobs(model, tokens, mask)

@@ -65,11 +65,15 @@ def over_rows(fn, rows, masks, pad, device, size=64, bar=None):
     """fn(tokens, mask) -> (n,) over encoded rows, lists of ids and masks: (rows,), on the CPU in
     float64, in their order."""
     def piece(part):
+        part = part.tolist()
         tokens, mask = collate([rows[i] for i in part], [masks[i] for i in part], pad)
         with autocast(device):
             return fn(tokens.to(device), mask.to(device)).cpu().double()
 
-    return in_pieces(piece, torch.tensor([len(row) for row in rows]), size, bar)
+    lengths = getattr(rows, "lengths", None)  # data.tokens.Flat need not be read for it
+    if lengths is None:
+        lengths = [len(row) for row in rows]
+    return in_pieces(piece, torch.as_tensor(lengths), size, bar)
 
 
 def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,

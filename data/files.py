@@ -16,7 +16,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from cli import UserError, note, shorten
+from cli import UserError, note, progress, shorten
 
 # data sets with an adapter, python -m data.NAME
 ADAPTERS = ("alpaca", "alpaca_eval", "dolly", "gsm8k", "hh_rlhf", "tldr", "ultrafeedback")
@@ -26,6 +26,7 @@ BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd
           (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"), (b"ARROW1", "an Arrow file"),
           (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a rar archive"), (b"%PDF", "a PDF"),
           (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"))
+SPACE, DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 
 
 def is_data(path):
@@ -91,11 +92,16 @@ def text_lines(path, broken=False):
                     else f"`python -m data.convert {path} --out=FILE.jsonl` reads it"))
         if head.startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a git-lfs pointer, `git lfs pull` gets the data")
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        lines = gzip.open(stream) if head[:2] == b"\x1f\x8b" else stream
+        bar = progress(None, f"{Path(path).name}, read", total=size, unit="B", unit_scale=True)
         try:
-            for number, line in enumerate(gzip.open(stream) if head[:2] == b"\x1f\x8b" else stream,
-                                          1):
+            for number, line in enumerate(lines, 1):
                 if number == 1 and b"\0" in line:
                     raise UserError(f"{path} is no text, or UTF-16: save it as UTF-8")
+                if number % 500 == 0:
+                    bar.update(stream.tell() - bar.n)
                 try:
                     text = line.decode()
                 except UnicodeDecodeError:
@@ -105,6 +111,8 @@ def text_lines(path, broken=False):
                 yield number, text and text.lstrip("\ufeff").rstrip("\r\n")
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise UserError(f"{path}: not a whole gzip file") from None
+        finally:
+            bar.close()
 
 
 def is_json(path):
@@ -122,18 +130,41 @@ def json_rows(path):
     if first is None:
         return
     if first[1] and first[1].lstrip()[0] == "[":  # one list of rows
-        parts = [text for _, text in (first, *lines)]
-        if None in parts:
-            raise UserError(f"{path}:{parts.index(None) + 1}: not UTF-8 text")
-        text = "\n".join(parts)
-        row, why = _parse(text)
-        if why:
-            raise UserError(f"{path}: not JSON ({why}): what begins with [ must be one whole list")
-        yield from ((f"{path}: row {n}", row, None) for n, row in enumerate(row, 1))
+        yield from _list_rows(path, chain([first], lines))
         return
     for number, text in chain([first], lines):
         row, why = (None, "not UTF-8 text") if text is None else _parse(text)
         yield f"{path}:{number}", row, why and (why if text is None else f"not JSON ({why})")
+
+
+def _list_rows(path, lines):
+    """Of a file that is one JSON list; an element at a time, or they would all be in memory."""
+    parts = []
+    for number, text in lines:
+        if text is None:
+            raise UserError(f"{path}:{number}: not UTF-8 text")
+        parts.append(text)
+    text = "\n".join(parts)
+    del parts
+    place, n, rest = SPACE.match(text).end() + 1, 0, ""
+    try:
+        if text[place:].strip() == "]":
+            return  # an empty list
+        while rest != "]":
+            row, place = DECODER.raw_decode(text, SPACE.match(text, place).end())
+            place = SPACE.match(text, place).end()
+            if text[place:place + 1] != "," and (rest := text[place:].strip()) != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+            place, n = place + 1, n + 1
+            yield f"{path}: row {n}", row, None
+    except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
+        raise UserError(f"{path}: not JSON ({_why(error)}): what begins with [ must be one whole "
+                        "list") from None
+
+
+def _why(error):
+    return getattr(error, "msg", str(error)) + (
+        f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else "")
 
 
 def _parse(text):
@@ -141,37 +172,42 @@ def _parse(text):
     try:
         return json.loads(text), None
     except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
-        return None, getattr(error, "msg", str(error)) + (
-            f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else "")
+        return None, _why(error)
 
 
-def read_rows(path, check, skip_bad=False):
-    """[check(row, where), ...] of all rows. Those that check answers with a UserError, or that are
-    no JSON objects, are bad: all are counted, the first ten told. UserError unless skip_bad."""
-    rows, bad = [], []
+def each_row(path, check, skip_bad=False):
+    """check(row, where) of all rows. Those that check answers with a UserError, or that are no JSON
+    objects, are bad: all are counted, the first ten told. UserError unless skip_bad."""
+    good, bad, first = 0, 0, []
     for where, row, why in json_rows(path):
         try:
             if why or not isinstance(row, dict):
                 raise UserError(f"{where}: {why or 'a record must be a JSON object'}")
-            rows.append(check(row, where))
+            checked = check(row, where)
         except UserError as error:
-            bad.append(str(error))
-    if bad and not rows:  # a file of another kind: its first record says it
-        raise UserError(bad[0] + f"; so are the other {len(bad) - 1} records" * (len(bad) > 1)
+            bad += 1
+            first += [str(error)][:10 - len(first)]
+        else:
+            good += 1
+            if skip_bad or not bad:  # the run ends anyway; the rest is only checked
+                yield checked
+    if bad and not good:  # a file of another kind: its first record says it
+        raise UserError(first[0] + f"; so are the other {bad - 1} records" * (bad > 1)
                         + ". `python -m data.convert` reads tables and other JSON"
-                        * ("not JSON" in bad[0]))
+                        * ("not JSON" in first[0]))
     if bad:
-        listed = "\n  ".join(bad[:10]) + "\n  ..." * (len(bad) > 10)
+        listed = "\n  ".join(first) + "\n  ..." * (bad > 10)
         if not skip_bad:
             more = "--skip_bad=true goes on without"
-            raise UserError(f"{listed} ({more} it)" if len(bad) == 1 else
-                            f"{path}: {len(bad)} bad records of {len(rows) + len(bad)}; "
-                            f"{more} them:\n  {listed}")
-        note(f"{path}: {len(bad)} of {len(rows) + len(bad)} records are bad and left out:\n  "
-             + listed)
-    if not rows:
+            raise UserError(f"{listed} ({more} it)" if bad == 1 else
+                            f"{path}: {bad} bad records of {good + bad}; {more} them:\n  {listed}")
+        note(f"{path}: {bad} of {good + bad} records are bad and left out:\n  " + listed)
+    if not good:
         raise UserError(f"{path}: holds no records")
-    return rows
+
+
+def read_rows(path, check, skip_bad=False):
+    return list(each_row(path, check, skip_bad))
 
 
 def any_rows(path):

@@ -1,13 +1,15 @@
 """What the stages after SFT read, as token ids: prompts, and rankings with all their answers."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from cli import UserError, note, progress
-from data.records import (check_prompt, check_ranking, choose, collate, distinct, encode_ranking,
-                          fits, merge_rankings, prompt_key, ranking_pairs, read_sides)
+from data.records import (Split, check_prompt, check_ranking, choose, collate, distinct, fits,
+                          prompt_key, ranking_pairs, ranking_rows, read_sides)
 from data.synthetic.world import FAMILIES, sample_prompts
+from data.tokens import Rows, read_tokens
 
 
 def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check=check_prompt,
@@ -23,51 +25,96 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
     lists = []
     for side, n in counts.items():
         if sides is None:
-            records = [dict(prompt=p.text, answer=p.answer) for h in (False, True)
-                       if side in ("all", "held-out" if h else "training")
-                       for p in sample_prompts(n, h, 0 if h else seed, families)]
+            found = [dict(prompt=p.text, answer=p.answer) for h in (False, True)
+                     if side in ("all", "held-out" if h else "training")
+                     for p in sample_prompts(n, h, 0 if h else seed, families)]
         else:
-            records = distinct({"training": sides.train, "held-out": sides.held_out,
-                                "all": sides.held_out + sides.train}[side])
-            print(f"{min(n or len(records), len(records)):,} of {len(records):,} prompts, "
+            found = distinct({"training": sides.train, "held-out": sides.held_out,
+                              "all": sides.held_out + sides.train}[side])
+            print(f"{min(n or len(found), len(found)):,} of {len(found):,} prompts, "
                   f"side: {side}")
-            records, seen = choose(records, n), {prompt_key(r) for r in sides.train}
-            if side == "all" and (n := sum(prompt_key(r) in seen for r in records)):
+            found, seen = choose(found, n), {prompt_key(r) for r in sides.train}
+            if side == "all" and (n := sum(prompt_key(r) in seen for r in found)):
                 note(f"{n} of them are on the training side, by the hash or by their own word: a "
                      "model that was trained on their answers repeats them")
         encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
-                   for r in progress(records, "tokens")]
-        lists.append(fits(f"{side} prompts", encoded, room, lambda e: len(e[1])))
+                   for r in progress(found, "tokens")]
+        lists.append([encoded[n] for n in fits(f"{side} prompts", [len(e[1]) for e in encoded],
+                                               room)])
         if not lists[-1]:
             raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
     return lists
 
 
-@dataclass
+@dataclass(slots=True)
 class Element:
     """One prompt with all its answers: each passes through the network once, however many pairs."""
 
-    rows: list  # ids of prompt + answer, for each answer
-    masks: list  # 1 on the answer's tokens, EOS included
+    source: Rows  # where the answers are
+    numbers: tuple  # which rows of it
     pairs: list  # (i, j), answer i preferred to j
     labels: list  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
     best: list  # desirable answers that no other beats
-    record: dict = None  # what it was made from: "prompt", "completions", "pairs", "gold"
-    ref: list = None  # log pi_ref of each answer, nats per sequence (dpo.py)
+    ref: list | None = None  # log pi_ref of each answer, nats per sequence (dpo.py)
+
+    @property
+    def rows(self):
+        """Ids of prompt + answer, for each answer."""
+        return [self.source.ids[n] for n in self.numbers]
+
+    @property
+    def masks(self):
+        """1 on the answer's tokens, EOS included."""
+        return [self.source.masks[n] for n in self.numbers]
+
+    @property
+    def prompt(self):
+        """The ids of the prompt."""
+        return self.rows[0][:self.masks[0].index(1)]
+
+    @property
+    def longest(self):
+        """Tokens of the longest row."""
+        ids = self.source.ids
+        return max(int(ids.ends[n] - ids.starts[n]) for n in self.numbers)
+
+    def facts(self, name):
+        """What `data.tokens.FACTS` tells of each answer."""
+        return self.source.facts[name][[*self.numbers]]
 
 
-def make_element(tokenizer, record):
-    """An Element from what `merge_rankings` returns, or from a single labelled answer.
+def make_elements(source, records):
+    """Elements of rows, one for each prompt; the rows of a record make its ranking, or are one
+    labelled answer. records: the rows of each, as lists of numbers.
 
+    Several rankings or pairs of a prompt come together here, so that they share one batch element
+    and each answer is read once. A labelled answer stays an element of its own, and comes first.
     In a ranking an answer is desirable where it wins more pairs than it loses.
     """
-    rows, masks = encode_ranking(tokenizer, record)
-    pairs = record["pairs"]
-    wins = [sum((n == i) - (n == j) for i, j in pairs) for n in range(len(rows))]
-    labels = record.get("labels") or [int(np.sign(w)) for w in wins]
-    lost = {j for _, j in pairs}
-    return Element(rows, masks, pairs, labels,
-                   [n for n in range(len(rows)) if n not in lost and labels[n] > 0], record)
+    facts = source.facts
+    singles, merged, same = [], {}, 0
+    for rows in records:
+        label = int(facts["label"][rows[0]])
+        if label:
+            singles.append(Element(source, (rows[0],), [], [label], [0] * (label > 0)))
+            continue
+        answers, pairs = merged.setdefault(int(facts["key"][rows[0]]), ({}, []))
+        index = []  # of distinct answers
+        for n in rows:
+            index.append(answers.setdefault(int(facts["answer"][n]), (len(answers), n))[0])
+        found = ranking_pairs(facts["rank"][rows].tolist())
+        kept = [(index[i], index[j]) for i, j in found if index[i] != index[j]]
+        pairs += kept
+        same += len(found) - len(kept)
+    elements = list(singles)
+    for answers, pairs in merged.values():
+        if pairs:
+            won, lost = (Counter(side) for side in zip(*pairs))
+            labels = [int(np.sign(won[n] - lost[n])) for n in range(len(answers))]
+            best = [n for n, label in enumerate(labels) if n not in lost and label > 0]
+            elements.append(Element(source, tuple(n for _, n in answers.values()), pairs, labels,
+                                    best))
+    return elements, same, len(merged) - (len(elements) - len(singles))
 
 
 def load_rankings(path, tokenizer, block_size, check=check_ranking, skip_bad=False):
@@ -77,35 +124,42 @@ def load_rankings(path, tokenizer, block_size, check=check_ranking, skip_bad=Fal
     Only then do those of one prompt come together, so that a long answer costs its own ranking and
     not the others of its prompt.
     """
-    def encode(name, records):
-        records = [r if "completions" in r else dict(
-            prompt=r["prompt"], completions=[r["completion"]], pairs=[],
-            labels=[1 if r["label"] else -1]) for r in records]
-        records = fits(f"{name} rankings", records, block_size,
-                       lambda r: max(map(len, encode_ranking(tokenizer, r)[0])))
-        ranked = [r for r in records if "labels" not in r]
-        merged = merge_rankings(ranked)
-        same = sum(r["completions"][i] == r["completions"][j]
-                   for r in ranked for i, j in ranking_pairs(r["ranks"]))
+    source = read_tokens(path, check, ranking_rows, tokenizer, skip_bad=skip_bad)
+    starts = np.flatnonzero(np.diff(source.facts["record"], prepend=-1))  # of the records
+    longest = np.maximum.reduceat(source.lengths, starts)
+    sizes = np.diff(starts, append=len(source))
+
+    def elements(name, held_out):
+        numbers = np.flatnonzero(source.facts["held_out"][starts] == held_out)
+        kept = numbers[fits(f"{name} rankings", longest[numbers], block_size)]
+        found, same, unranked = make_elements(
+            source, [range(starts[n], starts[n] + sizes[n]) for n in kept.tolist()])
         if same:
             note(f"{name} rankings: left out {same} pairs, the same answer twice")
-        unranked = len(distinct(ranked)) - len(merged)
         if unranked:
             note(f"{name} rankings: left out {unranked} prompts, no answer beats another")
-        singles = [r for r in records if "labels" in r]
-        if not singles + merged:
+        if not found:
             raise UserError(f"--data={path}: no {name} ranking is left to use")
-        print(f"{name}: {len(distinct(singles + merged)):,} prompts, "
-              f"{sum(len(r['pairs']) for r in merged):,} pairs"
-              + f", {len(singles):,} labelled answers" * (len(singles) > 0))
-        return [make_element(tokenizer, r) for r in progress(singles + merged, "tokens")]
+        labelled = sum(not e.pairs for e in found)
+        prompts = len(np.unique([e.facts("key")[0] for e in found]))
+        print(f"{name}: {prompts:,} prompts, {sum(len(e.pairs) for e in found):,} pairs"
+              + f", {labelled:,} labelled answers" * (labelled > 0))
+        return found
 
-    return read_sides(path, check, skip_bad=skip_bad).each(encode)
+    return Split(elements("training", False), elements("held-out", True))
+
+
+def choose_elements(elements, n):
+    """n of the Elements by a hash of their prompts: never the first ones of a file."""
+    return sorted(elements, key=lambda e: e.facts("key")[0])[:n]
 
 
 def all_rows(elements):
-    """(rows, masks) of every answer of every Element, in order."""
-    return [[x for e in elements for x in getattr(e, name)] for name in ("rows", "masks")]
+    """(rows, masks) of every answer of every Element, in order; all of one source."""
+    if any(e.source is not elements[0].source for e in elements):
+        raise ValueError("elements of several sources")
+    rows = elements[0].source.select(np.concatenate([e.numbers for e in elements]))
+    return rows.ids, rows.masks
 
 
 def batch_pairs(elements, pad, device):
@@ -116,5 +170,5 @@ def batch_pairs(elements, pad, device):
     for e in elements:
         winners += [offset + i for i, _ in e.pairs]
         losers += [offset + j for _, j in e.pairs]
-        offset += len(e.rows)
+        offset += len(e.numbers)
     return tokens, mask, winners, losers

@@ -19,17 +19,19 @@ import hashlib
 import json
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cli import UserError, note
-from data.files import json_rows, read_rows
-from data.synthetic.world import lookup
+from data.files import each_row, json_rows
+from data.synthetic.world import all_prompts, lookup
 from data.verifier import is_gold
 
 ROLES = ("system", "user", "assistant")
@@ -335,6 +337,12 @@ def prompt_key(record):
     return json.dumps([[t["role"], t["content"]] for t in _history(record)])
 
 
+def digest(text):
+    """64 bits of the text's hash. Of 10 million texts two have the same in one case of 400,000."""
+    # half a surrogate pair, which JSON can hold, is no UTF-8
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
+
+
 def split_key(record):
     """What the split goes by: the first user turn, as it reads.
 
@@ -356,45 +364,58 @@ class Split:
     can be handed training rows for its validation by a slip of the order."""
     train: list
     held_out: list
+    summary: str = ""  # a line about what the file holds
 
     def each(self, change):
         """Both sides through change(name of the side, rows)."""
         return Split(change("training", self.train), change("held-out", self.held_out))
 
 
+class Sides:
+    """Decides the side of each prompt, by its `split_key`. By a hash, unless one of its records
+    says itself where it belongs ("held_out", as the embedded data do, or "split")."""
+
+    def __init__(self, fraction=0.1):
+        self.limit = fraction * 2**64
+        self.keys, self.said, self.both = array("Q"), {}, {}
+
+    def add(self, record):
+        text = split_key(record)
+        key = digest(text)
+        self.keys.append(key)
+        if "held_out" in record and self.said.setdefault(key, record["held_out"]) \
+                != record["held_out"]:
+            self.both[key] = text[:60]
+
+    def held_out(self):
+        """A boolean array, a value for each record. UserError where two records of one prompt
+        contradict each other."""
+        if self.both:
+            raise UserError(f"{len(self.both)} prompts are marked as held out in one record and "
+                            f"not in another, such as {next(iter(self.both.values()))!r}: a prompt "
+                            "is on one side, with all its answers and dialogues")
+        return np.array([self.said.get(key, key < self.limit) for key in self.keys], bool)
+
+
 def split(records, fraction=0.1):
     """A Split by `split_key`, never by record: a question is on the same side in every file and
-    every stage, so nothing that a stage is tested on was seen by one before it. By a hash, unless
-    one of its records says itself where it belongs ("held_out", as the embedded data do, or
-    "split"); UserError where two of them contradict each other."""
-    keys = [split_key(r) for r in records]
-    said = {}
-    for key, record in zip(keys, records):
-        if "held_out" in record:
-            said.setdefault(key, set()).add(record["held_out"])
-    both = [key for key, sides in said.items() if len(sides) == 2]
-    if both:
-        raise UserError(f"{len(both)} prompts are marked as held out in one record and not in "
-                        f"another, such as {both[0][:60]!r}: a prompt is on one side, with all its "
-                        "answers and dialogues")
-
-    def is_held_out(key):
-        if key in said:
-            return True in said[key]
-        # half a surrogate pair, which JSON can hold, is no UTF-8
-        digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
-        return int(digest[:8], 16) < fraction * 2**32
-
-    sides = [[], []]
-    for key, record in zip(keys, records):
-        sides[is_held_out(key)].append(record)
-    return Split(*sides)
+    every stage, so nothing that a stage is tested on was seen by one before it."""
+    sides = Sides(fraction)
+    for record in records:
+        sides.add(record)
+    return _split(records, sides.held_out())
 
 
-def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
+def _split(rows, held_out, summary=""):
+    return Split(*([row for row, h in zip(rows, held_out) if h == side] for side in (False, True)),
+                 summary)
+
+
+def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, keep=list):
     """A Split of the records of a file, and a line about what it holds. UserError if a needed side
-    has none."""
-    fields = set()
+    has none. keep(records) -> what is kept of each of some records, where all would be too much."""
+    fields, sides, kept, dropped = set(), Sides(), [], Counter()
+    used, all_of, markers = array("b"), array("q"), Counter()
 
     def noted(row, where):
         for key, value in row.items():
@@ -406,60 +427,65 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False):
                                   if v is not None and k not in TURN_FIELDS)
         return check(row, where)
 
-    records = read_rows(path, noted, skip_bad)
-    clean_markers(path, records)
-    sides = split(records)  # what is left out below says on which side its prompt is, too
-    for reason, n in Counter(r["dropped"] for r in records if "dropped" in r).items():
-        note(f"{path}: left out {n} of {len(records)} records, {reason}")
-    sides = sides.each(lambda _, rows: [r for r in rows if "dropped" not in r])
+    rows = each_row(path, noted, skip_bad)
+    while chunk := list(islice(rows, 1000)):
+        for record in chunk:
+            markers.update(clean_markers(record))
+            sides.add(record)  # what is left out says on which side its prompt is, too
+            dropped.update([record["dropped"]] if "dropped" in record else [])
+            used.append("dropped" not in record)
+        chunk = [r for r in chunk if "dropped" not in r]
+        all_of.extend(hash(json.dumps(r)) for r in chunk)
+        kept += keep(chunk) if chunk else []
+    held_out, used = sides.held_out(), np.array(used, bool)
+    if markers["cut"]:
+        note(f"{path}: cut off a stop marker behind {markers['cut']} answers; they end with our "
+             "own EOS")
+    if markers["inside"]:
+        note(f"warning: {path}: {markers['inside']} texts hold markers of a chat template, such as "
+             "<|im_start|>, and are read as they stand: the model may learn to write them out")
+    for reason, n in dropped.items():
+        note(f"{path}: left out {n} of {len(used)} records, {reason}")
     if fields:
         note(f"{path}: fields that are not used: {', '.join(sorted(fields)[:12])}"
              + ", ..." * (len(fields) > 12))
-
-    for name, rows in (("training", sides.train), ("held-out", sides.held_out)):
-        if name in needed and not rows:
-            raise UserError(f"{path}: none of the {len(sides.train + sides.held_out)} records to "
-                            f"use is on the {name} side. About a tenth of the prompts is held out, "
-                            "by a hash of the prompt; a field \"held_out\": true or false decides "
-                            "for its prompt")
-    count = lambda rows: len({split_key(r) for r in rows})
-    used = sides.train + sides.held_out
-    twice = len(used) - len({hash(json.dumps(r)) for r in used})
-    print(f"{path}: {len(used):,} records; {count(sides.train):,} prompts to train on, "
-          f"{count(sides.held_out):,} held out" + f"; {twice:,} records stand there again" *
-          (twice > 0))
-    return sides
+    keys, held_out = np.array(sides.keys, np.uint64)[used], held_out[used]
+    for name, n in (("training", sum(~held_out)), ("held-out", sum(held_out))):
+        if name in needed and not n:
+            raise UserError(f"{path}: none of the {len(keys)} records to use is on the {name} side."
+                            " About a tenth of the prompts is held out, by a hash of the prompt; a "
+                            "field \"held_out\": true or false decides for its prompt")
+    twice = len(all_of) - len(set(all_of))
+    summary = (f"{path}: {len(keys):,} records; {len(np.unique(keys[~held_out])):,} prompts to "
+               f"train on, {len(np.unique(keys[held_out])):,} held out"
+               + f"; {twice:,} records stand there again" * (twice > 0))
+    print(summary)
+    return _split(kept, held_out, summary)
 
 
-def clean_markers(path, records):
-    """Stop markers of other templates at the end of an answer are cut off: every answer gets our
-    own EOS, and a model must not learn to spell another. Markers inside a text stay, as text. Both
-    are counted aloud."""
-    cut = inside = 0
+def clean_markers(record):
+    """Cut off stop markers of other templates at the end of an answer: every answer gets our own
+    EOS, and a model must not learn to spell another. Markers inside a text stay, as text. Returns
+    {"cut": answers, "inside": texts}, how many."""
+    found = dict(cut=0, inside=0)
 
     def clean(text, answer):
-        nonlocal cut, inside
         whole, text = text, ENDS.sub("", text) if answer else text
-        cut += text != whole
-        inside += MARKER.search(text) is not None
+        found["cut"] += text != whole
+        found["inside"] += MARKER.search(text) is not None
         return text
 
-    for record in records:
-        for turn in record.get("messages") or _history(record):
-            turn["content"] = clean(turn["content"], turn["role"] == "assistant")
-        if "completion" in record:
-            record["completion"] = clean(record["completion"], True)
-        if "completions" in record:
-            record["completions"] = [clean(text, True) for text in record["completions"]]
-        answers = record.get("completions") or [record.get("completion") or "-"]
-        if not all(text.strip() for text in [*answers, *(t["content"] for t in record.get(
-                "messages", ()))]):
-            record["dropped"] = "of which an answer is a stop marker and nothing else"
-    if cut:
-        note(f"{path}: cut off a stop marker behind {cut} answers; they end with our own EOS")
-    if inside:
-        note(f"warning: {path}: {inside} texts hold markers of a chat template, such as "
-             "<|im_start|>, and are read as they stand: the model may learn to write them out")
+    for turn in record.get("messages") or _history(record):
+        turn["content"] = clean(turn["content"], turn["role"] == "assistant")
+    if "completion" in record:
+        record["completion"] = clean(record["completion"], True)
+    if "completions" in record:
+        record["completions"] = [clean(text, True) for text in record["completions"]]
+    answers = record.get("completions") or [record.get("completion") or "-"]
+    if not all(text.strip() for text in [*answers, *(t["content"] for t in record.get(
+            "messages", ()))]):
+        record["dropped"] = "of which an answer is a stop marker and nothing else"
+    return found
 
 
 def distinct(records):
@@ -509,53 +535,46 @@ def ranking_pairs(ranks):
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
-def merge_rankings(records):
-    """One element per prompt: {"prompt", "completions", "pairs"}, "gold" where it is known.
-
-    pairs are (i, j), i preferred, over distinct completions: several rankings or pairs of the same
-    prompt come together here, so that they share one batch element and each answer is read once.
-    """
-    merged = {}
-    for record in records:
-        element = merged.setdefault(prompt_key(record), dict(
-            prompt=record["prompt"], completions=[], pairs=[], gold=[]))
-        index = []
-        for n, text in enumerate(record["completions"]):
-            if text not in element["completions"]:
-                element["completions"].append(text)
-                if "gold" in record:
-                    element["gold"].append(record["gold"][n])
-            index.append(element["completions"].index(text))
-        element["pairs"] += [(index[i], index[j]) for i, j in ranking_pairs(record["ranks"])
-                             if index[i] != index[j]]
-    for element in merged.values():
-        if len(element["gold"]) != len(element["completions"]):
-            del element["gold"]
-    return [e for e in merged.values() if e["pairs"]]
+# --- to token ids: pieces are ids and texts, so that many texts can be tokenised in one call ------
 
 
-# --- to token ids --------------------------------------------------------------------------------
+def message_pieces(tokenizer, messages):
+    """[(id or text, mask), ...] of a dialogue that ends with the assistant: mask is 1 on every
+    assistant turn, its EOS included, but on those with "weight": 0."""
+    pieces = []
+    for turn in messages:
+        weight = turn.get("weight", 1) if turn["role"] == "assistant" else 0
+        pieces += [(tokenizer.markers[turn["role"]], 0), (turn["content"], weight)]
+        if turn["role"] == "assistant":
+            pieces.append((tokenizer.eos, weight))
+    return pieces
 
 
 def encode_messages(tokenizer, messages):
-    """(ids, mask): mask is 1 on the tokens of every assistant turn, its EOS included, but of those
-    with "weight": 0."""
-    ids, mask = [], []
-    for i, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            # the prompt up to here ends with <|assistant|>; then the response, then EOS
-            head = tokenizer.encode_prompt(messages[:i])
-            response = tokenizer.encode_response(turn["content"])
-            mask += [0] * (len(head) - len(ids)) + [turn.get("weight", 1)] * len(response)
-            ids = head + response
-    return ids, mask
+    """(ids, mask) of a dialogue."""
+    return tokenizer.encode_pieces([message_pieces(tokenizer, messages)])[0]
 
 
-def encode_ranking(tokenizer, record):
-    """[ids of prompt + answer, ...] and [mask, ...], one for each answer; EOS ends every answer."""
-    head = tokenizer.encode_prompt(record["prompt"])
-    answers = [tokenizer.encode_response(c) for c in record["completions"]]
-    return [head + a for a in answers], [[0] * len(head) + [1] * len(a) for a in answers]
+def prompt_digest(record):
+    return digest(repr(prompt_key(record)))
+
+
+def demonstration_rows(tokenizer, record):
+    """[(pieces, facts)], as data/tokens.py takes them."""
+    return [(message_pieces(tokenizer, record["messages"]), dict(key=prompt_digest(record)))]
+
+
+def ranking_rows(tokenizer, record):
+    """[(pieces, facts), ...], one for each answer; EOS ends every answer, and is scored."""
+    head, key = tokenizer.prompt_pieces(record["prompt"]), prompt_digest(record)
+    answers = record.get("completions") or [record["completion"]]  # one, of a label
+    label = dict(label=1 if record["label"] else -1) if "label" in record else {}
+    prompt, golds = record["prompt"], record.get("gold", [np.nan] * len(answers))
+    asked = digest(question(prompt)) if isinstance(prompt, str) and prompt in all_prompts() else key
+    return [([*head, (text, 1), (tokenizer.eos, 1)], dict(
+                label, key=key, asked=asked, answer=digest(text), chars=len(text), rank=rank,
+                gold=gold))
+            for text, rank, gold in zip(answers, record.get("ranks", [0]), golds)]
 
 
 def collate(rows, masks, pad):
@@ -569,18 +588,16 @@ def collate(rows, masks, pad):
     return tokens, mask
 
 
-def fits(name, rows, length, size=lambda row: max(map(len, row))):
-    """Drop the rows whose size is over `length` tokens; count them aloud, never cut. Says how long
-    the rows are.
-
-    size: tokens of a row; by default rows are tuples of lists and the longest list counts.
-    """
-    sizes = [size(row) for row in rows]
-    kept = [row for row, n in zip(rows, sizes) if n <= length]
-    if len(kept) < len(rows):
-        note(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)}, over {length} tokens long")
-    if kept:
-        middle, most, longest = np.quantile([n for n in sizes if n <= length], (0.5, 0.95, 1))
+def fits(name, lengths, limit):
+    """The numbers of the rows of at most `limit` tokens; those over it are dropped, counted aloud,
+    never cut. Says how long the rows are."""
+    lengths = np.asarray(lengths, dtype=int)
+    kept = np.flatnonzero(lengths <= limit)
+    if len(kept) < len(lengths):
+        note(f"{name}: dropped {len(lengths) - len(kept)} of {len(lengths)}, over {limit} tokens "
+             "long")
+    if len(kept):
+        middle, most, longest = np.quantile(lengths[kept], (0.5, 0.95, 1))
         print(f"{name}: {len(kept):,}; tokens: median {middle:.0f}, 95% up to {most:.0f}, longest "
               f"{longest:.0f}")
     return kept

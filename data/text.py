@@ -1,8 +1,10 @@
 """Plain text for the next-token loss: pretraining, and the text mixed into SFT and PPO (ptx)."""
 
-import re
+from array import array
 from collections import Counter
+from itertools import islice
 
+import numpy as np
 import torch
 
 from cli import UserError, note, progress
@@ -12,30 +14,46 @@ from data.synthetic.corpus import documents
 
 
 def read_texts(data, n, seed, skip_bad=False):
-    """A list of documents: n embedded ones ("synthetic"), the paragraphs of a text file (a blank
-    line ends a document, and so does a marker such as <|endoftext|>), or the text of the records of
-    a JSON file, without those that the later stages hold out. UserError if it cannot be read."""
+    """Documents, one at a time: n embedded ones ("synthetic"), the paragraphs of a text file (a
+    blank line ends a document, and so does a marker such as <|endoftext|>), or the text of the
+    records of a JSON file, without those that the later stages hold out. UserError if it cannot be
+    read."""
     if data == "synthetic":
-        return list(documents(n, seed))
+        yield from documents(n, seed)
+        return
     if is_json(data):
-        records = read_sides(data, check_text, needed=("training",), skip_bad=skip_bad).train
-        texts = [text_of(record) for record in records]
+        texts = read_sides(data, check_text, needed=("training",), skip_bad=skip_bad,
+                           keep=lambda records: [text_of(r) for r in records]).train
         print(f"{data}: read as text are the field \"text\" where there is one, else prompt and "
               "answers")
     else:
-        texts = re.split(r"\n\s*\n", "\n".join(text for _, text in text_lines(data)))
+        texts = paragraphs(text for _, text in text_lines(data))
         print(f"{data}: plain text, documents end at blank lines")
-    found = Counter(stop for text in texts for stop in STOP.findall(text))
-    if found:
-        note(f"{data}: {sum(found.values())} markers end a document each and are not learnt: "
-             + ", ".join(sorted(found)))
-        texts = [part for text in texts for part in STOP.split(text)]
-    texts = [text for text in texts if text.strip()]
-    inside = sum(MARKER.search(text) is not None for text in texts)
+    ends, inside = Counter(), 0
+    for text in texts:
+        ends.update(STOP.findall(text))
+        for part in filter(str.strip, STOP.split(text)):
+            inside += MARKER.search(part) is not None
+            yield part
+    if ends:
+        note(f"{data}: {sum(ends.values())} markers end a document each and are not learnt: "
+             + ", ".join(sorted(ends)))
     if inside:
         note(f"warning: {data}: {inside} documents hold markers of a chat template and are read as "
              "they stand: the model may learn to write them out")
-    return texts
+
+
+def paragraphs(lines):
+    """Texts between blank lines."""
+    part = []
+    for line in lines:
+        if line.strip():
+            part.append(line)
+        elif part:
+            yield "\n".join(part)
+            part = []
+    if part:
+        yield "\n".join(part)
 
 
 def check_text(record, where):
@@ -64,29 +82,34 @@ def text_of(record):
 
 
 def pack(documents, length):
-    """Token lists, each beginning with EOS, packed into rows: (rows, length).
+    """Token lists, each beginning with EOS, packed into rows: (rows, length), int32.
 
     A row begins where a document begins, so that the first positions see beginnings, as they will
     in every later stage. A document that does not fit fills its row up and starts again in the next
     one; only one longer than a row goes on where it was cut. A last row is left out if unfilled.
     """
-    rows, row = [], []
+    flat, room = array("i"), length  # of the row that is being filled
     for document in documents:
         start = 0  # of what is still to be placed: slicing the rest off would be quadratic
-        while len(document) - start > length - len(row):
-            end = start + length - len(row)
-            rows.append(row + document[start:end])
-            row, start = [], end if len(document) > length else 0
-        row = row + document[start:]
-    if len(row) == length:
-        rows.append(row)
-    return torch.tensor(rows, dtype=torch.long).view(-1, length)
+        while len(document) - start > room:
+            flat.extend(document[start:start + room])
+            start, room = start + room if len(document) > length else 0, length
+        flat.extend(document[start:])
+        room -= len(document) - start
+    tokens = torch.from_numpy(np.asarray(flat))  # the same memory
+    return tokens[:len(tokens) // length * length].view(-1, length)
 
 
 def text_rows(data, tokenizer, length, n, seed, skip_bad=False):
-    """Rows (rows, length) of token ids; documents are separated by EOS. UserError if too short."""
-    texts = read_texts(data, n, seed, skip_bad)
-    rows = pack([[tokenizer.eos, *tokenizer.encode(t)] for t in progress(texts, "tokens")], length)
+    """Rows (rows, length) of token ids, int32; documents are separated by EOS. UserError if too
+    short."""
+    def encoded():
+        texts = iter(progress(read_texts(data, n, seed, skip_bad), "tokens"))
+        while chunk := list(islice(texts, 1000)):
+            for ids in tokenizer.encode_many(chunk):
+                yield [tokenizer.eos, *ids]
+
+    rows = pack(encoded(), length)
     if len(rows) < 2:
         raise UserError(f"{data}: too little text for two rows of {length} tokens")
     return rows

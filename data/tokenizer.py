@@ -61,13 +61,38 @@ class Tokenizer:
 
         Assistant turns inside the history end with EOS, as they did when they were produced.
         """
+        [(ids, _)] = self.encode_pieces([self.prompt_pieces(prompt)])
+        return ids
+
+    def prompt_pieces(self, prompt):
+        """The template: [(marker or EOS, mask) or (text, mask), ...] of a prompt, mask 0."""
         turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-        ids = []
+        pieces = []
         for turn in turns:
-            ids += [self.markers[turn["role"]], *self.encode(turn["content"])]
+            pieces += [(self.markers[turn["role"]], 0), (turn["content"], 0)]
             if turn["role"] == "assistant":
-                ids.append(self.eos)
-        return ids + [self.markers["assistant"]]
+                pieces.append((self.eos, 0))
+        return [*pieces, (self.markers["assistant"], 0)]
+
+    def encode_many(self, texts):
+        """`encode` of each, on all processors."""
+        if len(texts) < 8:  # the threads cost more than they bring
+            return [self.encode(text) for text in texts]
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+    def encode_pieces(self, rows):
+        """[(ids, mask), ...] of rows of pieces; every text is tokenised once, all in one call."""
+        texts = list({piece for row in rows for piece, _ in row if isinstance(piece, str)})
+        known = dict(zip(texts, self.encode_many(texts)))
+        encoded = []
+        for row in rows:
+            ids, mask = [], []
+            for piece, m in row:
+                part = known[piece] if isinstance(piece, str) else [piece]
+                ids += part
+                mask += [m] * len(part)
+            encoded.append((ids, mask))
+        return encoded
 
     def encode_response(self, response):
         """A complete response: its ids and exactly one EOS."""

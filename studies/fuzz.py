@@ -74,7 +74,7 @@ def converted(path):
 
 READERS = {check.__name__: sides_of(check) for check in (
     check_demonstration, check_ranking, check_ranking_or_label, check_answer, check_prompt)}
-READERS |= dict(text=lambda path: read_texts(str(path), 0, 0), embedded=embedded,
+READERS |= dict(text=lambda path: list(read_texts(str(path), 0, 0)), embedded=embedded,
                 alpaca=alpaca.records, alpaca_eval=alpaca_eval.records, gsm8k=gsm8k.records,
                 hh_rlhf=hh_rlhf.records, dolly=dolly.records,
                 convert=converted, ranks=read_ranks)

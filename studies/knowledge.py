@@ -31,9 +31,10 @@ import numpy as np
 import common
 from common import clustered_se
 from data import batches
-from data.records import encode_ranking, question
+from data.records import question, ranking_rows
 from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS
 from data.synthetic.world import all_prompts
+from data.tokens import flatten, rows_of
 from reward import load_reward_model
 
 
@@ -85,11 +86,11 @@ def main(config):
     model, tokenizer, _ = load_reward_model(config.reward_model, device)
     table = []
     for name, pairs in contrasts(all_prompts().values()).items():
-        encoded = [encode_ranking(tokenizer, dict(prompt=prompt, completions=answers))
-                   for prompt, *answers in pairs]
-        rows, masks = ([x for pair in side for x in pair] for side in zip(*encoded))
-        better, worse = batches.over_rows(model, rows, masks, tokenizer.pad, device).numpy(
-            ).reshape(-1, 2).T
+        rows = rows_of(flatten(tokenizer, [
+            ranking_rows(tokenizer, dict(prompt=prompt, completions=answers, ranks=[1, 2]))
+            for prompt, *answers in pairs]))
+        better, worse = batches.over_rows(model, rows.ids, rows.masks, tokenizer.pad, device
+                                          ).numpy().reshape(-1, 2).T
         right = np.sign(better - worse) / 2 + 0.5
         asked = [question(prompt) for prompt, *_ in pairs]
         table.append((len(pairs), len(set(asked)), f"{right.mean():.1%}",

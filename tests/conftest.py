@@ -16,6 +16,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
+from data.load import make_elements  # noqa: E402
+from data.records import ranking_rows  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokens import flatten, rows_of  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # tiny products: a second thread costs more than it brings
@@ -32,6 +36,24 @@ def tiny():
         # scale, or the biases drown the input and greedy text is one token for ever
         torch.nn.init.normal_(p, mean=float("ln_" in name and name.endswith("weight")), std=0.3)
     return model
+
+
+def rows_from(encoded, facts=None):
+    """Rows of (ids, mask), lists of numbers, with a dict of facts for each."""
+    return rows_of(flatten(load_tokenizer("synthetic"), [
+        [([*zip(ids, mask)], known)] for (ids, mask), known in zip(encoded, facts or [{}] *
+                                                                   len(encoded))]))
+
+
+def elements_from(records):
+    """Elements of checked records: rankings, and single answers with a label."""
+    tokenizer = load_tokenizer("synthetic")
+    encoded = [ranking_rows(tokenizer, record) for record in records]
+    source, groups = rows_of(flatten(tokenizer, encoded)), []
+    for rows in encoded:
+        start = groups[-1].stop if groups else 0
+        groups.append(range(start, start + len(rows)))
+    return make_elements(source, groups)[0]
 
 
 @pytest.fixture(autouse=True)

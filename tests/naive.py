@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from data.synthetic import facts
 from data.synthetic.corpus import documents
 from data.synthetic.gold import gold_reward, sentences
@@ -487,10 +488,13 @@ def sft(c):
         asked = [p.text for p in sample_prompts(c.samples, held_out=True, seed=0)]
     else:
         sides = read(c.data)
-    train, held_out = ([row for row in (dialogue_row(tokenizer, messages_of(r)) for r in side)
-                        if len(row[0]) <= block] for side in sides)
+    fitting = lambda side: [r for r in side
+                            if len(dialogue_row(tokenizer, messages_of(r))[0]) <= block]
+    rows_of = lambda side: [dialogue_row(tokenizer, messages_of(r)) for r in side]
+    sides = [fitting(side) for side in sides]
+    train, held_out = map(rows_of, sides)
     heads = [prompt_ids(tokenizer, p) for p in asked] if c.data == "synthetic" \
-        else [ids[:mask.index(1)] for ids, mask in choose(held_out, c.samples, repr)]
+        else [ids[:mask.index(1)] for ids, mask in rows_of(choose(sides[1], c.samples))]
     asked = [p for p, h in zip(asked, heads) if len(h) + c.max_new_tokens <= block] \
         if c.data == "synthetic" else []
     heads = [h for h in heads if len(h) + c.max_new_tokens <= block]

@@ -13,13 +13,13 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-
 import cli
 import data.tokenizer
+import pytest
 from cli import UserError
 from data import alpaca, alpaca_eval, download, hh_rlhf
-from data.records import check_demonstration, check_ranking, prompt_key, read_rows, split
+from data.files import read_rows
+from data.records import check_demonstration, check_ranking, prompt_key, split
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -277,7 +277,8 @@ def bad_inputs():
         yield adapter, lambda folder: None, "is not a folder"
         pattern = file.replace("x/", "*/")
         yield adapter, lambda folder: folder.mkdir(), f"holds no {pattern}"
-        yield adapter, make_raw(b'[{"a": 1},\n {"b" 2}]'), f"{file}: not JSON"
+        broken = f'[{json.dumps(good)},\n {{"b" 2}}]'.encode()
+        yield adapter, make_raw(broken), f"{file}: not JSON"
         yield adapter, make_raw(b'[{"a": "\xff"}]'), f"{file}:1: not UTF-8"
         yield adapter, make([good, 3]), f"{file}: row 2: expected a JSON object"
         yield adapter, make([good, good, lacking]), f"{file}: row 3: the field '{key}' is missing"

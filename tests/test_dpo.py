@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli import UserError
-from data.load import make_element
-from data.records import check_ranking_or_label, read_rows, write_jsonl
+from conftest import elements_from
+from data.files import read_rows
+from data.records import check_ranking, check_ranking_or_label, write_jsonl
 from data.tokenizer import load_tokenizer
 from dpo import (
     SETTINGS,
@@ -173,8 +174,9 @@ def test_kl_baseline():
 
 def test_mismatch_is_one_prompt_with_the_answer_to_another():
     # catches a matched answer, a lost EOS, and a prompt that is scored
-    first, second = (make_element(tok, dict(prompt=p, completions=[a, "Other."], pairs=[(0, 1)]))
-                     for p, a in (("Say one.", "One."), ("Say two or so.", "It is two.")))
+    first, second = elements_from([
+        dict(prompt=p, completions=[a, "Other."], ranks=[1, 2])
+        for p, a in (("Say one.", "One."), ("Say two or so.", "It is two."))])
     for n, text in enumerate(("It is two.", "Other.", "It is two.")):  # chosen and rejected in turn
         ids, mask = mismatch(first, second, n)
         head, answer = tok.encode_prompt("Say one."), tok.encode_response(text)
@@ -184,9 +186,14 @@ def test_mismatch_is_one_prompt_with_the_answer_to_another():
 # --- elements ------------------------------------------------------------------------------------
 
 
-def element(pairs, count=3, **more):
-    return make_element(tok, dict(prompt="Say one.", pairs=pairs, **more,
-                                  completions=["One.", "It is one, I think.", "No."][:count]))
+TEXTS = ["One.", "It is one, I think.", "No."]
+
+
+def element(pairs):
+    ranking = lambda texts, ranks: dict(prompt="Say one.", completions=texts, ranks=ranks)
+    [e] = elements_from([ranking(TEXTS, [1, 1, 1]), *(
+        ranking([TEXTS[i], TEXTS[j]], [1, 2]) for i, j in pairs)])
+    return e
 
 
 @pytest.mark.parametrize("pairs, labels, best", [
@@ -202,7 +209,8 @@ def test_labels_and_best_of_a_ranking(pairs, labels, best):
 
 def test_labels_of_single_answers():
     # catches an undesirable answer that the NLL term teaches
-    wanted, unwanted = (element([], 1, labels=[x]) for x in (1, -1))
+    wanted, unwanted = elements_from([dict(prompt="Say one.", completion="One.", label=x)
+                                      for x in (True, False)])
     assert (wanted.labels, wanted.best) == ([1], [0])
     assert (unwanted.labels, unwanted.best) == ([-1], [])
 
@@ -215,9 +223,8 @@ def test_answers_of_a_prompt_share_its_ids_and_end_with_eos():
     for row, mask in zip(e.rows, e.masks):
         assert row[:len(head)] == head and mask == [0] * len(head) + [1] * (len(row) - len(head))
         assert row[-1] == tok.eos and row.count(tok.eos) == 1
-    texts = ["One.", "It is one, I think.", "No."]
     tokens, mask, _, length, _, winners, losers, best = dpo.batch_tensors([e, e], tok.pad, "cpu")
-    assert length.tolist() == [len(tok.encode(t)) + 1 for t in texts] * 2
+    assert length.tolist() == [len(tok.encode(t)) + 1 for t in TEXTS] * 2
     assert (winners, losers, best) == ([0, 1, 3, 4], [1, 2, 4, 5], [0, 3])
     assert tokens[mask.bool()].tolist().count(tok.eos) == 6
 
@@ -492,7 +499,7 @@ def test_held_out_and_training_pairs_are_told_apart(folder, monkeypatch):
     sides = {True: set(), False: set()}
     for record in read_rows("pairs.jsonl", lambda r, where: r):
         sides[record["held_out"]] |= {
-            tuple(row) for row in make_element(tok, dict(record, pairs=[])).rows}
+            tuple(row) for row in elements_from([check_ranking(record)])[0].rows}
     for row, (held_out, trained) in zip(of_kind(rows, "validation"), zip(asked[::2], asked[1::2])):
         assert held_out[0] <= sides[True] and trained[0] <= sides[False]
         for name in ("loss", "accuracy"):
@@ -511,7 +518,7 @@ def test_no_held_out_pair_is_trained_on(folder, monkeypatch):
     monkeypatch.setattr(dpo, "batch_tensors", spy)
     run(folder, monkeypatch, "sides", "--epochs=1", "--batch_size=4")
     for record in read_rows("pairs.jsonl", lambda r, where: r):
-        rows = {tuple(row) for row in make_element(tok, dict(record, pairs=[])).rows}
+        rows = {tuple(row) for row in elements_from([check_ranking(record)])[0].rows}
         assert rows <= seen or record["held_out"]
         assert not rows & seen or not record["held_out"]
 
@@ -652,14 +659,17 @@ def test_other_data_has_another_cache(cached, change):
     # catches a stale cache: the data, their order or what is scored of them is not part of the key
     model, elements = train_elements()
     cached(model, elements)
+    ids, masks = elements[0].source.ids, elements[0].source.masks
+    ids.values, masks.values = ids.values.copy(), masks.values.copy()  # of a file
+    end = ids.ends[elements[0].numbers[0]]
     if change == "answer":
-        elements[0].rows[0][-2] = 7
+        ids.values[end - 2] = 7
     elif change == "order":
         elements = elements[::-1]
     elif change == "fewer":
         elements = elements[:-1]
     else:
-        elements[0].masks[0][-1] = 0
+        masks.values[end - 1] = 0
     assert cached(model, elements) == 1
 
 

@@ -292,7 +292,7 @@ def test_pretraining_text_leaves_out_what_later_stages_hold_out(tmp_path):
     sides = split([check_prompt(r) for r in rows])
     for name, wrap in (("x.json", "array"), ("x.jsonl", "lines"), ("x.txt", "gzip_lines")):
         (tmp_path / name).write_bytes(WRAPPINGS[wrap](rows))
-        texts = read_texts(str(tmp_path / name), 0, 0)
+        texts = list(read_texts(str(tmp_path / name), 0, 0))
         assert len(texts) == len(sides.train) and texts[0].count("\n") == 1
         assert not {r["prompt"] for r in sides.held_out} & {t.split("\n")[0] for t in texts}
 
@@ -482,10 +482,10 @@ def test_web_records_give_their_text_and_not_their_metadata(tmp_path):
     pairs = [dict(prompt="P", chosen="C", rejected="R", generator_chosen="gpt", held_out=False)]
     for rows, expected in ((web, [f"Story {i}." for i in range(5)]), (pairs, ["P\nC\nR"])):
         (tmp_path / "x").write_bytes(LINES(rows))
-        assert read_texts(str(tmp_path / "x"), 0, 0) == expected
+        assert list(read_texts(str(tmp_path / "x"), 0, 0)) == expected
     (tmp_path / "x").write_bytes(LINES([dict(body="a", id=3)]))
     with pytest.raises(UserError, match="here are: body, id"):
-        read_texts(str(tmp_path / "x"), 0, 0)
+        list(read_texts(str(tmp_path / "x"), 0, 0))
 
 
 def test_a_text_column_does_not_hide_the_prompt_from_the_split(tmp_path):
@@ -493,28 +493,28 @@ def test_a_text_column_does_not_hide_the_prompt_from_the_split(tmp_path):
     rows = [dict(prompt=f"Q{i}", completion=f"A{i}", text=f"Q{i} A{i}") for i in range(200)]
     (tmp_path / "x").write_bytes(LINES(rows))
     sides = split([check_prompt(r) for r in rows])
-    assert read_texts(str(tmp_path / "x"), 0, 0) == [
+    assert list(read_texts(str(tmp_path / "x"), 0, 0)) == [
         r["prompt"] + " A" + r["prompt"][1:] for r in sides.train]
     (tmp_path / "x").write_bytes(LINES([dict(text="a", split="test"), dict(text="b"),
                                         dict(text="c", held_out=True)]))
-    assert read_texts(str(tmp_path / "x"), 0, 0) == ["b"]
+    assert list(read_texts(str(tmp_path / "x"), 0, 0)) == ["b"]
     (tmp_path / "x").write_bytes(LINES([dict(messages=[user("a"), bot("b", weight=0), user("c"),
                                                        bot("d")], held_out=False)]))
-    assert read_texts(str(tmp_path / "x"), 0, 0) == ["a\nc\nd"]
+    assert list(read_texts(str(tmp_path / "x"), 0, 0)) == ["a\nc\nd"]
 
 
 def test_plain_text(tmp_path, capsys):
     # catches text that is taken for JSON, and what is no text but is learnt as if it were
     path = tmp_path / "x"
     path.write_text("[Verse 1]\na\n \n{chorus}\n\n\nb <|im_start|>user")
-    assert read_texts(str(path), 0, 0) == ["[Verse 1]\na", "{chorus}", "b <|im_start|>user"]
+    assert list(read_texts(str(path), 0, 0)) == ["[Verse 1]\na", "{chorus}", "b <|im_start|>user"]
     assert "1 documents hold markers" in capsys.readouterr().out
     for content, message in ((b"%PDF-1.7", "a PDF"), (b"<!DOCTYPE html>", "a web page"),
                              ("story".encode("utf-16-le"), "UTF-16"), (b'"a"\n"b"', "JSON object"),
                              (b"a\ncaf\xe9", ":2: not UTF-8")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            read_texts(str(path), 0, 0)
+            list(read_texts(str(path), 0, 0))
 
 
 @pytest.mark.parametrize("stop", ["<|endoftext|>", "</s>", "<|im_end|>", "<|EOT|>",
@@ -523,12 +523,12 @@ def test_documents_end_at_a_stop_marker_and_it_is_not_learnt(tmp_path, capsys, s
     # catches 400 stories that become 308 documents, with the marker as text
     stories = [f"Story {i}.\n\nIt ends." if i % 3 else f"Story {i}." for i in range(40)]
     (tmp_path / "x.txt").write_text(f"\n{stop}\n".join(stories))
-    texts = read_texts(str(tmp_path / "x.txt"), 0, 0)
+    texts = list(read_texts(str(tmp_path / "x.txt"), 0, 0))
     assert not any(stop in t for t in texts)
     assert [t.strip() for t in texts if "Story" in t] == [f"Story {i}." for i in range(40)]
     assert f"39 markers end a document each and are not learnt: {stop}\n" in capsys.readouterr().out
     (tmp_path / "x.jsonl").write_bytes(LINES([dict(text=f"a{stop}b")]))
-    assert read_texts(str(tmp_path / "x.jsonl"), 0, 0) == ["a", "b"]
+    assert list(read_texts(str(tmp_path / "x.jsonl"), 0, 0)) == ["a", "b"]
 
 
 def test_an_answer_ends_with_our_own_eos_and_no_other(tmp_path, capsys):

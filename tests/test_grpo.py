@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from data import gsm8k
 from cli import UserError
-from data.records import check_answer, check_demonstration, read_rows, split
+from common import clustered_se
+from data import gsm8k
+from data.files import read_rows
+from data.records import check_answer, check_demonstration, split
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer, is_right, strip_calculator
-from common import clustered_se
 from grpo import (
     METHODS,
     Config,

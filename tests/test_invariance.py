@@ -19,6 +19,7 @@ import reward
 import sft
 import torch
 import torch.nn.functional as F
+from conftest import rows_from
 from data import batches, load
 from data.load import Element
 from data.records import collate
@@ -298,8 +299,11 @@ def test_scores_and_report_card_do_not_depend_on_the_batch(tiny):
         torch.testing.assert_close(found, scores, rtol=1e-6, atol=0)
     records = [dict(prompt=f"What is {i + 1} plus 1?", gold=[i, 1.5, 0.2], pairs=[(0, 1), (2, 1)],
                     completions=["x" * (i + 1), "xx", "y"]) for i in range(4)]
-    elements = [Element(list(rows[3 * i:3 * i + 3]), list(masks[3 * i:3 * i + 3]), r["pairs"], [],
-                        [], r) for i, r in enumerate(records)]
+    source = rows_from([*zip(rows, masks)], [
+        dict(asked=i, chars=len(text), gold=gold) for i, r in enumerate(records)
+        for text, gold in zip(r["completions"], r["gold"])])
+    elements = [Element(source, (3 * i, 3 * i + 1, 3 * i + 2), r["pairs"], [], [])
+                for i, r in enumerate(records)]
 
     def card(order):
         metrics = reward.evaluate(model, [elements[i] for i in order], PAD, device, noise=1.0)

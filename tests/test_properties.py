@@ -15,7 +15,8 @@ import reward
 import sft
 import torch
 from cli import UserError, read_flags
-from data.load import make_element
+from conftest import elements_from
+from data.files import read_rows
 from data.records import (
     check_demonstration,
     check_prompt,
@@ -23,10 +24,8 @@ from data.records import (
     check_ranking_or_label,
     collate,
     encode_messages,
-    merge_rankings,
     prompt_key,
     ranking_pairs,
-    read_rows,
     split,
     write_jsonl,
 )
@@ -157,8 +156,8 @@ def test_any_object_is_a_record_or_a_data_error(record):
         if "dropped" in checked:
             continue
         split([checked]), prompt_key(checked)
-        if "completions" in checked:
-            merge_rankings([checked])
+        if check in (check_ranking, check_ranking_or_label):
+            elements_from([checked])
         if check is check_demonstration:
             encode_messages(tok, checked["messages"])
 
@@ -195,15 +194,15 @@ def test_rankings_survive_and_every_pair_is_ordered(record):
     assert (checked["completions"], checked["ranks"]) == (texts, ranks)
     assert set(ranking_pairs(ranks)) == {(i, j) for i in range(len(ranks))
                                          for j in range(len(ranks)) if ranks[i] < ranks[j]}
-    for element in merge_rankings([checked]):
-        assert len(set(element["completions"])) == len(element["completions"])
-        for i, j in element["pairs"]:
-            better, worse = element["completions"][i], element["completions"][j]
-            assert any(texts[a] == better and texts[b] == worse and ranks[a] < ranks[b]
+    distinct = list(dict.fromkeys(texts))
+    for e in elements_from([checked]):
+        head = tok.encode_prompt(checked["prompt"])
+        assert e.rows == [head + tok.encode_response(text) for text in distinct]
+        for i, j in e.pairs:
+            assert any(texts[a] == distinct[i] and texts[b] == distinct[j] and ranks[a] < ranks[b]
                        for a in range(len(texts)) for b in range(len(texts)))
-        if "gold" in element:
-            for text, gold in zip(element["completions"], element["gold"]):
-                assert gold == record["gold"][texts.index(text)]
+        for text, gold in zip(distinct, e.facts("gold")):
+            assert gold == checked["gold"][texts.index(text)] if "gold" in checked else gold != gold
 
 
 @many
@@ -221,13 +220,12 @@ def test_labels_survive_and_become_elements(records):
             assert found == check_ranking(record)
     single = [r for r in checked if "label" in r]
     for record in single:
-        e = make_element(tok, dict(prompt=record["prompt"], pairs=[], completions=[
-            record["completion"]], labels=[1 if record["label"] else -1]))
+        [e] = elements_from([record])
         assert e.labels == [1 if record["label"] else -1] and e.best == [0] * record["label"]
         assert e.rows[0] == tok.encode_prompt(record["prompt"]) + tok.encode_response(
             record["completion"])
-    for record in merge_rankings([r for r in checked if "label" not in r]):
-        e = make_element(tok, record)
+    for e in elements_from([r for r in checked if "label" not in r] or single)[
+            0 if len(single) < len(checked) else len(single):]:
         won, lost = ({p[side] for p in e.pairs} for side in (0, 1))
         for n, sign in enumerate(e.labels):
             balance = sum(i == n for i, _ in e.pairs) - sum(j == n for _, j in e.pairs)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import rows_from
 from data.load import Element
 from data.records import collate
 from dpo import (
@@ -241,13 +242,14 @@ class Answers:
             p.requires_grad_(False)
         rng = np.random.default_rng(0)
         draw = lambda n: rng.integers(1, 61, n).tolist()
-        self.elements = []
+        rows = []
         for start, *lengths in ((3, 5, 2), (1, 4, 9), (6, 3, 3), (2, 7, 4)):
             prompt = draw(start)
             answers = [draw(n) + [0] for n in lengths]  # 0 stands for EOS
-            self.elements.append(Element([prompt + a for a in answers],
-                                         [[0] * start + [1] * len(a) for a in answers],
-                                         [(0, 1)], [1, -1], [0]))
+            rows += [(prompt + a, [0] * start + [1] * len(a)) for a in answers]
+        source = rows_from(rows)
+        self.elements = [Element(source, (n, n + 1), [(0, 1)], [1, -1], [0])
+                         for n in range(0, len(rows), 2)]
         order = [(e, n) for n in (0, 1) for e in self.elements]  # theirs: all chosen, all rejected
         self.tokens, self.mask = collate([e.rows[n] for e, n in order],
                                          [e.masks[n] for e, n in order], 61)

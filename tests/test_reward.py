@@ -9,9 +9,10 @@ import pytest
 import reward
 import torch
 import torch.nn.functional as F
+from conftest import elements_from, rows_from
 from data import batches
 from data.load import Element
-from data.records import encode_ranking, merge_rankings, ranking_pairs
+from data.records import digest, question, ranking_pairs
 from data.tokenizer import load_tokenizer
 from reward import (
     RewardModel,
@@ -101,8 +102,11 @@ def test_report_card_on_a_known_model():
         record["completions"] = completions
     rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
     masks = [[[0, 1], [0, 1]]] * 3
-    elements = [Element(r, m, record["pairs"], [], [], record)
-                for r, m, record in zip(rows, masks, records)]
+    source = rows_from([x for r, m in zip(rows, masks) for x in zip(r, m)], [
+        dict(asked=digest(question(r["prompt"])), chars=len(text), gold=gold)
+        for r in records for text, gold in zip(r["completions"], r["gold"])])
+    elements = [Element(source, (2 * n, 2 * n + 1), record["pairs"], [], [])
+                for n, record in enumerate(records)]
     card = evaluate(Oracle(), elements, 99, torch.device("cpu"), noise=1.0)
     assert card["accuracy"] == pytest.approx(2 / 3)
     assert card["longer_wins"] == pytest.approx(1 / 3)
@@ -121,9 +125,8 @@ def test_equal_scores_are_half_right():
         def raw(self, tokens, mask):
             return torch.zeros(len(tokens))
 
-    record = dict(prompt="a", completions=["xx", "y"], pairs=[(0, 1)], gold=[1.0, 0.0])
-    element = Element([[1, 2], [1, 3]], [[0, 1], [0, 1]], [(0, 1)], [], [], record)
-    card = evaluate(Constant(), [element], 99, torch.device("cpu"))
+    elements = elements_from([dict(prompt="a", completions=["xx", "y"], ranks=[1, 2])])
+    card = evaluate(Constant(), elements, 99, torch.device("cpu"))
     assert card["accuracy"] == 0.5 and card["loss"] == pytest.approx(math.log(2))
 
 
@@ -164,18 +167,21 @@ def test_a_run_ends_centred_and_scaled(tmp_path, monkeypatch):
 def test_the_answers_of_a_prompt_share_its_ids():
     # catches a prompt that is cut to make room for its answer, for each answer by another length
     tokenizer, prompt = load_tokenizer("synthetic"), "Which of them is it? " * 20
-    rows, masks = encode_ranking(tokenizer, dict(prompt=prompt, completions=["No.", "Yes. " * 9]))
-    prompts = [[t for t, m in zip(row, mask) if m == 0] for row, mask in zip(rows, masks)]
+    [e] = elements_from([dict(prompt=prompt, completions=["No.", "Yes. " * 9], ranks=[1, 2])])
+    prompts = [[t for t, m in zip(row, mask) if m == 0] for row, mask in zip(e.rows, e.masks)]
     assert prompts[0] == prompts[1] == tokenizer.encode_prompt(prompt)
 
 
 def test_rankings_of_one_prompt_share_an_element():
     # catches pairs of one prompt spread over batch elements, and answers read more than once
     pair = lambda p, c, r: dict(prompt=p, completions=[c, r], ranks=[1, 2])
-    merged = merge_rankings([pair("a", "x", "y"), pair("b", "x", "y"), pair("a", "z", "x"),
-                             dict(prompt="a", completions=["x", "y"], ranks=[1, 1])])
-    assert [(e["prompt"], e["completions"], e["pairs"]) for e in merged] == [
-        ("a", ["x", "y", "z"], [(0, 1), (2, 0)]), ("b", ["x", "y"], [(0, 1)])]
-    assert "gold" not in merged[0]
-    ranked = merge_rankings([dict(prompt="a", completions=["x", "y"], ranks=[2, 1], gold=[1, 2])])
-    assert ranked[0]["gold"] == [1, 2] and ranked[0]["pairs"] == [(1, 0)]
+    merged = elements_from([pair("a", "x", "y"), pair("b", "x", "y"), pair("a", "z", "x"),
+                            dict(prompt="a", completions=["x", "y"], ranks=[1, 1])])
+    tokenizer = load_tokenizer("synthetic")
+    assert [(e.rows, e.pairs) for e in merged] == [
+        ([tokenizer.encode_prompt(p) + tokenizer.encode_response(c) for c in texts], pairs)
+        for p, texts, pairs in (("a", "xyz", [(0, 1), (2, 0)]), ("b", "xy", [(0, 1)]))]
+    assert np.isnan(merged[0].facts("gold")).all()
+    [e] = elements_from([dict(prompt="a", completions=["x", "yy"], ranks=[2, 1], gold=[1, 2])])
+    assert e.pairs == [(1, 0)]
+    assert e.facts("gold").tolist() == [1, 2] == e.facts("chars").tolist()
