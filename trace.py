@@ -8,8 +8,8 @@
     python trace.py ppo --help      # the flags, which are those of the stage
 
 The numbers are those of the run with the same flags. Where there is a reference, the policy is
-trained a little first: at the start every log-ratio would be 0. Nothing is written, so --out,
---resume and --overwrite mean nothing here.
+trained a little first: at the start every log-ratio would be 0. Nothing but out/cache is written,
+so --out, --resume and --overwrite mean nothing here.
 """
 
 import sys

@@ -255,13 +255,15 @@ def test_bad_input_is_one_clear_line(chain, script, flags, message):
     write_jsonl(folder / "empty.jsonl", [dict(prompt="a", completion="")])
     write_jsonl(folder / "long.jsonl", [dict(prompt=f"{i} " * 300, completion="b")
                                         for i in range(60)])
-    before = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*")}
+    times = lambda: {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*")
+                     if "cache" not in p.parts}
+    before = times()
     if not any(f.startswith("--out") for f in flags):
         flags = [*flags, "--out=out/new"]
     result = run_script(script, *flags, cwd=folder)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and message in result.stderr
-    assert {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*")} == before
+    assert times() == before
 
 
 def test_vocabulary_that_does_not_fit(chain):

@@ -1,0 +1,163 @@
+"""Encoded rows in flat arrays: what they hold, their cache, their memory."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from cli import UserError
+from conftest import rows_from
+from data import records, tokens
+from data.load import load_rankings
+from data.records import check_demonstration, check_ranking, demonstration_rows, ranking_rows
+from data.text import text_rows
+from data.tokenizer import load_tokenizer
+from data.tokens import read_tokens
+
+tok = load_tokenizer("synthetic")
+PAIRS = [dict(prompt=f"Which is {i}?", chosen="It is this." * (i % 3 + 1), rejected=f"No {i}.",
+              held_out=i % 4 == 0) for i in range(40)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(path, tokenizer=tok, check=check_ranking, encode=ranking_rows, **options):
+    return read_tokens(path, check, encode, tokenizer, **options)
+
+
+def test_rows_are_what_the_records_say(folder):
+    # catches rows that begin or end a token early, and facts of another row
+    rows = read(write(folder / "x", PAIRS))
+    assert len(rows) == 80 and rows.ids.values.dtype == np.uint16
+    for n, record in enumerate(PAIRS):
+        head = tok.encode_prompt(record["prompt"])
+        for k, key in enumerate(("chosen", "rejected")):
+            answer = tok.encode_response(record[key])
+            assert rows[2 * n + k] == (head + answer, [0] * len(head) + [1] * len(answer))
+            facts = rows.facts[2 * n + k]
+            assert (facts["record"], facts["rank"], facts["chars"], facts["response"]) == (
+                n, k + 1, len(record[key]), len(answer))
+            assert facts["held_out"] == record["held_out"] and np.isnan(facts["gold"])
+    some = rows.select([3, 0]).select([1])
+    assert some[0] == rows[0] and list(some.lengths) == [len(rows[0][0])]
+    # by a hash of the prompt: the same rows, however the file is ordered
+    of = lambda rows: {tuple(ids) for ids, _ in (rows[n] for n in range(len(rows)))}
+    other = read(write(folder / "y", PAIRS[::-1]))
+    assert of(rows.choose(10)) == of(other.choose(10)) != of(rows.select(range(10)))
+    assert of(rows.choose(99)) == of(rows)
+
+
+def test_many_kinds_of_tokens_take_four_bytes():
+    # catches ids over 65,535 that come back as others
+    class Large:
+        n_tokens, encode_pieces = 70000, tok.encode_pieces
+
+    [rows] = [tokens.rows_of(tokens.flatten(Large, [[([(69999, 1), (3, 0)], {})]]))]
+    assert rows[0] == ([69999, 3], [1, 0]) and rows.ids.values.dtype == np.uint32
+    assert rows_from([([5, 1786], [0, 1])])[0] == ([5, 1786], [0, 1])
+
+
+def test_a_file_is_read_once(folder, monkeypatch, capsys):
+    # catches a cache that is not used, one that is silent about what was dropped, and one that
+    # calls the file by the name it had before
+    rows = [*PAIRS, dict(prompt="Bad."), dict(PAIRS[1], weight=0), dict(PAIRS[1], extra=1)]
+    first = read(write(folder / "before", rows), skip_bad=True)
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("1 of 43 records are bad", "of weight 0", "extra",
+                                         "41 records; 30 prompts to train on, 10 held out"))
+    monkeypatch.setattr(tokens, "read_sides", None)
+    again = read(write(folder / "after", rows), skip_bad=True)
+    assert capsys.readouterr().out == said.replace("before", "after")
+    assert [again[n] for n in range(len(again))] == [first[n] for n in range(len(first))]
+    assert again.facts.tobytes() == first.facts.tobytes()
+
+
+@pytest.mark.parametrize("change", ["content", "tokenizer", "code", "bad", "check"])
+def test_another_reading_has_another_cache(folder, monkeypatch, change):
+    # catches tokens of another file, vocabulary or version of the code
+    class Other:
+        name, pad, eos, n_tokens = "gpt2", tok.pad, tok.eos, tok.n_tokens
+        markers, encode_pieces, prompt_pieces = tok.markers, tok.encode_pieces, tok.prompt_pieces
+
+    path = write(folder / "x", PAIRS)
+    read(path)
+    options = {}
+    if change == "content":
+        write(folder / "x", [*PAIRS, PAIRS[0]])
+    elif change == "tokenizer":
+        options = dict(tokenizer=Other)
+    elif change == "code":
+        hashes = {"records.py": "another"}
+        real = tokens.file_hash
+        monkeypatch.setattr(tokens, "file_hash", lambda p: hashes.get(getattr(p, "name", 0))
+                            or real(p))
+    elif change == "bad":
+        options = dict(skip_bad=True)
+    else:
+        options = dict(check=records.check_ranking_or_label)
+    before = {*(folder / "out" / "cache").iterdir()}
+    read(path, **options)
+    assert len({*(folder / "out" / "cache").iterdir()} - before) == 1
+
+
+def test_what_cannot_be_read_leaves_no_cache(folder, monkeypatch):
+    # catches half a cache that the next run takes for a whole one
+    path = write(folder / "x", [*PAIRS, dict(prompt="Bad.")])
+    for _ in range(2):
+        with pytest.raises(UserError, match="the field 'chosen' is missing"):
+            read(path)
+        assert not [*(folder / "out" / "cache").iterdir()]
+    (folder / "out").rename(folder / "moved")
+    (folder / "out").write_text("")
+    with pytest.raises(UserError, match="out/cache is no folder that can be written to"):
+        read(path)
+
+
+def test_two_readers_at_once(folder, monkeypatch):
+    # catches a reader that fails, or breaks the cache, because another one was there first
+    path, real, seen = write(folder / "x", PAIRS), tokens.read_sides, []
+
+    def slow(*args):
+        if not seen:
+            seen.append(1)
+            seen.append(read(path))  # the other one begins later and ends first
+        return real(*args)
+
+    monkeypatch.setattr(tokens, "read_sides", slow)
+    rows = read(path)
+    assert [rows[n] for n in range(80)] == [seen[1][n] for n in range(80)]
+    assert len([*(folder / "out" / "cache").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("kind", ["pairs", "demonstrations", "text"])
+def test_memory_does_not_grow_with_the_tokens(folder, kind):
+    # catches tokens in Python lists (20 bytes and more for each byte of the file), and texts that
+    # are all kept: what is allocated at most is to stay below the size of the file
+    words = "The river runs past the old mill and under the stone bridge to the sea. " * 6
+    rows = [dict(prompt=f"{i}: {words}", chosen=words, rejected=words[:99]) for i in range(4000)]
+    if kind == "demonstrations":
+        rows = [dict(prompt=r["prompt"], completion=r["chosen"]) for r in rows]
+    path = write(folder / "x", rows)
+    if kind == "text":
+        path = str(folder / "x.txt")
+        (folder / "x.txt").write_text("\n\n".join(r["prompt"] + r["chosen"] for r in rows))
+    size = (folder / path).stat().st_size
+    del rows
+    read_all = dict(
+        pairs=lambda: load_rankings(path, tok, 4096),
+        demonstrations=lambda: read(path, check=check_demonstration, encode=demonstration_rows),
+        text=lambda: text_rows(path, tok, 64, 0, 0))[kind]
+    tracemalloc.start()
+    kept = read_all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept is not None and peak < 1.5 * size + 16e6, (peak, size)
