@@ -26,7 +26,17 @@ BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd
           (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"), (b"ARROW1", "an Arrow file"),
           (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a rar archive"), (b"%PDF", "a PDF"),
           (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"))
-SPACE, DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _object(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"a key stands twice in {shorten(', '.join(k for k, _ in pairs), 60)}")
+    return result
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def is_data(path):
@@ -170,7 +180,7 @@ def _why(error):
 def _parse(text):
     """(what the JSON says, None), or (None, why it is none)."""
     try:
-        return json.loads(text), None
+        return DECODER.decode(text), None
     except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
         return None, _why(error)
 

@@ -38,9 +38,14 @@ ROLES = ("system", "user", "assistant")
 WEIGHTS = {"weight", "loss_weight", "train", "trainable", "training"}
 # what belongs into a prompt, and would be left out of it
 BESIDE = ("input", "context", "query", "instruction", "history", "system_prompt", "tools", "images")
-FIELDS = {"prompt", "completion", "messages", "chosen", "rejected", "completions", "ranks", "label",
-          "answer", "system", *BESIDE, "held_out", "split", *WEIGHTS, "text",
-          "gold", "second", "family", "world", "noise", "policy"}
+# the fields that a check looks at; what every record may say, and label.py adds, is no news
+COMMON = {"prompt", "system", *BESIDE, "held_out", "split", *WEIGHTS, "second", "family", "world",
+          "noise", "policy"}
+FIELDS = dict(check_demonstration={"completion", "messages", "label"},
+              check_ranking={"chosen", "rejected", "completions", "ranks", "gold"},
+              check_ranking_or_label={"chosen", "rejected", "completions", "ranks", "gold",
+                                      "completion", "label"},
+              check_answer={"answer"})
 TURN_FIELDS = {"role", "content", "loss", *WEIGHTS}
 SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
              dev=True, eval=True, held_out=True)  # of a field "split"
@@ -250,6 +255,10 @@ def check_ranking(record, where="record"):
     """{"prompt", "completions", "ranks"}, "gold" if given; a pair becomes a ranking of two."""
     record = _present(record)
     if "completions" not in record:
+        if "completion" in record and "chosen" not in record:
+            _fail(where, "one answer is no pair: " + (
+                "`python dpo.py --loss=kto` learns from answers with a label" if "label" in record
+                else "`python sft.py` learns from demonstrations"))
         record = _with_prompt(record, ["chosen", "rejected"], where)
         prompt = _prompt(record, where)
         completions = [_answer(record, k, prompt, where) for k in ("chosen", "rejected")]
@@ -416,12 +425,14 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, kee
     has none. keep(records) -> what is kept of each of some records, where all would be too much."""
     fields, sides, kept, dropped = set(), Sides(), [], Counter()
     used, all_of, markers = array("b"), array("q"), Counter()
+    # prompts are taken from records of any format, and texts from what is in them
+    known = COMMON | FIELDS.get(check.__name__, set().union({"text"}, *FIELDS.values()))
 
     def noted(row, where):
         for key, value in row.items():
-            if value is not None and key not in FIELDS:
+            if value is not None and key not in known:
                 fields.add(key)
-            for turn in value if isinstance(value, list) and key in FIELDS else ():
+            for turn in value if isinstance(value, list) and key in known else ():
                 if isinstance(turn, dict):
                     fields.update(f"{key}[].{k}" for k, v in turn.items()
                                   if v is not None and k not in TURN_FIELDS)

@@ -9,7 +9,13 @@ from cli import UserError
 from conftest import rows_from
 from data import records, tokens
 from data.load import load_rankings
-from data.records import check_demonstration, check_ranking, demonstration_rows, ranking_rows
+from data.records import (
+    check_demonstration,
+    check_ranking,
+    demonstration_rows,
+    ranking_rows,
+    split,
+)
 from data.text import text_rows
 from data.tokenizer import load_tokenizer
 from data.tokens import read_tokens
@@ -151,7 +157,9 @@ def test_memory_does_not_grow_with_the_tokens(folder, kind):
         path = str(folder / "x.txt")
         (folder / "x.txt").write_text("\n\n".join(r["prompt"] + r["chosen"] for r in rows))
     size = (folder / path).stat().st_size
-    del rows
+    sides = split([dict(prompt=r["prompt"]) for r in rows])
+    n = [len(sides.train), len(sides.held_out)]
+    del rows, sides
     read_all = dict(
         pairs=lambda: load_rankings(path, tok, 4096),
         demonstrations=lambda: read(path, check=check_demonstration, encode=demonstration_rows),
@@ -160,4 +168,9 @@ def test_memory_does_not_grow_with_the_tokens(folder, kind):
     kept = read_all()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert kept is not None and peak < 1.5 * size + 16e6, (peak, size)
+    if kind == "pairs":
+        assert [len(kept.train), len(kept.held_out)] == n
+    if kind == "demonstrations":
+        assert [sum(kept.facts["held_out"] == side) for side in (False, True)] == n
+        assert kept.facts["record"].tolist() == [*range(4000)]
+    assert peak < 1.5 * size + 16e6, (peak, size)
