@@ -211,6 +211,8 @@ def test_a_shared_first_answer_is_part_of_the_prompt_but_never_the_last_turn():
     (check_ranking, dict(prompt="a", completions=["b", "c"], ranks=[1.5, 2]), "whole numbers"),
     (check_ranking, dict(prompt="a", completions=["b", "c"], ranks=[1, 2], gold=[float("nan"), 1]),
      "'gold' must be"),
+    (check_ranking, dict(prompt="a", completion="b", label=True), "`python dpo.py --loss=kto`"),
+    (check_ranking, dict(prompt="a", completion="b"), "`python sft.py`"),
     (check_demonstration, dict(messages=[system("")]), "nothing else"),
     (check_prompt, dict(question="a"), "here are: question")])
 def test_what_cannot_be_honoured_is_refused(check, record, message):
@@ -443,6 +445,29 @@ def test_fields_that_are_not_used_are_named_once(tmp_path, capsys):
     read_sides(tmp_path / "x", check_demonstration)
     said = capsys.readouterr().out
     assert said.count("fields that are not used: source, toxicity\n") == 1
+
+
+def test_fields_of_other_formats_are_named_where_they_are_not_used(tmp_path, capsys):
+    # catches an answer, a label or messages beside what a stage reads, dropped in silence
+    write_jsonl(tmp_path / "x", [dict(prompt="a", chosen="b", rejected="c", label=1, answer="4",
+                                      messages=[user("a")])])
+    for check, unused in ((check_ranking, "answer, label, messages"),
+                          (check_answer, "chosen, label, messages, rejected")):
+        read_sides(tmp_path / "x", check, needed=())
+        assert f"fields that are not used: {unused}\n" in capsys.readouterr().out
+    write_jsonl(tmp_path / "x", [dict(prompt="a", chosen="b", rejected="c")])
+    read_sides(tmp_path / "x", check_prompt, needed=())
+    assert "not used" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a", "prompt": "b", "completion": "c"}',
+                                  '[{"prompt": "a", "prompt": "b", "completion": "c"}]',
+                                  '{"messages": [{"role": "user", "role": "system"}]}'])
+def test_a_key_that_stands_twice_is_refused(tmp_path, text):
+    # catches the last one taken in silence, as every JSON reader does
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(UserError, match="a key stands twice in (prompt|role)"):
+        read_sides(tmp_path / "x", check_demonstration)
 
 
 def test_what_stands_in_a_turn_and_is_not_used_is_named(tmp_path, capsys):
