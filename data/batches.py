@@ -32,19 +32,21 @@ def by_length(rows, lengths, size):
 def like_length(lengths, size, rng, bucket=100):
     """A permutation of rows of these lengths, whose batches of `size` are of like length.
 
-    The rows are shuffled; within every `bucket` batches they are sorted by length; then the whole
-    batches are shuffled. On pairs of HH-RLHF a batch runs over 1.13 times its tokens, not 2.3 (at
-    8 prompts). The rows that fill no batch come last, as they are.
+    The rows are shuffled; within every `bucket` batches they are sorted by length; then the batches
+    are shuffled. One that is not full comes last: as many rows of the last bucket, from anywhere in
+    it. On pairs of HH-RLHF a batch runs over 1.13 times its tokens, not 2.3 (at 8 prompts).
 
     The trap: a sum that is divided by the tokens of its own step makes those of short rows weigh
     more, and the model brief. The stages divide by what an average step of the epoch holds.
     """
-    order = rng.permutation(len(lengths))
-    order, rest = np.split(order, [len(order) // size * size])
+    order, n = rng.permutation(len(lengths)), len(lengths) // size  # whole batches
     buckets = np.arange(len(order)) // (bucket * size)
     order = order[np.lexsort((np.asarray(lengths)[order], buckets))]
-    batches = order.reshape(-1, size)
-    return np.concatenate([batches[rng.permutation(len(batches))].ravel(), rest])
+    short = len(order) - n * size  # rows of the batch that is not full
+    start = rng.integers(n // bucket * bucket * size, n * size + 1)
+    rest = slice(start, start + short)
+    batches = np.delete(order, rest).reshape(n, size)
+    return np.concatenate([batches[rng.permutation(n)].ravel(), order[rest]])
 
 
 def in_pieces(fn, lengths, size, bar=None):

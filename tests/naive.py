@@ -322,15 +322,20 @@ def choose(records, n, key=lambda r: key_of(prompt_of(r))):
 
 
 def order_of(lengths, size, random):
-    """Rows in a random order, but every hundred batches sorted by length, then the batches in a
-    random order; the rows that fill no batch are the last of the first order."""
-    order, sorted_batches = list(random.permutation(len(lengths))), []
-    rest = [order.pop() for _ in range(len(lengths) % size)][::-1]
-    for start in range(0, len(order), 100 * size):
-        bucket = sorted(order[start:start + 100 * size], key=lambda i: lengths[i])
-        sorted_batches += [bucket[i:i + size] for i in range(0, len(bucket), size)]
-    shuffled = random.permutation(len(sorted_batches))
-    return [i for n in shuffled for i in sorted_batches[n]] + rest
+    """Rows in a random order, but every hundred batches sorted by length; out of what is left in
+    the end a batch that is not full is taken from anywhere; the whole ones in a random order."""
+    order, batches = list(random.permutation(len(lengths))), []
+    short = len(order) % size
+    while len(order) >= 100 * size:
+        bucket, order = sorted(order[:100 * size], key=lambda i: lengths[i]), order[100 * size:]
+        batches += [bucket[i:i + size] for i in range(0, 100 * size, size)]
+    order.sort(key=lambda i: lengths[i])
+    start = random.integers(100 * size * (len(batches) // 100), len(lengths) - short + 1)
+    start -= len(lengths) - len(order)
+    last = [order.pop(start) for _ in range(short)]
+    batches += [order[i:i + size] for i in range(0, len(order), size)]
+    shuffled = random.permutation(len(batches))
+    return [i for n in shuffled for i in batches[n]] + last
 
 
 def held_out_prompts(data, count, tokenizer, room, split="held_out"):
