@@ -1,49 +1,77 @@
 """What the stages after SFT read, as token ids: prompts, and rankings with all their answers."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from cli import UserError, note, progress
-from data.records import (Split, check_prompt, check_ranking, choose, collate, distinct, fits,
-                          prompt_key, ranking_pairs, ranking_rows, read_sides)
+from data.records import (Split, check_prompt, check_ranking, collate, fits, prompt_digest,
+                          ranking_pairs, ranking_rows, read_sides)
 from data.synthetic.world import FAMILIES, sample_prompts
-from data.tokens import Rows, read_tokens
+from data.tokens import Flat, Rows, flat, read_tokens
+
+
+@dataclass
+class Prompts:
+    """What is asked: (text or turns, ids, answer or None) of each."""
+
+    texts: list  # JSON of [prompt, answer], in bytes: as objects they take many times the memory
+    ids: Flat
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, n):
+        prompt, answer = json.loads(self.texts[n])
+        return prompt, self.ids[n], answer
 
 
 def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check=check_prompt,
                  skip_bad=False):
-    """For every side of `counts` a list of (text or turns, ids, answer or None).
+    """For every side of `counts` its Prompts.
 
     data: "synthetic" or a file. counts: {side: n}, sides "training", "held-out" or "all"; n of a
     file's prompts, None for all, each once however often it stands there. The embedded held-out
     ones are the same in every stage. Those over `room` tokens are dropped.
     """
+    dumps = lambda prompt, answer: json.dumps([prompt, answer]).encode()
     sides = None if data == "synthetic" else read_sides(
-        data, check, [side for side in counts if side != "all"], skip_bad)
+        data, check, [side for side in counts if side != "all"], skip_bad,
+        lambda records: [(prompt_digest(r), dumps(r["prompt"], r.get("answer"))) for r in records])
     lists = []
     for side, n in counts.items():
         if sides is None:
-            found = [dict(prompt=p.text, answer=p.answer) for h in (False, True)
+            texts = [dumps(p.text, p.answer) for h in (False, True)
                      if side in ("all", "held-out" if h else "training")
                      for p in sample_prompts(n, h, 0 if h else seed, families)]
         else:
-            found = distinct({"training": sides.train, "held-out": sides.held_out,
-                              "all": sides.held_out + sides.train}[side])
-            print(f"{min(n or len(found), len(found)):,} of {len(found):,} prompts, "
-                  f"side: {side}")
-            found, seen = choose(found, n), {prompt_key(r) for r in sides.train}
-            if side == "all" and (n := sum(prompt_key(r) in seen for r in found)):
+            rows = {"training": sides.train, "held-out": sides.held_out,
+                    "all": sides.held_out + sides.train}[side]
+            found = dict(reversed(rows))  # each prompt once: where it stands first
+            keys = sorted(found)[:n]  # by a hash: never the first ones of a file
+            print(f"{len(keys):,} of {len(found):,} prompts, side: {side}")
+            if side == "all" and (n := len({*keys} & {key for key, _ in sides.train})):
                 note(f"{n} of them are on the training side, by the hash or by their own word: a "
                      "model that was trained on their answers repeats them")
-        encoded = [(r["prompt"], tokenizer.encode_prompt(r["prompt"]), r.get("answer"))
-                   for r in progress(found, "tokens")]
-        lists.append([encoded[n] for n in fits(f"{side} prompts", [len(e[1]) for e in encoded],
-                                               room)])
-        if not lists[-1]:
+            texts = [found[key] for key in keys]
+        ids = flat(encode_prompts(tokenizer, progress(texts, "tokens")))
+        kept = fits(f"{side} prompts", ids.lengths, room)
+        if not len(kept):
             raise UserError(f"--data={data}: no {side} prompt of at most {room} tokens")
+        lists.append(Prompts([texts[n] for n in kept], ids.select(kept)))
     return lists
+
+
+def encode_prompts(tokenizer, texts):
+    """The ids of each prompt, of JSON as in Prompts."""
+    texts = iter(texts)
+    while chunk := list(islice(texts, 1000)):
+        for ids, _ in tokenizer.encode_pieces([tokenizer.prompt_pieces(json.loads(text)[0])
+                                               for text in chunk]):
+            yield ids
 
 
 @dataclass(slots=True)

@@ -499,14 +499,6 @@ def clean_markers(record):
     return found
 
 
-def distinct(records):
-    """The first record of each prompt: where a prompt is asked, not trained on, once is enough."""
-    first = {}
-    for record in records:
-        first.setdefault(prompt_key(record), record)
-    return list(first.values())
-
-
 def question(prompt, synthetic=True):
     """The cluster that a prompt belongs to: what an embedded one asks, whatever its wording; of
     other data the prompt itself."""
@@ -532,13 +524,6 @@ def embedded(path):
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{path}: rankings of the embedded world need \"noise\" and \"policy\", as "
                         "label.py writes them") from None
-
-
-def choose(records, n, key=prompt_key):
-    """n of the records (all if there are fewer), by a hash of what `key` returns: never the first
-    ones of a file, whose order may be that of its sources."""
-    digest = lambda record: hashlib.sha256(repr(key(record)).encode()).hexdigest()
-    return sorted(records, key=digest)[:n]
 
 
 def ranking_pairs(ranks):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from array import array
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ class Flat:
     def lengths(self):
         return self.ends - self.starts
 
+    def select(self, numbers):
+        numbers = np.asarray(numbers, dtype=int)
+        return Flat(self.values, self.starts[numbers], self.ends[numbers])
+
     def hash(self):
         digest = hashlib.sha256(self.lengths.tobytes())
         for start, end in zip(self.starts.tolist(), self.ends.tolist()):
@@ -74,13 +79,22 @@ class Rows:
 
     def select(self, numbers):
         numbers = np.asarray(numbers, dtype=int)
-        starts, ends = self.ids.starts[numbers], self.ids.ends[numbers]
-        return Rows(Flat(self.ids.values, starts, ends), Flat(self.masks.values, starts, ends),
-                    self.facts[numbers])
+        return Rows(self.ids.select(numbers), self.masks.select(numbers), self.facts[numbers])
 
     def choose(self, n):
-        """n of the rows by a hash of their prompts: never the first ones of a file."""
+        """n of the rows by a hash of their prompts: never the first ones of a file, whose order may
+        be that of its sources."""
         return self.select(np.argsort(self.facts["key"], kind="stable")[:n])
+
+
+def flat(rows):
+    """Lists of numbers, one after the other, as a Flat."""
+    values, lengths = array("I"), array("q")
+    for row in rows:
+        values.extend(row)
+        lengths.append(len(row))
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return Flat(np.asarray(values), ends - np.asarray(lengths), ends)
 
 
 def id_type(tokenizer):
