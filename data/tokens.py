@@ -139,15 +139,25 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
     key = digest(json.dumps([file_hash(path), check.__name__, encode.__name__, tokenizer.name,
                              needed, skip_bad, code]))
     folder = CACHE / f"{key:016x}"
-    if not folder.exists():
+    kinds = dict(ids=id_type(tokenizer), masks=np.uint8, lengths=np.int64, facts=FACTS)
+    card = _read_card(folder)
+    if card is None:
         _write_cache(folder, path, check, encode, tokenizer, needed, skip_bad)
     else:
-        card = json.loads((folder / "card.json").read_text())
         for text in card["notes"]:
             note(text.replace(card["path"], str(path)))
         print(card["summary"].replace(card["path"], str(path)))
-    kinds = dict(ids=id_type(tokenizer), masks=np.uint8, lengths=np.int64, facts=FACTS)
     return rows_of({name: np.memmap(folder / name, kind, "r") for name, kind in kinds.items()})
+
+
+def _read_card(folder):
+    """What is known of a cache; None where there is none, or not all of it."""
+    try:
+        card = json.loads((folder / "card.json").read_text())
+        sizes = {name: (folder / name).stat().st_size for name in card["sizes"]}
+        return card if sizes == card["sizes"] else None
+    except (OSError, ValueError):
+        return None
 
 
 def _write_cache(folder, path, check, encode, tokenizer, needed, skip_bad):
@@ -176,11 +186,10 @@ def _write_cache(folder, path, check, encode, tokenizer, needed, skip_bad):
         facts["held_out"] = np.isin(facts["record"], sides.held_out)
         facts.flush()
         (temporary / "card.json").write_text(json.dumps(dict(
-            path=str(path), notes=NOTES[said:], summary=sides.summary)))
-        try:
+            path=str(path), notes=NOTES[said:], summary=sides.summary,
+            sizes={name: (temporary / name).stat().st_size for name in out})))
+        if _read_card(folder) is None:  # no other run was faster
+            shutil.rmtree(folder, ignore_errors=True)  # something broken
             temporary.rename(folder)
-        except OSError:  # another run was faster
-            if not folder.exists():
-                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -128,6 +128,24 @@ def test_what_cannot_be_read_leaves_no_cache(folder, monkeypatch):
         read(path)
 
 
+@pytest.mark.parametrize("damage", ["card.json", "ids", "masks", "facts", "lengths", "cut", "card"])
+def test_a_damaged_cache_is_made_again(folder, damage):
+    # catches a traceback, or rows that are not those of the file
+    path = write(folder / "x", PAIRS)
+    before = read(path)
+    rows = [before[n] for n in range(80)]
+    [cache] = (folder / "out" / "cache").iterdir()
+    if damage == "cut":
+        (cache / "ids").write_bytes((cache / "ids").read_bytes()[:-2])
+    elif damage == "card":
+        (cache / "card.json").write_text("{")
+    else:
+        (cache / damage).unlink()
+    again = read(path)
+    assert [again[n] for n in range(80)] == rows
+    assert [*(folder / "out" / "cache").iterdir()] == [cache] and (cache / "card.json").exists()
+
+
 def test_two_readers_at_once(folder, monkeypatch):
     # catches a reader that fails, or breaks the cache, because another one was there first
     path, real, seen = write(folder / "x", PAIRS), tokens.read_sides, []
