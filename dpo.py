@@ -298,6 +298,16 @@ def epoch_order(train, epoch, config):
                                common.stream(config.seed, "dpo", "order", epoch))
 
 
+def other_prompt(train, order, n):
+    """The Element behind the nth in the order that has another prompt: labelled answers of one
+    prompt are Elements of their own, and being of like length they often stand together."""
+    key = train[order[n]].facts("key")[0]
+    for i in range(n + 1, n + len(order)):
+        if train[order[i % len(order)]].facts("key")[0] != key:
+            return train[order[i % len(order)]]
+    return train[order[(n + 1) % len(order)]]  # there is one prompt only
+
+
 def batch_of(train, order, i, config):
     """(elements, others) of the ith step of an epoch. elements: those of its prompts; others, for
     kto and else empty: each of these prompts with an answer to the next one, (ids, mask), for z0.
@@ -305,7 +315,7 @@ def batch_of(train, order, i, config):
     chosen = range(i * config.batch_size, min((i + 1) * config.batch_size, len(train)))
     others = []
     if config.loss == "kto":
-        others = [mismatch(train[order[n]], train[order[(n + 1) % len(train)]], n) for n in chosen]
+        others = [mismatch(train[order[n]], other_prompt(train, order, n), n) for n in chosen]
     return [train[order[n]] for n in chosen], others
 
 

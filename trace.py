@@ -86,7 +86,8 @@ def trace_sft(config):
     print_tokens(tokenizer, tokens, mask, dict(logp=logp))
     loss, count = sft.sft_loss(logp, mask).item(), int(mask.sum())
     print(f"\nloss = - sum(mask logp) / sum(mask) = {loss:.6f} / {count} = {loss / count:.6f} nats "
-          "per token\n(a training step takes both sums over all dialogues of its batch)")
+          "per token\n(a training step sums over its batch, and divides by the tokens of an "
+          "average one)")
 
 
 def trace_reward(config):
@@ -114,7 +115,8 @@ def trace_reward(config):
                             sigmoid=(chosen - rejected).sigmoid().tolist(), loss=losses))
     total = reward.reward_loss(chosen, rejected).item()
     print(f"\nloss = sum over pairs / pairs = {total:.6f} / {len(pairs)} = "
-          f"{total / len(pairs):.6f} nats\n(a training step takes both sums over all its prompts)")
+          f"{total / len(pairs):.6f} nats\n"
+          "(a training step sums over its batch, and divides by the pairs of an average one)")
 
 
 def ptx_text(config, tokenizer, block_size):
@@ -259,7 +261,7 @@ def trace_dpo(config):
     margin = (rewards[0] - rewards[1]).item()
     print(f"margin = reward of chosen - reward of rejected = {margin:.6f}\n"
           f"loss = {formula} = {loss:.6f}\n"
-          "(a training step takes the mean over all pairs of its prompts)")
+          "(a training step sums over its batch, and divides by the pairs of an average one)")
 
 
 def trace_grpo(config):

@@ -26,14 +26,24 @@ BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd
           (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"), (b"ARROW1", "an Arrow file"),
           (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a rar archive"), (b"%PDF", "a PDF"),
           (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"))
-SPACE = re.compile(r"[ \t\n\r]*")
+SPACE, LIST_END = re.compile(r"[ \t\n\r]*"), re.compile(r"\s*\]\s*$")
+
+
+TWICE = []  # why the row that is being read is bad: which value of a doubled key is meant?
 
 
 def _object(pairs):
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise ValueError(f"a key stands twice in {shorten(', '.join(k for k, _ in pairs), 60)}")
+        TWICE.append(f"a key stands twice in {shorten(', '.join(k for k, _ in pairs), 60)}")
     return result
+
+
+def _twice():
+    """Why the row that was read is bad, or None."""
+    why = TWICE[0] if TWICE else None
+    TWICE.clear()
+    return why
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -144,29 +154,30 @@ def json_rows(path):
         return
     for number, text in chain([first], lines):
         row, why = (None, "not UTF-8 text") if text is None else _parse(text)
-        yield f"{path}:{number}", row, why and (why if text is None else f"not JSON ({why})")
+        yield f"{path}:{number}", row, why or _twice()
 
 
 def _list_rows(path, lines):
-    """Of a file that is one JSON list; an element at a time, or they would all be in memory."""
-    parts = []
+    """Of a file that is one JSON list: its text is in memory, its elements one at a time."""
+    parts, last = [], 1
     for number, text in lines:
         if text is None:
             raise UserError(f"{path}:{number}: not UTF-8 text")
-        parts.append(text)
-    text = "\n".join(parts)
+        parts.append("\n" * (number - last) + text)
+        last = number
+    text = "".join(parts)
     del parts
-    place, n, rest = SPACE.match(text).end() + 1, 0, ""
+    place, n, end = SPACE.match(text).end() + 1, 0, None
     try:
-        if text[place:].strip() == "]":
+        if LIST_END.match(text, place):
             return  # an empty list
-        while rest != "]":
+        while not end:
             row, place = DECODER.raw_decode(text, SPACE.match(text, place).end())
-            place = SPACE.match(text, place).end()
-            if text[place:place + 1] != "," and (rest := text[place:].strip()) != "]":
+            place, end = SPACE.match(text, place).end(), LIST_END.match(text, place)
+            if not end and text[place:place + 1] != ",":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
             place, n = place + 1, n + 1
-            yield f"{path}: row {n}", row, None
+            yield f"{path}: row {n}", row, _twice()
     except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
         raise UserError(f"{path}: not JSON ({_why(error)}): what begins with [ must be one whole "
                         "list") from None
@@ -182,7 +193,8 @@ def _parse(text):
     try:
         return DECODER.decode(text), None
     except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
-        return None, _why(error)
+        TWICE.clear()
+        return None, f"not JSON ({_why(error)})"
 
 
 def each_row(path, check, skip_bad=False):

@@ -1,14 +1,14 @@
 """What the stages after SFT read, as token ids: prompts, and rankings with all their answers."""
 
 import json
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
 from cli import UserError, note, progress
-from data.records import (Split, check_prompt, check_ranking, collate, fits, prompt_digest,
+from data.records import (Split, check_prompt, check_ranking, chunks, collate, fits, prompt_digest,
                           ranking_pairs, ranking_rows, read_sides)
 from data.synthetic.world import FAMILIES, sample_prompts
 from data.tokens import Flat, Rows, flat, read_tokens
@@ -37,10 +37,22 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
     file's prompts, None for all, each once however often it stands there. The embedded held-out
     ones are the same in every stage. Those over `room` tokens are dropped.
     """
-    dumps = lambda prompt, answer: json.dumps([prompt, answer]).encode()
+    dumps = lambda prompt, answer: json.dumps([prompt, answer]).encode() + b"\n"
+    file = tempfile.TemporaryFile()  # the texts, of which only some may be asked for
+
+    def keep(records):
+        places = []
+        for r in records:
+            places.append((prompt_digest(r), file.tell()))
+            file.write(dumps(r["prompt"], r.get("answer")))
+        return places
+
+    def at(place):
+        file.seek(place)
+        return file.readline()
+
     sides = None if data == "synthetic" else read_sides(
-        data, check, [side for side in counts if side != "all"], skip_bad,
-        lambda records: [(prompt_digest(r), dumps(r["prompt"], r.get("answer"))) for r in records])
+        data, check, [side for side in counts if side != "all"], skip_bad, keep)
     lists = []
     for side, n in counts.items():
         if sides is None:
@@ -56,7 +68,7 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
             if side == "all" and (n := len({*keys} & {key for key, _ in sides.train})):
                 note(f"{n} of them are on the training side, by the hash or by their own word: a "
                      "model that was trained on their answers repeats them")
-            texts = [found[key] for key in keys]
+            texts = [at(found[key]) for key in keys]
         ids = flat(encode_prompts(tokenizer, progress(texts, "tokens")))
         kept = fits(f"{side} prompts", ids.lengths, room)
         if not len(kept):
@@ -67,8 +79,7 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
 
 def encode_prompts(tokenizer, texts):
     """The ids of each prompt, of JSON as in Prompts."""
-    texts = iter(texts)
-    while chunk := list(islice(texts, 1000)):
+    for chunk in chunks(texts, len):
         for ids, _ in tokenizer.encode_pieces([tokenizer.prompt_pieces(json.loads(text)[0])
                                                for text in chunk]):
             yield ids
@@ -80,9 +91,9 @@ class Element:
 
     source: Rows  # where the answers are
     numbers: tuple  # which rows of it
-    pairs: list  # (i, j), answer i preferred to j
-    labels: list  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
-    best: list  # desirable answers that no other beats
+    pairs: tuple  # (i, j), answer i preferred to j
+    labels: tuple  # 1 desirable, -1 undesirable, 0 neither, for each answer (kto)
+    best: tuple  # desirable answers that no other beats
     ref: list | None = None  # log pi_ref of each answer, nats per sequence (dpo.py)
 
     @property
@@ -98,7 +109,8 @@ class Element:
     @property
     def prompt(self):
         """The ids of the prompt."""
-        return self.rows[0][:self.masks[0].index(1)]
+        ids, mask = self.source[self.numbers[0]]
+        return ids[:mask.index(1)]
 
     @property
     def longest(self):
@@ -112,37 +124,42 @@ class Element:
 
 
 def make_elements(source, records):
-    """Elements of rows, one for each prompt; the rows of a record make its ranking, or are one
-    labelled answer. records: the rows of each, as lists of numbers.
+    """(Elements, one for each prompt; pairs left out, the same answer twice; prompts left out, no
+    answer beats another). records: the rows of each, as ranges; they are its ranking, or one
+    labelled answer.
 
     Several rankings or pairs of a prompt come together here, so that they share one batch element
     and each answer is read once. A labelled answer stays an element of its own, and comes first.
     In a ranking an answer is desirable where it wins more pairs than it loses.
     """
-    facts = source.facts
-    singles, merged, same = [], {}, 0
-    for rows in records:
-        label = int(facts["label"][rows[0]])
-        if label:
-            singles.append(Element(source, (rows[0],), [], [label], [0] * (label > 0)))
+    facts, firsts = source.facts, [rows[0] for rows in records]
+    elements = [Element(source, (n,), (), (label,), (0,) * (label > 0))
+                for n, label in zip(firsts, facts["label"][firsts].tolist()) if label]
+    groups = {}  # the rankings of each prompt
+    for rows, key, label in zip(records, facts["key"][firsts].tolist(),
+                                facts["label"][firsts].tolist()):
+        if not label:
+            groups.setdefault(key, []).append(rows)
+    same = unranked = 0
+    alike = {}  # most elements have the same pairs, as a tuple: one object for all of them
+    for key in list(groups):
+        numbers, pairs = {}, []  # {answer: (its place, its row)}
+        for rows in groups.pop(key):
+            index = [numbers.setdefault(answer, (len(numbers), n))[0]
+                     for n, answer in zip(rows, facts["answer"][rows].tolist())]
+            found = ranking_pairs(facts["rank"][rows].tolist())
+            kept = [(index[i], index[j]) for i, j in found if index[i] != index[j]]
+            pairs += kept
+            same += len(found) - len(kept)
+        if not pairs:
+            unranked += 1
             continue
-        answers, pairs = merged.setdefault(int(facts["key"][rows[0]]), ({}, []))
-        index = []  # of distinct answers
-        for n in rows:
-            index.append(answers.setdefault(int(facts["answer"][n]), (len(answers), n))[0])
-        found = ranking_pairs(facts["rank"][rows].tolist())
-        kept = [(index[i], index[j]) for i, j in found if index[i] != index[j]]
-        pairs += kept
-        same += len(found) - len(kept)
-    elements = list(singles)
-    for answers, pairs in merged.values():
-        if pairs:
-            won, lost = (Counter(side) for side in zip(*pairs))
-            labels = [int(np.sign(won[n] - lost[n])) for n in range(len(answers))]
-            best = [n for n, label in enumerate(labels) if n not in lost and label > 0]
-            elements.append(Element(source, tuple(n for _, n in answers.values()), pairs, labels,
-                                    best))
-    return elements, same, len(merged) - (len(elements) - len(singles))
+        won, lost = (Counter(side) for side in zip(*pairs))
+        labels = tuple(int(np.sign(won[n] - lost[n])) for n in range(len(numbers)))
+        best = tuple(n for n, label in enumerate(labels) if n not in lost and label > 0)
+        pairs, labels, best = (alike.setdefault(x, x) for x in (tuple(pairs), labels, best))
+        elements.append(Element(source, tuple(n for _, n in numbers.values()), pairs, labels, best))
+    return elements, same, unranked
 
 
 def load_rankings(path, tokenizer, block_size, check=check_ranking, skip_bad=False):

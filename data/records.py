@@ -23,7 +23,6 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -380,6 +379,19 @@ class Split:
         return Split(change("training", self.train), change("held-out", self.held_out))
 
 
+def chunks(items, size, limit=10**6):
+    """Lists of items that come next to each other, each of at most 1,000 or of `limit` in size."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if len(chunk) == 1000 or total >= limit:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
 class Sides:
     """Decides the side of each prompt, by its `split_key`. By a hash, unless one of its records
     says itself where it belongs ("held_out", as the embedded data do, or "split")."""
@@ -422,13 +434,14 @@ def _split(rows, held_out, summary=""):
 
 def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, keep=list):
     """A Split of the records of a file, and a line about what it holds. UserError if a needed side
-    has none. keep(records) -> what is kept of each of some records, where all would be too much."""
+    has none. keep(records): what to keep of these records, one item each."""
     fields, sides, kept, dropped = set(), Sides(), [], Counter()
     used, all_of, markers = array("b"), array("q"), Counter()
     # prompts are taken from records of any format, and texts from what is in them
     known = COMMON | FIELDS.get(check.__name__, set().union({"text"}, *FIELDS.values()))
 
     def noted(row, where):
+        checked = check(row, where)
         for key, value in row.items():
             if value is not None and key not in known:
                 fields.add(key)
@@ -436,10 +449,9 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, kee
                 if isinstance(turn, dict):
                     fields.update(f"{key}[].{k}" for k, v in turn.items()
                                   if v is not None and k not in TURN_FIELDS)
-        return check(row, where)
+        return checked
 
-    rows = each_row(path, noted, skip_bad)
-    while chunk := list(islice(rows, 1000)):
+    for chunk in chunks(each_row(path, noted, skip_bad), lambda r: len(str(r))):
         for record in chunk:
             markers.update(clean_markers(record))
             sides.add(record)  # what is left out says on which side its prompt is, too
@@ -461,17 +473,22 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, kee
         note(f"{path}: fields that are not used: {', '.join(sorted(fields)[:12])}"
              + ", ..." * (len(fields) > 12))
     keys, held_out = np.array(sides.keys, np.uint64)[used], held_out[used]
-    for name, n in (("training", sum(~held_out)), ("held-out", sum(held_out))):
-        if name in needed and not n:
-            raise UserError(f"{path}: none of the {len(keys)} records to use is on the {name} side."
-                            " About a tenth of the prompts is held out, by a hash of the prompt; a "
-                            "field \"held_out\": true or false decides for its prompt")
-    twice = len(all_of) - len(set(all_of))
+    need_sides(path, held_out, needed)
+    twice = len(all_of) - len(np.unique(all_of))
     summary = (f"{path}: {len(keys):,} records; {len(np.unique(keys[~held_out])):,} prompts to "
                f"train on, {len(np.unique(keys[held_out])):,} held out"
                + f"; {twice:,} records stand there again" * (twice > 0))
     print(summary)
     return _split(kept, held_out, summary)
+
+
+def need_sides(path, held_out, needed):
+    """UserError if none of the records, each held out or not, is on a needed side."""
+    for name, n in (("training", np.sum(~held_out)), ("held-out", np.sum(held_out))):
+        if name in needed and not n:
+            raise UserError(f"{path}: none of the {len(held_out)} records to use is on the {name} "
+                            "side. About a tenth of the prompts is held out, by a hash of the "
+                            "prompt; a field \"held_out\": true or false decides for its prompt")
 
 
 def clean_markers(record):
@@ -534,21 +551,10 @@ def ranking_pairs(ranks):
 # --- to token ids: pieces are ids and texts, so that many texts can be tokenised in one call ------
 
 
-def message_pieces(tokenizer, messages):
-    """[(id or text, mask), ...] of a dialogue that ends with the assistant: mask is 1 on every
-    assistant turn, its EOS included, but on those with "weight": 0."""
-    pieces = []
-    for turn in messages:
-        weight = turn.get("weight", 1) if turn["role"] == "assistant" else 0
-        pieces += [(tokenizer.markers[turn["role"]], 0), (turn["content"], weight)]
-        if turn["role"] == "assistant":
-            pieces.append((tokenizer.eos, weight))
-    return pieces
-
-
 def encode_messages(tokenizer, messages):
-    """(ids, mask) of a dialogue."""
-    return tokenizer.encode_pieces([message_pieces(tokenizer, messages)])[0]
+    """(ids, mask) of a dialogue that ends with the assistant: mask is 1 on every assistant turn,
+    its EOS included, but on those with "weight": 0."""
+    return tokenizer.encode_pieces([tokenizer.message_pieces(messages)])[0]
 
 
 def prompt_digest(record):
@@ -557,7 +563,7 @@ def prompt_digest(record):
 
 def demonstration_rows(tokenizer, record):
     """[(pieces, facts)], as data/tokens.py takes them."""
-    return [(message_pieces(tokenizer, record["messages"]), dict(key=prompt_digest(record)))]
+    return [(tokenizer.message_pieces(record["messages"]), dict(key=prompt_digest(record)))]
 
 
 def ranking_rows(tokenizer, record):
@@ -566,11 +572,13 @@ def ranking_rows(tokenizer, record):
     answers = record.get("completions") or [record["completion"]]  # one, of a label
     label = dict(label=1 if record["label"] else -1) if "label" in record else {}
     prompt, golds = record["prompt"], record.get("gold", [np.nan] * len(answers))
+    ranks = record.get("ranks", [0])
+    ranks = [sorted(ranks).index(rank) for rank in ranks]  # may be larger than an array can hold
     asked = digest(question(prompt)) if isinstance(prompt, str) and prompt in all_prompts() else key
     return [([*head, (text, 1), (tokenizer.eos, 1)], dict(
                 label, key=key, asked=asked, answer=digest(text), chars=len(text), rank=rank,
                 gold=gold))
-            for text, rank, gold in zip(answers, record.get("ranks", [0]), golds)]
+            for text, rank, gold in zip(answers, ranks, golds)]
 
 
 def collate(rows, masks, pad):

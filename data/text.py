@@ -2,14 +2,14 @@
 
 from array import array
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import torch
 
 from cli import UserError, note, progress
 from data.files import is_json, text_lines
-from data.records import MARKER, STOP, check_demonstration, check_prompt, check_ranking, read_sides
+from data.records import (MARKER, STOP, check_demonstration, check_prompt, check_ranking, chunks,
+                          read_sides)
 from data.synthetic.corpus import documents
 
 
@@ -104,8 +104,7 @@ def text_rows(data, tokenizer, length, n, seed, skip_bad=False):
     """Rows (rows, length) of token ids, int32; documents are separated by EOS. UserError if too
     short."""
     def encoded():
-        texts = iter(progress(read_texts(data, n, seed, skip_bad), "tokens"))
-        while chunk := list(islice(texts, 1000)):
+        for chunk in chunks(progress(read_texts(data, n, seed, skip_bad), "tokens"), len):
             for ids in tokenizer.encode_many(chunk):
                 yield [tokenizer.eos, *ids]
 

@@ -15,6 +15,7 @@ the prompt's ids are a prefix of the whole. Markers spelled out in a text are or
 """
 
 import base64
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,7 @@ class Tokenizer:
         self.markers = {role: markers[f"<|{role}|>"] for role in ROLES}
         self.n_tokens = self.pad  # ids that can be produced
         self.vocab_size = (self.n_tokens // 64 + 1) * 64  # rows, PAD among them
+        self.hash = hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest()
         self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
                                           special_tokens={"<|endoftext|>": n, **markers})
 
@@ -65,14 +67,21 @@ class Tokenizer:
         return ids
 
     def prompt_pieces(self, prompt):
-        """The template: [(marker or EOS, mask) or (text, mask), ...] of a prompt, mask 0."""
+        """The pieces of a prompt; none is scored."""
         turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+        return [*((piece, 0) for piece, _ in self.message_pieces(turns)),
+                (self.markers["assistant"], 0)]
+
+    def message_pieces(self, turns):
+        """The template: [(marker or EOS, mask) or (text, mask), ...]. The mask is 1 on every
+        assistant turn, its EOS included, but on those with "weight": 0."""
         pieces = []
         for turn in turns:
-            pieces += [(self.markers[turn["role"]], 0), (turn["content"], 0)]
+            weight = turn.get("weight", 1) if turn["role"] == "assistant" else 0
+            pieces += [(self.markers[turn["role"]], 0), (turn["content"], weight)]
             if turn["role"] == "assistant":
-                pieces.append((self.eos, 0))
-        return [*pieces, (self.markers["assistant"], 0)]
+                pieces.append((self.eos, weight))
+        return pieces
 
     def encode_many(self, texts):
         """`encode` of each, on all processors."""

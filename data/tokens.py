@@ -7,6 +7,8 @@ memory: what is not looked at costs none. No text is kept.
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import tempfile
 from array import array
@@ -18,13 +20,16 @@ import numpy as np
 
 from cli import NOTES, UserError, note
 from data.files import file_hash
-from data.records import digest, read_sides
+from data.records import digest, need_sides, read_sides
 
 CACHE = Path("out/cache")
+# on what the rows of a file depend beside the file and the tokenizer
+CODE = ("files.py", "records.py", "tokenizer.py", "tokens.py", "synthetic/world.py",
+        "synthetic/facts.py")
 # What is known of a row beside its tokens. key: digest of its prompt; asked: of its question, see
 # `records.question`; record: number of its record, whose rows stand together; answer: digest of the
-# answer's text; chars: its length; rank, gold, label: as in the record; response: number of tokens
-# that are scored; held_out: its side.
+# answer's text; chars: its length; rank: 0 is best; gold: or nan; label: 1, -1, or 0 for none;
+# response: number of tokens that are scored; held_out: its side.
 FACTS = np.dtype([("key", "u8"), ("asked", "u8"), ("record", "i8"), ("answer", "u8"),
                   ("chars", "i4"), ("rank", "i4"), ("gold", "f8"), ("label", "i1"),
                   ("response", "i4"), ("held_out", "?")])
@@ -53,10 +58,10 @@ class Flat:
         return Flat(self.values, self.starts[numbers], self.ends[numbers])
 
     def hash(self):
-        digest = hashlib.sha256(self.lengths.tobytes())
+        sha = hashlib.sha256(self.lengths.tobytes())
         for start, end in zip(self.starts.tolist(), self.ends.tolist()):
-            digest.update(self.values[start:end].tobytes())
-        return digest.hexdigest()
+            sha.update(self.values[start:end])
+        return sha.hexdigest()
 
 
 @dataclass
@@ -109,15 +114,15 @@ def flatten(tokenizer, encoded, first=0):
     """
     rows = [(n, pieces, known) for n, record in enumerate(encoded, first)
             for pieces, known in record]
-    ids, masks = zip(*tokenizer.encode_pieces([pieces for _, pieces, _ in rows]))
+    encoded = tokenizer.encode_pieces([pieces for _, pieces, _ in rows])
     facts = np.zeros(len(rows), FACTS)
-    for row, mask, (n, _, known) in zip(facts, masks, rows):
+    for row, (_, mask), (n, _, known) in zip(facts, encoded, rows):
         for name, value in (known | dict(record=n, response=sum(mask))).items():
             row[name] = value
-    kind = id_type(tokenizer)
-    return dict(ids=np.concatenate([np.array(row, kind) for row in ids]),
-                masks=np.concatenate([np.array(mask, np.uint8) for mask in masks]),
-                lengths=np.array([len(row) for row in ids], np.int64), facts=facts)
+    joined = lambda kind, part: np.fromiter(
+        (x for row in encoded for x in row[part]), kind, sum(len(ids) for ids, _ in encoded))
+    return dict(ids=joined(id_type(tokenizer), 0), masks=joined(np.uint8, 1), facts=facts,
+                lengths=np.array([len(ids) for ids, _ in encoded], np.int64))
 
 
 def rows_of(arrays):
@@ -134,62 +139,84 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
     encode(tokenizer, record) -> rows as `flatten` takes them, of what `check` returns. They come
     from the cache where the same bytes were read by the same code for the same tokenizer.
     """
-    code = [file_hash(Path(__file__).parent / name)
-            for name in ("files.py", "records.py", "tokenizer.py", "tokens.py")]
-    key = digest(json.dumps([file_hash(path), check.__name__, encode.__name__, tokenizer.name,
-                             needed, skip_bad, code]))
-    folder = CACHE / f"{key:016x}"
-    kinds = dict(ids=id_type(tokenizer), masks=np.uint8, lengths=np.int64, facts=FACTS)
-    card = _read_card(folder)
+    content = file_hash(path)
+    code = [file_hash(Path(__file__).parent / name) for name in CODE]
+    key = digest(json.dumps([content, check.__name__, encode.__name__, tokenizer.hash, skip_bad,
+                             code]))
+    cache = CACHE / f"{key:016x}"
+    card = _read_card(cache)
     if card is None:
-        _write_cache(folder, path, check, encode, tokenizer, needed, skip_bad)
+        try:
+            _write_cache(cache, path, check, encode, tokenizer, skip_bad)
+        except OSError as error:
+            raise UserError(f"cannot write to {CACHE}: {error.strerror}") from None
+        if file_hash(path) != content:
+            cache.unlink()
+            raise UserError(f"{path} changed while it was read: start again")
+        card = _read_card(cache)
     else:
+        named = re.compile(rf"(^|^warning: |\n  ){re.escape(card['path'])}(?=:)")
         for text in card["notes"]:
-            note(text.replace(card["path"], str(path)))
-        print(card["summary"].replace(card["path"], str(path)))
-    return rows_of({name: np.memmap(folder / name, kind, "r") for name, kind in kinds.items()})
+            note(named.sub(lambda m: m[1] + str(path), text))
+        print(named.sub(lambda m: m[1] + str(path), card["summary"]))
+    arrays, offset = {}, 0
+    for name, kind in _kinds(tokenizer).items():
+        arrays[name] = np.memmap(cache, kind, "r", offset, card["counts"][name])
+        offset += arrays[name].nbytes
+    rows = rows_of(arrays)
+    need_sides(path, rows.facts["held_out"], needed)
+    return rows
 
 
-def _read_card(folder):
-    """What is known of a cache; None where there is none, or not all of it."""
+def _kinds(tokenizer):
+    """{array: its type}, in the order in which a cache holds them; behind them the card, JSON, and
+    its length in 8 bytes."""
+    return dict(lengths=np.int64, facts=FACTS, ids=id_type(tokenizer), masks=np.uint8)
+
+
+def _read_card(cache):
+    """What is known of a cache, or None if there is none, or not all of it."""
     try:
-        card = json.loads((folder / "card.json").read_text())
-        sizes = {name: (folder / name).stat().st_size for name in card["sizes"]}
-        return card if sizes == card["sizes"] else None
-    except (OSError, ValueError):
+        with open(cache, "rb") as f:
+            size = f.seek(-8, 2)
+            length = int.from_bytes(f.read(), "big")
+            f.seek(size - length)  # below 0 is an error
+            card = json.loads(f.read(length))
+        return card if card["bytes"] == size - length else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_cache(folder, path, check, encode, tokenizer, needed, skip_bad):
+def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
     """Under another name until it is whole: two runs may write to one cache."""
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=CACHE))
-    except OSError as error:
-        raise UserError(f"{CACHE} is no folder that can be written to: {error.strerror}") from None
-    said, n = len(NOTES), 0
-    try:
-        with ExitStack() as stack:
-            out = {name: stack.enter_context(open(temporary / name, "wb"))
-                   for name in ("ids", "masks", "lengths", "facts")}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    said, n, names = len(NOTES), 0, list(_kinds(tokenizer))
+    with ExitStack() as stack:
+        parts = {name: stack.enter_context(tempfile.TemporaryFile(dir=CACHE)) for name in names}
 
-            def keep(chunk):
-                nonlocal n
-                arrays = flatten(tokenizer, [encode(tokenizer, r) for r in chunk], n)
-                for name, values in arrays.items():
-                    out[name].write(values.tobytes())
-                n += len(chunk)
-                return range(n - len(chunk), n)  # what is kept of a record is its number
+        def keep(chunk):
+            nonlocal n
+            arrays = flatten(tokenizer, [encode(tokenizer, r) for r in chunk], n)
+            for name, values in arrays.items():
+                parts[name].write(values.tobytes())
+            n += len(chunk)
+            return range(n - len(chunk), n)  # what is kept of a record is its number
 
-            sides = read_sides(path, check, needed, skip_bad, keep)
-        facts = np.memmap(temporary / "facts", FACTS, "r+")
+        sides = read_sides(path, check, (), skip_bad, keep)
+        parts["facts"].flush()
+        facts = np.memmap(parts["facts"], FACTS, "r+")
         facts["held_out"] = np.isin(facts["record"], sides.held_out)
         facts.flush()
-        (temporary / "card.json").write_text(json.dumps(dict(
-            path=str(path), notes=NOTES[said:], summary=sides.summary,
-            sizes={name: (temporary / name).stat().st_size for name in out})))
-        if _read_card(folder) is None:  # no other run was faster
-            shutil.rmtree(folder, ignore_errors=True)  # something broken
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        counts = {name: parts[name].seek(0, 2) // np.dtype(kind).itemsize
+                  for name, kind in _kinds(tokenizer).items()}
+        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as f:
+            for name in names:
+                parts[name].seek(0)
+                shutil.copyfileobj(parts[name], f)
+            card = json.dumps(dict(path=str(path), notes=NOTES[said:], summary=sides.summary,
+                                   counts=counts, bytes=f.tell())).encode()
+            f.write(card + len(card).to_bytes(8, "big"))
+            f.flush()
+            os.fsync(f.fileno())  # or after a loss of power the name may stand for nothing
+        temporary.replace(cache)

@@ -946,7 +946,9 @@ def dpo(c):
             if c.loss == "kto":  # z0: each prompt with an answer to the next one, taken in turn
                 ratios = []
                 for n, one in enumerate(batch, start):
-                    other = shuffled[(n + 1) % len(train)]["completions"]
+                    following = [*shuffled[n + 1:], *shuffled[:n]]
+                    others = [e for e in following if e["prompt"] != one["prompt"]] or following
+                    other = (others or [one])[0]["completions"]
                     row = answer_row(tokenizer, one["prompt"], other[n % len(other)])
                     if len(row[0]) <= block:
                         with torch.no_grad():

@@ -204,15 +204,15 @@ def element(pairs):
     ([(0, 1)], [1, -1, 0], [0])])  # the third was tied with both
 def test_labels_and_best_of_a_ranking(pairs, labels, best):
     # catches labels that are flipped, an answer called best that lost, or that was never compared
-    assert (element(pairs).labels, element(pairs).best) == (labels, best)
+    assert (element(pairs).labels, element(pairs).best) == (tuple(labels), tuple(best))
 
 
 def test_labels_of_single_answers():
     # catches an undesirable answer that the NLL term teaches
     wanted, unwanted = elements_from([dict(prompt="Say one.", completion="One.", label=x)
                                       for x in (True, False)])
-    assert (wanted.labels, wanted.best) == ([1], [0])
-    assert (unwanted.labels, unwanted.best) == ([-1], [])
+    assert (wanted.labels, wanted.best) == ((1,), (0,))
+    assert (unwanted.labels, unwanted.best) == ((-1,), ())
 
 
 def test_answers_of_a_prompt_share_its_ids_and_end_with_eos():
@@ -262,7 +262,8 @@ def test_label_records(label):
 
 @pytest.mark.parametrize("change, message", [
     (dict(label=2), "'label' must be true or false"), (dict(label="yes"), "'label' must be"),
-    (dict(label=None), "'chosen' is missing"), (dict(completion=""), "'completion' is empty"),
+    (dict(label=None), "one answer is no pair: `python sft.py`"),
+    (dict(completion=""), "'completion' is empty"),
     (dict(completion=None), "'completion' is missing"), (dict(prompt=3), "expected text or a list"),
     (dict(held_out=1), "'held_out' must be true or false")])
 def test_label_records_that_are_none(change, message):
@@ -356,7 +357,7 @@ def test_labels_are_those_of_the_file(folder, monkeypatch):
     assert len(found) == len(records) and {r["label"] for r in records} == {True, False}
     for r in records:
         row = tok.encode_prompt(r["prompt"]) + tok.encode_response(r["completion"])
-        assert found[tuple(row)] == [1 if r["label"] else -1]
+        assert found[tuple(row)] == (1 if r["label"] else -1,)
 
 
 def train_elements(data="pairs", loss="dpo"):
@@ -417,6 +418,20 @@ def test_a_step_is_the_gradient_of_the_written_loss(folder, monkeypatch, loss, d
     moved = torch.cat([(p.detach() - end[name]).flatten() for name, p in model.named_parameters()])
     expected = 0.05 * torch.cat([g.flatten() for g in gradients])
     assert (moved - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_z0_never_takes_an_answer_to_the_same_prompt():
+    # catches matched answers where a prompt has several labelled ones, each an element of its own
+    train = elements_from([dict(prompt=p, completion=a, label=a == "One.")
+                           for p, a in (("A?", "One."), ("A?", "No."), ("B?", "Two."),
+                                        ("A?", "Three."))])
+    prompts, answers = ([tok.encode_prompt(f"{p}?") for p in "AABA"],
+                        [tok.encode_response(a) for a in ("One.", "No.", "Two.", "Three.")])
+    _, others = dpo.batch_of(train, [0, 1, 2, 3], 0, Config(loss="kto", batch_size=4))
+    assert [ids for ids, _ in others] == [prompts[n] + answers[other]
+                                          for n, other in ((0, 2), (1, 2), (2, 3), (3, 2))]
+    _, [(ids, _)] = dpo.batch_of(train[:2], [0, 1], 1, Config(loss="kto", batch_size=1))
+    assert ids == prompts[0] + answers[0]  # nothing else is there
 
 
 def test_z0_comes_from_the_answers_to_the_next_prompts(folder, monkeypatch):
@@ -723,7 +738,7 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
     (["--init=reward"], "is a reward checkpoint; needed here: sft or dpo or ppo or grpo"),
     (["--init=nowhere"], "--init=nowhere does not exist"),
     (["--data=missing.jsonl"], "--data: there is no file missing.jsonl"),
-    (["--data=labels.jsonl"], "labels.jsonl:1: the field 'chosen' is missing"),
+    (["--data=labels.jsonl"], "labels.jsonl:1: one answer is no pair: `python dpo.py --loss=kto`"),
     (["--data=wrong_label.jsonl", "--loss=kto"], "wrong_label.jsonl:1: 'label' must be true or"),
     (["--data=ties.jsonl"], "no training ranking is left to use"),
     (["--data=one_side.jsonl"], "is on the held-out side"),

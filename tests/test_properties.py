@@ -221,7 +221,7 @@ def test_labels_survive_and_become_elements(records):
     single = [r for r in checked if "label" in r]
     for record in single:
         [e] = elements_from([record])
-        assert e.labels == [1 if record["label"] else -1] and e.best == [0] * record["label"]
+        assert e.labels == (1 if record["label"] else -1,) and e.best == (0,) * record["label"]
         assert e.rows[0] == tok.encode_prompt(record["prompt"]) + tok.encode_response(
             record["completion"])
     for e in elements_from([r for r in checked if "label" not in r] or single)[

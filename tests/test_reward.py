@@ -180,8 +180,8 @@ def test_rankings_of_one_prompt_share_an_element():
     tokenizer = load_tokenizer("synthetic")
     assert [(e.rows, e.pairs) for e in merged] == [
         ([tokenizer.encode_prompt(p) + tokenizer.encode_response(c) for c in texts], pairs)
-        for p, texts, pairs in (("a", "xyz", [(0, 1), (2, 0)]), ("b", "xy", [(0, 1)]))]
+        for p, texts, pairs in (("a", "xyz", ((0, 1), (2, 0))), ("b", "xy", ((0, 1),)))]
     assert np.isnan(merged[0].facts("gold")).all()
     [e] = elements_from([dict(prompt="a", completions=["x", "yy"], ranks=[2, 1], gold=[1, 2])])
-    assert e.pairs == [(1, 0)]
+    assert e.pairs == ((1, 0),)
     assert e.facts("gold").tolist() == [1, 2] == e.facts("chars").tolist()

@@ -51,7 +51,7 @@ def test_rows_are_what_the_records_say(folder):
             assert rows[2 * n + k] == (head + answer, [0] * len(head) + [1] * len(answer))
             facts = rows.facts[2 * n + k]
             assert (facts["record"], facts["rank"], facts["chars"], facts["response"]) == (
-                n, k + 1, len(record[key]), len(answer))
+                n, k, len(record[key]), len(answer))
             assert facts["held_out"] == record["held_out"] and np.isnan(facts["gold"])
     some = rows.select([3, 0]).select([1])
     assert some[0] == rows[0] and list(some.lengths) == [len(rows[0][0])]
@@ -91,7 +91,7 @@ def test_a_file_is_read_once(folder, monkeypatch, capsys):
 def test_another_reading_has_another_cache(folder, monkeypatch, change):
     # catches tokens of another file, vocabulary or version of the code
     class Other:
-        name, pad, eos, n_tokens = "gpt2", tok.pad, tok.eos, tok.n_tokens
+        name, hash, pad, eos, n_tokens = tok.name, "another", tok.pad, tok.eos, tok.n_tokens
         markers, encode_pieces, prompt_pieces = tok.markers, tok.encode_pieces, tok.prompt_pieces
 
     path = write(folder / "x", PAIRS)
@@ -124,26 +124,43 @@ def test_what_cannot_be_read_leaves_no_cache(folder, monkeypatch):
         assert not [*(folder / "out" / "cache").iterdir()]
     (folder / "out").rename(folder / "moved")
     (folder / "out").write_text("")
-    with pytest.raises(UserError, match="out/cache is no folder that can be written to"):
+    with pytest.raises(UserError, match="cannot write to out/cache: "):
         read(path)
 
 
-@pytest.mark.parametrize("damage", ["card.json", "ids", "masks", "facts", "lengths", "cut", "card"])
+@pytest.mark.parametrize("damage", ["short", "long", "empty", "no card", "card", "folder"])
 def test_a_damaged_cache_is_made_again(folder, damage):
     # catches a traceback, or rows that are not those of the file
     path = write(folder / "x", PAIRS)
-    before = read(path)
-    rows = [before[n] for n in range(80)]
+    rows = [row for row in map(read(path).__getitem__, range(80))]
     [cache] = (folder / "out" / "cache").iterdir()
-    if damage == "cut":
-        (cache / "ids").write_bytes((cache / "ids").read_bytes()[:-2])
-    elif damage == "card":
-        (cache / "card.json").write_text("{")
-    else:
-        (cache / damage).unlink()
-    again = read(path)
-    assert [again[n] for n in range(80)] == rows
-    assert [*(folder / "out" / "cache").iterdir()] == [cache] and (cache / "card.json").exists()
+    whole = cache.read_bytes()
+    other = {"short": whole[2:], "long": b"00" + whole, "empty": b"", "no card": whole[:-8],
+             "card": whole[:-9] + b"]" + whole[-8:]}
+    cache.unlink()
+    if damage != "folder":
+        cache.write_bytes(other[damage])
+        again = read(path)
+        assert [again[n] for n in range(80)] == rows
+        assert cache.read_bytes() == whole and [*(folder / "out" / "cache").iterdir()] == [cache]
+    else:  # somebody else's
+        cache.mkdir()
+        with pytest.raises(UserError, match="cannot write to out/cache"):
+            read(path)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
+    # catches tokens of one content kept under the name of another
+    path, real = write(folder / "x", PAIRS), tokens.read_sides
+
+    def changing(*args):
+        write(folder / "x", PAIRS[1:])
+        return real(*args)
+
+    monkeypatch.setattr(tokens, "read_sides", changing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        read(path)
+    assert not [*(folder / "out" / "cache").iterdir()]
 
 
 def test_two_readers_at_once(folder, monkeypatch):
