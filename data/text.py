@@ -28,7 +28,8 @@ def read_texts(data, n, seed, skip_bad=False):
               "answers")
     else:
         texts = paragraphs(text for _, text in text_lines(data))
-        print(f"{data}: plain text, documents end at blank lines")
+        print(f"{data}: plain text, documents end at blank lines; longer than a million letters, "
+              "they are cut at a line break")
     ends, inside = Counter(), 0
     for text in texts:
         ends.update(STOP.findall(text))
@@ -43,15 +44,16 @@ def read_texts(data, n, seed, skip_bad=False):
              "they stand: the model may learn to write them out")
 
 
-def paragraphs(lines):
-    """Texts between blank lines."""
-    part = []
+def paragraphs(lines, limit=10**6):
+    """Texts between blank lines; one of over `limit` letters is cut behind a line."""
+    part, size = [], 0
     for line in lines:
         if line.strip():
             part.append(line)
-        elif part:
+            size += len(line)
+        if part and (size > limit or not line.strip()):
             yield "\n".join(part)
-            part = []
+            part, size = [], 0
     if part:
         yield "\n".join(part)
 
