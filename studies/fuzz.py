@@ -37,9 +37,11 @@ from collections import Counter
 from cli import NOTES, UserError, progress
 from data import alpaca, alpaca_eval, convert, dolly, gsm8k, hh_rlhf
 from data.records import (check_answer, check_demonstration, check_prompt, check_ranking,
-                          check_ranking_or_label, embedded, read_sides)
+                          check_ranking_or_label, demonstration_rows, embedded, ranking_rows,
+                          read_sides)
 from data.text import read_texts
-from data.tokenizer import read_ranks
+from data.tokenizer import load_tokenizer, read_ranks
+from data.tokens import flatten
 
 TURNS = [dict(role="system", content="Be brief."), dict(role="user", content="Hi?"),
          dict(role="assistant", content="Yes.</s>", weight=1)]
@@ -65,7 +67,16 @@ VALUES = [None, True, 0, -1, 1e999, 10**30, "", " ", "\ud800", "\x00", [], {}, [
 
 
 def sides_of(check):
-    return lambda path: read_sides(path, check, needed=())
+    encode = {check_demonstration: demonstration_rows, check_ranking: ranking_rows,
+              check_ranking_or_label: ranking_rows}.get(check)
+    tokenizer = load_tokenizer("synthetic")
+
+    def keep(records):
+        if encode:
+            flatten(tokenizer, [encode(tokenizer, r) for r in records])
+        return records
+
+    return lambda path: read_sides(path, check, needed=(), keep=keep)
 
 
 def converted(path):
