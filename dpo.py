@@ -69,8 +69,8 @@ import torch.nn.functional as F
 import common
 from cli import progress, say
 from data import batches
-from data.load import all_rows, batch_pairs, choose_elements, load_prompts, load_rankings
-from data.records import check_ranking, check_ranking_or_label, embedded
+from data.load import all_rows, choose_elements, load_prompts, load_rankings, pair_indices
+from data.records import check_ranking, check_ranking_or_label, collate, embedded
 from evaluate import check_start, compare, load_networks, sequence_logprobs
 from model import autocast, token_logprobs
 
@@ -206,17 +206,23 @@ def load_data(config, tokenizer, block_size):
                          config.skip_bad).each(labelled)
 
 
-def batch_tensors(elements, pad, device):
-    """(tokens (n, T), mask (n, T), ref_seq_logp, length, label (n,), winners, losers, best).
+def answer_tensors(elements, device):
+    """(ref_seq_logp, length, label (n,), winners, losers, best).
 
     n answers of all elements, one after the other; the last three are lists of indices into them.
     """
-    tokens, mask, winners, losers = batch_pairs(elements, pad, device)
     starts = np.cumsum([0] + [len(e.numbers) for e in elements]).tolist()
     best = [start + n for start, e in zip(starts, elements) for n in e.best]
-    flat = lambda name: torch.tensor([x for e in elements for x in getattr(e, name)],
-                                     dtype=torch.get_default_dtype(), device=device)
-    return tokens, mask, flat("ref"), mask.sum(1), flat("labels"), winners, losers, best
+    flat = lambda parts: torch.tensor([x for part in parts for x in part],
+                                      dtype=torch.get_default_dtype(), device=device)
+    return (flat(e.ref for e in elements), flat(e.facts("response").tolist() for e in elements),
+            flat(e.labels for e in elements), *pair_indices(elements), best)
+
+
+def batch_tensors(elements, pad, device):
+    """(tokens (n, T), mask (n, T), and what `answer_tensors` returns) of a batch."""
+    tokens, mask = (x.to(device) for x in collate(*all_rows(elements), pad))
+    return tokens, mask, *answer_tensors(elements, device)
 
 
 def mismatch(first, second, n):
@@ -273,7 +279,7 @@ def pair_metrics(policy, elements, config, pad):
     labelled, ties half; chosen_reward, rejected_reward, margin; chosen_logp, rejected_logp in nats
     per sequence. Both of them may fall while the margin grows: docs/dpo.md says when to worry.
     """
-    _, _, ref, length, label, winners, losers, _ = batch_tensors(elements, pad, "cpu")
+    ref, length, label, winners, losers, _ = answer_tensors(elements, "cpu")
     seq_logp = sequence_logprobs(policy, *all_rows(elements), pad)
     reward = implicit_reward(seq_logp, ref, length, config.loss, config.beta)
     if config.loss == "kto":

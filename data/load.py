@@ -207,13 +207,19 @@ def all_rows(elements):
     return rows.ids, rows.masks
 
 
-def batch_pairs(elements, pad, device):
-    """(tokens (n, T), mask (n, T), winners, losers): the n answers of all Elements, one after the
-    other, and for every pair the indices of its two."""
-    tokens, mask = (t.to(device) for t in collate(*all_rows(elements), pad))
+def pair_indices(elements):
+    """(winners, losers): for every pair the indices of its two among the answers of all Elements,
+    one after the other."""
     winners, losers, offset = [], [], 0
     for e in elements:
         winners += [offset + i for i, _ in e.pairs]
         losers += [offset + j for _, j in e.pairs]
         offset += len(e.numbers)
-    return tokens, mask, winners, losers
+    return winners, losers
+
+
+def batch_pairs(elements, pad, device):
+    """(tokens (n, T), mask (n, T), winners, losers): the n answers of all Elements, and
+    `pair_indices`."""
+    tokens, mask = (t.to(device) for t in collate(*all_rows(elements), pad))
+    return tokens, mask, *pair_indices(elements)
