@@ -477,7 +477,7 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, kee
     twice = len(all_of) - len(np.unique(all_of))
     summary = (f"{path}: {len(keys):,} records; {len(np.unique(keys[~held_out])):,} prompts to "
                f"train on, {len(np.unique(keys[held_out])):,} held out"
-               + f"; {twice:,} records stand there again" * (twice > 0))
+               + f"; {twice:,} records stand there again ({twice / max(1, len(keys)):.1%})" * (twice > 0))
     print(summary)
     return _split(kept, held_out, summary)
 

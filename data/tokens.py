@@ -110,7 +110,7 @@ def flatten(tokenizer, encoded, first=0):
     """{name: array}: ids, masks, lengths (tokens of each row) and facts.
 
     encoded: for each record its rows, [(pieces, facts), ...]; pieces [(id or text, mask), ...] as
-    in `records.message_pieces`, facts {name: value} of FACTS. first: number of the first record.
+    in `Tokenizer.message_pieces`, facts {name: value} of FACTS. first: number of the first record.
     """
     rows = [(n, pieces, known) for n, record in enumerate(encoded, first)
             for pieces, known in record]

@@ -67,7 +67,7 @@ def test_many_kinds_of_tokens_take_four_bytes():
     class Large:
         n_tokens, encode_pieces = 70000, tok.encode_pieces
 
-    [rows] = [tokens.rows_of(tokens.flatten(Large, [[([(69999, 1), (3, 0)], {})]]))]
+    rows = tokens.rows_of(tokens.flatten(Large, [[([(69999, 1), (3, 0)], {})]]))
     assert rows[0] == ([69999, 3], [1, 0]) and rows.ids.values.dtype == np.uint32
     assert rows_from([([5, 1786], [0, 1])])[0] == ([5, 1786], [0, 1])
 
