@@ -476,8 +476,9 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, kee
     need_sides(path, held_out, needed)
     twice = len(all_of) - len(np.unique(all_of))
     summary = (f"{path}: {len(keys):,} records; {len(np.unique(keys[~held_out])):,} prompts to "
-               f"train on, {len(np.unique(keys[held_out])):,} held out"
-               + f"; {twice:,} records stand there again ({twice / max(1, len(keys)):.1%})" * (twice > 0))
+               f"train on, {len(np.unique(keys[held_out])):,} held out")
+    if twice:
+        summary += f"; {twice:,} records stand there again ({twice / len(keys):.1%})"
     print(summary)
     return _split(kept, held_out, summary)
 
