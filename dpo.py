@@ -69,8 +69,9 @@ import torch.nn.functional as F
 import common
 from cli import progress, say
 from data import batches
-from data.load import all_rows, choose_elements, load_prompts, load_rankings, pair_indices
-from data.records import check_ranking, check_ranking_or_label, collate, embedded
+from data.load import (all_rows, batch_rows, choose_elements, load_prompts, load_rankings,
+                       pair_indices)
+from data.records import check_ranking, check_ranking_or_label, embedded
 from evaluate import check_start, compare, load_networks, sequence_logprobs
 from model import autocast, token_logprobs
 
@@ -221,8 +222,7 @@ def answer_tensors(elements, device):
 
 def batch_tensors(elements, pad, device):
     """(tokens (n, T), mask (n, T), and what `answer_tensors` returns) of a batch."""
-    tokens, mask = (x.to(device) for x in collate(*all_rows(elements), pad))
-    return tokens, mask, *answer_tensors(elements, device)
+    return *batch_rows(elements, pad, device), *answer_tensors(elements, device)
 
 
 def mismatch(first, second, n):

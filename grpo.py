@@ -214,13 +214,14 @@ def rollout(policy, train, tokenizer, config, step):
     device, n_prompts = policy.wte.weight.device, config.batch_size // config.k
     chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
         len(train), n_prompts, replace=len(train) < n_prompts)
+    prompts = [train[i] for i in chosen]
     with autocast(device):
         tokens, mask, finished = generate(
-            policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
+            policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
             config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
             samples=config.k)
     texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
-    return [train[i] for i in chosen for _ in range(config.k)], texts, tokens, mask, finished
+    return [p for p in prompts for _ in range(config.k)], texts, tokens, mask, finished
 
 
 def verify(texts, finished, answers):

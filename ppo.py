@@ -251,9 +251,10 @@ def rollout(policy, train, tokenizer, config, step):
     device = policy.wte.weight.device
     chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
         len(train), config.batch_size, replace=len(train) < config.batch_size)
+    prompts = [train[i] for i in chosen]
     with autocast(device):
-        return [train[i] for i in chosen], *generate(
-            policy, [train[i][1] for i in chosen], config.max_new_tokens, tokenizer.eos,
+        return prompts, *generate(
+            policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
             config.temperature, common.stream(config.seed, "ppo", "answers", step, device))
 
 

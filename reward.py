@@ -61,13 +61,13 @@ import torch.nn.functional as F
 import common
 from cli import note, plus_minus, progress, say
 from data import batches
-from data.load import all_rows, batch_pairs, choose_elements, load_rankings
+from data.load import all_rows, batch_rows, choose_elements, load_rankings, pair_indices
 from data.records import check_demonstration, demonstration_rows, embedded, fits
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokenizer import load_tokenizer
-from data.tokens import flatten, read_tokens, rows_of
+from data.tokens import encode_rows, read_tokens
 from model import GPT, GPTConfig, autocast, text_loss, trim
 
 
@@ -247,7 +247,8 @@ def main(config):
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        tokens, mask, winners, losers = batch_pairs(batch, tokenizer.pad, device)
+        tokens, mask = batch_rows(batch, tokenizer.pad, device)
+        winners, losers = pair_indices(batch)
         scores = score_batch(model.raw, tokens, mask, config.micro_batch)  # every answer once
         margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
         loss = reward_loss(scores[winners], scores[losers])
@@ -298,12 +299,11 @@ def read_demos(config, train, tokenizer, noise, quality):
     if config.demos != "auto":
         rows = read_tokens(config.demos, check_demonstration, demonstration_rows, tokenizer,
                            ("training",), config.skip_bad)
-        return rows.select(np.flatnonzero(~rows.facts["held_out"])).choose(config.samples)
+        return rows.side(False).choose(config.samples)
     if noise is not None:  # rankings of the embedded data
         prompts = sample_prompts(config.samples, held_out=False, seed=config.seed)
-        return rows_of(flatten(tokenizer, [
-            demonstration_rows(tokenizer, check_demonstration(r))
-            for r in demonstrations(prompts, config.seed, quality)]))
+        records = map(check_demonstration, demonstrations(prompts, config.seed, quality))
+        return encode_rows(tokenizer, records, demonstration_rows)
     return train[0].source.select([e.numbers[e.pairs[0][0]]
                                    for e in choose_elements(train, config.samples)])
 

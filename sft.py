@@ -55,12 +55,12 @@ import torch
 import common
 from cli import plus_minus, progress, say, shorten, table
 from data import batches
-from data.records import (Split, check_demonstration, collate, demonstration_rows, fits, question)
+from data.records import Split, check_demonstration, collate, demonstration_rows, fits, question
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
-from data.tokens import flatten, read_tokens, rows_of
+from data.tokens import encode_rows, read_tokens
 from model import autocast, text_loss, token_logprobs
 
 
@@ -84,13 +84,12 @@ def load_data(config, tokenizer, block_size):
         asked = sample_prompts(512, held_out=True, seed=0)
         sides = Split(demonstrations(prompts, config.seed, config.quality),
                       demonstrations(asked, 0, config.quality))
-        sides = sides.each(lambda _, records: rows_of(flatten(tokenizer, [
-            demonstration_rows(tokenizer, check_demonstration(r)) for r in records])))
+        sides = sides.each(lambda _, records: encode_rows(
+            tokenizer, map(check_demonstration, records), demonstration_rows))
     else:
         rows = read_tokens(config.data, check_demonstration, demonstration_rows, tokenizer,
                            skip_bad=config.skip_bad)
-        held_out = rows.facts["held_out"]
-        sides = Split(rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out)))
+        sides = Split(rows.side(False), rows.side(True))
 
     def fitting(name, rows):
         rows = rows.select(fits(f"{name} dialogues", rows.lengths, block_size))

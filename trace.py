@@ -222,7 +222,8 @@ def trace_dpo(config):
     steps, average = config.epochs * steps_per_epoch, dpo.per_step(train, config)
     for step in progress(range(min(19, steps)), "dpo"):
         epoch, i = divmod(step, steps_per_epoch)
-        order = dpo.epoch_order(train, epoch, config)
+        if i == 0:
+            order = dpo.epoch_order(train, epoch, config)
         batch, others = dpo.batch_of(train, order, i, config)
         dpo.set_reference(batch, sequence_logprobs(reference, *all_rows(batch), tokenizer.pad))
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))

@@ -228,10 +228,6 @@ def each_row(path, check, skip_bad=False):
         raise UserError(f"{path}: holds no records")
 
 
-def read_rows(path, check, skip_bad=False):
-    return list(each_row(path, check, skip_bad))
-
-
 def any_rows(path):
     """The same of a file that may be a table or parquet as well, for data/convert.py."""
     with open_file(path) as stream:

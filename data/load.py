@@ -133,12 +133,12 @@ def make_elements(source, records):
     In a ranking an answer is desirable where it wins more pairs than it loses.
     """
     facts, firsts = source.facts, [rows[0] for rows in records]
-    elements = [Element(source, (n,), (), (label,), (0,) * (label > 0))
-                for n, label in zip(firsts, facts["label"][firsts].tolist()) if label]
-    groups = {}  # the rankings of each prompt
+    elements, groups = [], {}  # the rankings of each prompt
     for rows, key, label in zip(records, facts["key"][firsts].tolist(),
                                 facts["label"][firsts].tolist()):
-        if not label:
+        if label:
+            elements.append(Element(source, (rows[0],), (), (label,), (0,) * (label > 0)))
+        else:
             groups.setdefault(key, []).append(rows)
     same = unranked = 0
     alike = {}  # most elements have the same pairs, as a tuple: one object for all of them
@@ -218,8 +218,6 @@ def pair_indices(elements):
     return winners, losers
 
 
-def batch_pairs(elements, pad, device):
-    """(tokens (n, T), mask (n, T), winners, losers): the n answers of all Elements, and
-    `pair_indices`."""
-    tokens, mask = (t.to(device) for t in collate(*all_rows(elements), pad))
-    return tokens, mask, *pair_indices(elements)
+def batch_rows(elements, pad, device):
+    """(tokens (n, T), mask (n, T)): the n answers of all Elements."""
+    return [x.to(device) for x in collate(*all_rows(elements), pad)]

@@ -552,12 +552,6 @@ def ranking_pairs(ranks):
 # --- to token ids: pieces are ids and texts, so that many texts can be tokenised in one call ------
 
 
-def encode_messages(tokenizer, messages):
-    """(ids, mask) of a dialogue that ends with the assistant: mask is 1 on every assistant turn,
-    its EOS included, but on those with "weight": 0."""
-    return tokenizer.encode_pieces([tokenizer.message_pieces(messages)])[0]
-
-
 def prompt_digest(record):
     return digest(repr(prompt_key(record)))
 

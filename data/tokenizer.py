@@ -103,10 +103,6 @@ class Tokenizer:
             encoded.append((ids, mask))
         return encoded
 
-    def encode_response(self, response):
-        """A complete response: its ids and exactly one EOS."""
-        return [*self.encode(response), self.eos]
-
 
 def read_ranks(path):
     """{token bytes: rank} of a local file in tiktoken's format, a line per token: base64 rank.

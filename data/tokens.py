@@ -86,6 +86,9 @@ class Rows:
         numbers = np.asarray(numbers, dtype=int)
         return Rows(self.ids.select(numbers), self.masks.select(numbers), self.facts[numbers])
 
+    def side(self, held_out):
+        return self.select(np.flatnonzero(self.facts["held_out"] == held_out))
+
     def choose(self, n):
         """n of the rows by a hash of their prompts: never the first ones of a file, whose order may
         be that of its sources."""
@@ -123,6 +126,11 @@ def flatten(tokenizer, encoded, first=0):
         (x for row in encoded for x in row[part]), kind, sum(len(ids) for ids, _ in encoded))
     return dict(ids=joined(id_type(tokenizer), 0), masks=joined(np.uint8, 1), facts=facts,
                 lengths=np.array([len(ids) for ids, _ in encoded], np.int64))
+
+
+def encode_rows(tokenizer, records, encode):
+    """The Rows of checked records that come from no file; encode as in `read_tokens`."""
+    return rows_of(flatten(tokenizer, [encode(tokenizer, r) for r in records]))
 
 
 def rows_of(arrays):
@@ -190,9 +198,10 @@ def _read_card(cache):
 def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
     """Under another name until it is whole: two runs may write to one cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    said, n, names = len(NOTES), 0, list(_kinds(tokenizer))
+    said, n = len(NOTES), 0
     with ExitStack() as stack:
-        parts = {name: stack.enter_context(tempfile.TemporaryFile(dir=CACHE)) for name in names}
+        parts = {name: stack.enter_context(tempfile.TemporaryFile(dir=CACHE))
+                 for name in _kinds(tokenizer)}
 
         def keep(chunk):
             nonlocal n
@@ -211,9 +220,9 @@ def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
                   for name, kind in _kinds(tokenizer).items()}
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as f:
-            for name in names:
-                parts[name].seek(0)
-                shutil.copyfileobj(parts[name], f)
+            for part in parts.values():
+                part.seek(0)
+                shutil.copyfileobj(part, f)
             card = json.dumps(dict(path=str(path), notes=NOTES[said:], summary=sides.summary,
                                    counts=counts, bytes=f.tell())).encode()
             f.write(card + len(card).to_bytes(8, "big"))

@@ -34,7 +34,7 @@ from data import batches
 from data.records import question, ranking_rows
 from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS
 from data.synthetic.world import all_prompts
-from data.tokens import flatten, rows_of
+from data.tokens import encode_rows
 from reward import load_reward_model
 
 
@@ -86,9 +86,8 @@ def main(config):
     model, tokenizer, _ = load_reward_model(config.reward_model, device)
     table = []
     for name, pairs in contrasts(all_prompts().values()).items():
-        rows = rows_of(flatten(tokenizer, [
-            ranking_rows(tokenizer, dict(prompt=prompt, completions=answers, ranks=[1, 2]))
-            for prompt, *answers in pairs]))
+        rows = encode_rows(tokenizer, [dict(prompt=prompt, completions=answers, ranks=[1, 2])
+                                       for prompt, *answers in pairs], ranking_rows)
         better, worse = batches.over_rows(model, rows.ids, rows.masks, tokenizer.pad, device
                                           ).numpy().reshape(-1, 2).T
         right = np.sign(better - worse) / 2 + 0.5

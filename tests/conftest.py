@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import cli  # noqa: E402
+from data.files import each_row  # noqa: E402
 from data.load import make_elements  # noqa: E402
 from data.records import ranking_rows  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
@@ -36,6 +37,20 @@ def tiny():
         # scale, or the biases drown the input and greedy text is one token for ever
         torch.nn.init.normal_(p, mean=float("ln_" in name and name.endswith("weight")), std=0.3)
     return model
+
+
+def read_rows(path, check, skip_bad=False):
+    return list(each_row(path, check, skip_bad))
+
+
+def encode_messages(tokenizer, messages):
+    """(ids, mask) of a dialogue."""
+    return tokenizer.encode_pieces([tokenizer.message_pieces(messages)])[0]
+
+
+def encode_response(tokenizer, text):
+    """A complete response, by hand: its ids and exactly one EOS."""
+    return [*tokenizer.encode(text), tokenizer.eos]
 
 
 def rows_from(encoded, facts=None):

@@ -17,8 +17,8 @@ import cli
 import data.tokenizer
 import pytest
 from cli import UserError
+from conftest import read_rows
 from data import alpaca, alpaca_eval, download, hh_rlhf
-from data.files import read_rows
 from data.records import check_demonstration, check_ranking, prompt_key, split
 
 ROOT = Path(__file__).parents[1]

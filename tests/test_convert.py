@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 
 import cli
 from cli import UserError
-from conftest import ROOT, run_script
+from conftest import ROOT, read_rows, run_script
 from data import convert, dolly, tldr, ultrafeedback
-from data.files import read_rows
 from data.records import (check_answer, check_demonstration, check_prompt, check_ranking,
                           check_ranking_or_label, prompt_key, split)
 

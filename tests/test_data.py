@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from cli import UserError
+from conftest import encode_messages, read_rows
 from data import batches
-from data.files import read_rows
 from data.records import (
     check_demonstration,
     check_prompt,
     check_ranking,
     collate,
-    encode_messages,
     fits,
     prompt_key,
     split,

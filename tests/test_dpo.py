@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli import UserError
-from conftest import elements_from
-from data.files import read_rows
+from conftest import elements_from, encode_response, read_rows
 from data.records import check_ranking, check_ranking_or_label, write_jsonl
 from data.tokenizer import load_tokenizer
 from dpo import (
@@ -179,7 +178,7 @@ def test_mismatch_is_one_prompt_with_the_answer_to_another():
         for p, a in (("Say one.", "One."), ("Say two or so.", "It is two."))])
     for n, text in enumerate(("It is two.", "Other.", "It is two.")):  # chosen and rejected in turn
         ids, mask = mismatch(first, second, n)
-        head, answer = tok.encode_prompt("Say one."), tok.encode_response(text)
+        head, answer = tok.encode_prompt("Say one."), encode_response(tok, text)
         assert (ids, mask) == (head + answer, [0] * len(head) + [1] * len(answer))
 
 
@@ -356,7 +355,7 @@ def test_labels_are_those_of_the_file(folder, monkeypatch):
     records = read_rows("labels.jsonl", check_ranking_or_label)
     assert len(found) == len(records) and {r["label"] for r in records} == {True, False}
     for r in records:
-        row = tok.encode_prompt(r["prompt"]) + tok.encode_response(r["completion"])
+        row = tok.encode_prompt(r["prompt"]) + encode_response(tok, r["completion"])
         assert found[tuple(row)] == (1 if r["label"] else -1,)
 
 
@@ -426,7 +425,7 @@ def test_z0_never_takes_an_answer_to_the_same_prompt():
                            for p, a in (("A?", "One."), ("A?", "No."), ("B?", "Two."),
                                         ("A?", "Three."))])
     prompts, answers = ([tok.encode_prompt(f"{p}?") for p in "AABA"],
-                        [tok.encode_response(a) for a in ("One.", "No.", "Two.", "Three.")])
+                        [encode_response(tok, a) for a in ("One.", "No.", "Two.", "Three.")])
     _, others = dpo.batch_of(train, [0, 1, 2, 3], 0, Config(loss="kto", batch_size=4))
     assert [ids for ids, _ in others] == [prompts[n] + answers[other]
                                           for n, other in ((0, 2), (1, 2), (2, 3), (3, 2))]

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 from cli import NOTES, UserError
-from conftest import run_script
-from data.files import file_hash, is_json, read_rows
+from conftest import encode_messages, encode_response, read_rows, run_script
+from data.files import file_hash, is_json
 from data.load import load_prompts, load_rankings
 from data.records import (
     check_answer,
@@ -19,7 +19,6 @@ from data.records import (
     check_prompt,
     check_ranking,
     check_ranking_or_label,
-    encode_messages,
     read_sides,
     split,
     split_key,
@@ -349,7 +348,7 @@ def test_what_is_not_to_be_learnt_is_not_learnt(tmp_path, capsys):
     assert "left out 3 of 12 records, of weight 0" in said and len(NOTES) >= 2
     messages = [user("a"), bot("b", weight=0), user("c"), bot("d", train=True)]
     ids, mask = encode_messages(tok, check_demonstration(dict(messages=messages))["messages"])
-    assert [i for i, m in zip(ids, mask) if m] == tok.encode_response("d")
+    assert [i for i, m in zip(ids, mask) if m] == encode_response(tok, "d")
     assert check_demonstration(dict(messages=messages[:2]))["dropped"]
 
 
@@ -405,7 +404,7 @@ def test_of_a_prompt_with_turns_only_the_completion_is_learnt():
     messages = check_demonstration(dict(prompt=[user("a"), bot("b"), user("c")],
                                         completion="d"))["messages"]
     ids, mask = encode_messages(tok, messages)
-    assert [i for i, m in zip(ids, mask) if m] == tok.encode_response("d")
+    assert [i for i, m in zip(ids, mask) if m] == encode_response(tok, "d")
 
 
 def test_a_dialogue_in_one_text_is_no_prompt():

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from cli import UserError
 from common import clustered_se
+from conftest import read_rows
 from data import gsm8k
-from data.files import read_rows
 from data.records import check_answer, check_demonstration, split
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer

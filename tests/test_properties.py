@@ -15,15 +15,13 @@ import reward
 import sft
 import torch
 from cli import UserError, read_flags
-from conftest import elements_from
-from data.files import read_rows
+from conftest import elements_from, encode_messages, encode_response, read_rows
 from data.records import (
     check_demonstration,
     check_prompt,
     check_ranking,
     check_ranking_or_label,
     collate,
-    encode_messages,
     prompt_key,
     ranking_pairs,
     split,
@@ -197,7 +195,7 @@ def test_rankings_survive_and_every_pair_is_ordered(record):
     distinct = list(dict.fromkeys(texts))
     for e in elements_from([checked]):
         head = tok.encode_prompt(checked["prompt"])
-        assert e.rows == [head + tok.encode_response(text) for text in distinct]
+        assert e.rows == [head + encode_response(tok, text) for text in distinct]
         for i, j in e.pairs:
             assert any(texts[a] == distinct[i] and texts[b] == distinct[j] and ranks[a] < ranks[b]
                        for a in range(len(texts)) for b in range(len(texts)))
@@ -222,8 +220,8 @@ def test_labels_survive_and_become_elements(records):
     for record in single:
         [e] = elements_from([record])
         assert e.labels == (1 if record["label"] else -1,) and e.best == (0,) * record["label"]
-        assert e.rows[0] == tok.encode_prompt(record["prompt"]) + tok.encode_response(
-            record["completion"])
+        assert e.rows[0] == tok.encode_prompt(record["prompt"]) + encode_response(
+            tok, record["completion"])
     for e in elements_from([r for r in checked if "label" not in r] or single)[
             0 if len(single) < len(checked) else len(single):]:
         won, lost = ({p[side] for p in e.pairs} for side in (0, 1))
@@ -280,7 +278,8 @@ def test_text_survives_and_markers_in_it_stay_text(text):
     # two halves of a surrogate pair side by side become their character, a single one U+FFFD
     expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert tok.decode(ids) == expected
-    assert tok.encode_response(text) == [*ids, tok.eos]
+    answer, _ = encode_messages(tok, [dict(role="assistant", content=text)])
+    assert answer == [tok.markers["assistant"], *ids, tok.eos]
     assert tok.encode_prompt(text) == [tok.markers["user"], *ids, tok.markers["assistant"]]
 
 

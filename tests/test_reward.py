@@ -9,7 +9,7 @@ import pytest
 import reward
 import torch
 import torch.nn.functional as F
-from conftest import elements_from, rows_from
+from conftest import elements_from, encode_response, rows_from
 from data import batches
 from data.load import Element
 from data.records import digest, question, ranking_pairs
@@ -179,7 +179,7 @@ def test_rankings_of_one_prompt_share_an_element():
                             dict(prompt="a", completions=["x", "y"], ranks=[1, 1])])
     tokenizer = load_tokenizer("synthetic")
     assert [(e.rows, e.pairs) for e in merged] == [
-        ([tokenizer.encode_prompt(p) + tokenizer.encode_response(c) for c in texts], pairs)
+        ([tokenizer.encode_prompt(p) + encode_response(tokenizer, c) for c in texts], pairs)
         for p, texts, pairs in (("a", "xyz", ((0, 1), (2, 0))), ("b", "xy", ((0, 1),)))]
     assert np.isnan(merged[0].facts("gold")).all()
     [e] = elements_from([dict(prompt="a", completions=["x", "yy"], ranks=[2, 1], gold=[1, 2])])

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from cli import UserError
-from conftest import rows_from
+from conftest import encode_response, rows_from
 from data import records, tokens
 from data.load import load_rankings
 from data.records import (
@@ -47,7 +47,7 @@ def test_rows_are_what_the_records_say(folder):
     for n, record in enumerate(PAIRS):
         head = tok.encode_prompt(record["prompt"])
         for k, key in enumerate(("chosen", "rejected")):
-            answer = tok.encode_response(record[key])
+            answer = encode_response(tok, record[key])
             assert rows[2 * n + k] == (head + answer, [0] * len(head) + [1] * len(answer))
             facts = rows.facts[2 * n + k]
             assert (facts["record"], facts["rank"], facts["chars"], facts["response"]) == (
