@@ -22,7 +22,8 @@ from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent
-POLICIES = ("sft", "dpo", "ppo", "grpo")  # stages that make an assistant: each can start the next
+STARTS = ("sft", "convert", "pretrain")  # what sft.py and reward.py start from
+POLICIES = ("sft", "convert", "dpo", "ppo", "grpo")  # make an assistant: each can start the next
 
 
 # --- device, precision, seeds --------------------------------------------------------------------
@@ -291,7 +292,7 @@ def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None
     gpt = model if isinstance(model, GPT) else model.gpt
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     save_file(dict(format="rlhf-1", stage=stage, weights=weights,
-                   model=dataclasses.asdict(gpt.config), tokenizer=tokenizer.name,
+                   model=dataclasses.asdict(gpt.config), tokenizer=tokenizer.state,
                    config=dataclasses.asdict(config), metrics=metrics, hash=weights_hash(weights),
                    parents=parents or {}), Path(path))
 
@@ -334,7 +335,7 @@ def check_vocabulary(size, tokenizer, path):
 
 
 def check_same_tokenizer(first, second, path, other):
-    if first.name != second.name:
+    if first.hash != second.hash:
         raise UserError(f"{path} reads {first.name} tokens, {other} {second.name}: they do not fit "
                         "together")
 

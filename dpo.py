@@ -250,7 +250,7 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
     """
     rows, masks = all_rows(elements)
     key = common.text_hash(json.dumps([
-        common.weights_hash(reference.state_dict()), rows.hash(), masks.hash(), tokenizer.name,
+        common.weights_hash(reference.state_dict()), rows.hash(), masks.hash(), tokenizer.hash,
         device.type]))
     path = Path(config.reference_cache) / f"{key}.pt"
     if path.exists():

@@ -1,10 +1,14 @@
-"""The transformer that every stage shares: GPT-2's architecture, from scratch.
+"""The transformer that every stage shares, from scratch, in two dialects.
+
+GPT-2's, the default: learned positions, LayerNorm, GELU, biases. And that of the Llama line (Llama,
+Qwen2, Qwen3), by fields of `GPTConfig`: rotary positions, RMSNorm, SwiGLU, fewer heads for keys and
+values than for queries. The names of the modules are GPT-2's in both.
 
 Reading order: `Attention`, `MLP`, `Block`, `KVCache`, `GPT`, then the two functions that the
 stages call, `generate` (sampling) and `token_logprobs` (scoring).
 
-Shapes: B batch, T time (tokens), P prompt length, C channels (n_embd), H heads, V vocabulary rows,
-N the number of response tokens in a batch.
+Shapes: B batch, T time (tokens), P prompt length, C channels (n_embd), H heads, D head_dim, V
+vocabulary rows, N the number of response tokens in a batch.
 
 Rows are always RIGHT-padded. With causal attention a real token never sees the padding behind it,
 so scoring and training need no attention mask at all, and positions are simply 0, 1, 2, ...
@@ -24,22 +28,47 @@ from torch.utils.checkpoint import checkpoint
 class GPTConfig:
     vocab_size: int = 50304  # rows of the embedding: n_tokens rounded up to a multiple of 64
     n_tokens: int = 50260  # ids that may ever be produced; the rows behind get probability zero
-    block_size: int = 1024  # longest sequence: the number of learned positions
+    block_size: int = 1024  # longest sequence; of learned positions their number
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # used by pretrain.py only: later stages compare log-probabilities
+    # --- the dialect; a size of 0 stands for GPT-2's
+    n_kv_head: int = 0  # heads of keys and values, each read by n_head / n_kv_head heads; 0: n_head
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_hidden: int = 0  # width of the MLP; 0: 4 n_embd
+    rope_theta: float = 0.0  # base of the rotary positions; 0: learned positions
+    rope_scaling: tuple = ()  # Llama 3's: factor, low, high frequency factor, first block_size
+    norm: str = "layer"  # "layer": LayerNorm, "rms": RMSNorm, which has no mean and no bias
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"  # "gelu", in its tanh form, or "swiglu"
+    bias: str = "all"  # "all" linear maps have one, "none", or "qkv": those of q, k, v (Qwen2)
+    qk_norm: bool = False  # RMSNorm over D of every query and key, before they rotate (Qwen3)
+    tied: bool = True  # one matrix for embedding and head
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
+        if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        for name, size in dict(n_kv_head=self.n_head, head_dim=self.n_embd // self.n_head,
+                               n_hidden=4 * self.n_embd).items():
+            object.__setattr__(self, name, getattr(self, name) or size)  # frozen, but not yet
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of "
+                             f"n_kv_head={self.n_kv_head}")
+        if self.rope_theta and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn pairs")
+        for name, known in dict(norm=("layer", "rms"), mlp=("gelu", "swiglu"),
+                                bias=("all", "none", "qkv")).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)}: expected one of "
+                                 + ", ".join(known))
         if not 0 < self.n_tokens < self.vocab_size:
             raise ValueError(f"n_tokens={self.n_tokens} must lie below vocab_size={self.vocab_size}"
                              " (the first id behind the real tokens is PAD)")
 
 
 class KVCache:
-    """Keys and values of every layer in one fixed block of memory, (n_layer, 2, B, H, S, D).
+    """Keys and values of every layer in one fixed block of memory, (n_layer, 2, B, H_kv, S, D).
 
     Each row writes at its own position, so rows of different length share the cache without left
     padding. Slots behind a row's position hold leftovers of the padding; the mask in `Attention`
@@ -47,9 +76,8 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device, dtype):
-        head_dim = config.n_embd // config.n_head
-        self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_head, max_length, head_dim,
-                              device=device, dtype=dtype)
+        self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_kv_head, max_length,
+                              config.head_dim, device=device, dtype=dtype)
 
     def update(self, layer, positions, k, v):
         """Write k, v (B, H, T, D) at `positions` (B, T); return all slots, (B, H, S, D) each."""
@@ -61,42 +89,88 @@ class KVCache:
         return keys, values
 
 
+def norm(config):
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.n_embd, eps=config.norm_eps)
+
+
+def rotary_angles(config, positions):
+    """(cos, sin), each (B, 1, T, D/2) in fp32, of the angles by which `rotate` turns.
+
+    Pair d turns by position * theta^(-2d / D). Llama 3 stretches its slow pairs for a longer
+    context: those that make under `low` turns in the first block_size `factor` times, those of
+    over `high` turns not at all, in between a mixture of both.
+    """
+    pair = torch.arange(0, config.head_dim, 2, device=positions.device)
+    speed = 1.0 / config.rope_theta ** (pair.float() / config.head_dim)
+    if config.rope_scaling:
+        factor, low, high, first = config.rope_scaling
+        turns = first * speed / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = kept * speed + (1 - kept) * speed / factor
+    angles = positions[:, None, :, None] * speed
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, H, T, D), turned: number d of the first half and of the second half are a pair."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal self-attention; n_head / n_kv_head query heads share one head of keys and values."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.n_kv_head, self.D = config.n_head, config.n_kv_head, config.head_dim
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.D,
+                                bias=config.bias != "none")
+        self.c_proj = nn.Linear(self.n_head * self.D, config.n_embd, bias=config.bias == "all")
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.D, config.norm_eps) for _ in range(2))
 
-    def forward(self, x, layer=0, cache=None, positions=None):
-        B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-                   for z in self.c_attn(x).split(C, dim=2))
+    def forward(self, x, layer=0, cache=None, positions=None, angles=None):
+        B, T, _ = x.shape
+        sizes = [self.n_head, self.n_kv_head, self.n_kv_head]  # heads of q, k, v: (B, heads, T, D)
+        q, k, v = self.c_attn(x).view(B, T, sum(sizes), self.D).transpose(1, 2).split(sizes, dim=1)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         dropout = self.dropout if self.training else 0.0
+        grouped = self.n_kv_head < self.n_head
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
+                                               enable_gqa=grouped)
         else:
             k, v = cache.update(layer, positions, k, v)
             # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S)
             slots = torch.arange(k.size(2), device=x.device)
             mask = slots <= positions[:, None, :, None]
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask,
+                                               enable_gqa=grouped)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.D))
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.swiglu, self.dropout = config.mlp == "swiglu", config.dropout
+        wide = config.n_hidden * (2 if self.swiglu else 1)  # gate and value of SwiGLU in one matrix
+        self.c_fc = nn.Linear(config.n_embd, wide, bias=config.bias == "all")
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias == "all")
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the tanh form
-        return F.dropout(x, self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.swiglu:
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x, approximate="tanh")  # GPT-2 uses the tanh form
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -104,18 +178,18 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer=0, cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), layer, cache, positions)
+    def forward(self, x, layer=0, cache=None, positions=None, angles=None):
+        x = x + self.attn(self.ln_1(x), layer, cache, positions, angles)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """Learned positions, pre-norm, one matrix for token embedding and output head (tied).
+    """Embedding, blocks, a last norm; the head is the embedding's own matrix (tied) or another.
 
     `forward` returns hidden states, not logits: a reward or value head reads them directly, and
     the vocabulary head, by far the largest product at small size, is applied only where needed.
@@ -124,10 +198,14 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # compute each block again in the backward pass: less memory
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if not config.rope_theta:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # GPT-2 draws all matrices with std 0.02, at widths 768 to 1600. A narrow model needs more:
         # at width 128 that std leaves attention nearly uniform, and the model learns to copy from
         # its context several times later. So 0.02 stands for width 1024, others scale as 1/sqrt.
@@ -142,7 +220,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)  # LayerNorm weights stay at 1
 
     def forward(self, tokens, cache=None, positions=None):
-        """tokens (B, T) -> final hidden states (B, T, C), after the last LayerNorm.
+        """tokens (B, T) -> final hidden states (B, T, C), after the last norm.
 
         With a cache, `positions` (B, T) says where each token stands; without, they are 0..T-1.
         """
@@ -151,10 +229,15 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand_as(tokens)
-        x = self.wte(tokens) + self.wpe(positions)
+        if self.config.rope_theta:
+            x, angles = self.wte(tokens), rotary_angles(self.config, positions)
+        else:
+            x, angles = self.wte(tokens) + self.wpe(positions), None
         x = F.dropout(x, self.config.dropout, self.training)
+        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, positions)
+            x = checkpoint(block, x, layer, cache, positions, angles, use_reentrant=False) \
+                if recompute else block(x, layer, cache, positions, angles)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -166,11 +249,11 @@ class GPT(nn.Module):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # not under autocast: it would round the logits to bf16, 0.03 nats off in a log-probability
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = self.wte.weight[:self.config.n_tokens]
-            return F.linear(hidden.to(dtype), weight.to(dtype))
+            head = self.wte if self.config.tied else self.lm_head
+            return F.linear(hidden.to(dtype), head.weight[:self.config.n_tokens].to(dtype))
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())  # the tied matrix counts once
+        return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
 
 def autocast(device):

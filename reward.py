@@ -186,7 +186,7 @@ def main(config):
     common.ensure_input(config, "data", "label")
 
     # --- model and data ------------------------------------------------------
-    policy, tokenizer, parent = common.load_policy(config.init, ("sft", "pretrain"), device)
+    policy, tokenizer, parent = common.load_policy(config.init, common.STARTS, device)
     model = RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
     origin = embedded(config.data)

@@ -112,7 +112,7 @@ def main(config):
     common.ensure_input(config, "init", "pretrain")
 
     # --- model and data ------------------------------------------------------
-    model, tokenizer, parent = common.load_policy(config.init, ("pretrain", "sft"), device)
+    model, tokenizer, parent = common.load_policy(config.init, common.STARTS, device)
     data = load_data(config, tokenizer, model.config.block_size)
     text = None  # rows of pretraining text, or None
     source = config.pretrain_data or ("synthetic" if config.data == "synthetic" else None)

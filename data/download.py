@@ -5,7 +5,9 @@ An adapter is a flat script: `locate` its files, turn each row into a record or 
 downloads the files that it pins by commit and SHA-256 into out/downloads/<set>/.
 """
 
+import hashlib
 import http.client
+import os
 import sys
 import time
 import urllib.error
@@ -32,12 +34,14 @@ CHUNK = 2**16  # bytes read at once
 def fetch(url, path, sha256):
     """Download url to path unless the right file is there already. Returns the path.
 
+    sha256: of the file, or of 40 digits git's hash of it, which the hub gives for small files.
     What has arrived is kept in path + ".part" and continued by the next try or the next run; only a
     whole file with the right SHA-256 gets the final name. UserError if the server cannot be reached
     or the checksum is wrong (then the part is deleted, or it would be continued for ever).
     """
     path = Path(path)
-    if path.is_file() and file_hash(path) == sha256:
+    checksum = file_hash if len(sha256) == 64 else git_hash
+    if path.is_file() and checksum(path) == sha256:
         return path
     part = path.with_name(path.name + ".part")
     for attempt in range(TRIES):
@@ -50,13 +54,27 @@ def fetch(url, path, sha256):
                 raise UserError(f"cannot download {url}: {error}; "
                                 "--source=DIR reads a local copy") from None
             time.sleep(WAIT * 2**attempt)
-    found = file_hash(part)
+    found = checksum(part)
     if found != sha256:
         part.unlink()
-        raise UserError(f"{url} arrived with SHA-256 {found}, expected {sha256}: it is deleted, "
+        raise UserError(f"{url} arrived with the hash {found}, expected {sha256}: it is deleted, "
                         "try again; --source=DIR reads a local copy")
     part.replace(path)
     return path
+
+
+def git_hash(path):
+    content = Path(path).read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def request(url, **headers):
+    """A request to the hub says who asks, if HF_TOKEN does; not to where the hub sends it on."""
+    made = urllib.request.Request(url, headers=headers)
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_TOKEN") and url.startswith(hub + "/"):
+        made.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    return made
 
 
 def _transfer(url, part):
@@ -65,8 +83,7 @@ def _transfer(url, part):
     have = part.stat().st_size if part.is_file() else 0  # bytes
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers),
-                                          timeout=TIMEOUT)
+        response = urllib.request.urlopen(request(url, **headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:
             return  # nothing lies behind `have`: the part is whole or wrong, the checksum tells

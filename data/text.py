@@ -103,12 +103,12 @@ def pack(documents, length):
 
 
 def text_rows(data, tokenizer, length, n, seed, skip_bad=False):
-    """Rows (rows, length) of token ids, int32; documents are separated by EOS. UserError if too
-    short."""
+    """Rows (rows, length) of token ids, int32; documents are separated by one token. UserError
+    if they are too short."""
     def encoded():
         for chunk in chunks(progress(read_texts(data, n, seed, skip_bad), "tokens"), len):
             for ids in tokenizer.encode_many(chunk):
-                yield [tokenizer.eos, *ids]
+                yield [tokenizer.separator, *ids]
 
     rows = pack(encoded(), length)
     if len(rows) < 2:

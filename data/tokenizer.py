@@ -1,14 +1,14 @@
 """Text to token ids and back, and the chat template.
 
-Two tokenizers, both `tiktoken.Encoding`s built from a ranks file:
-    synthetic   byte-level BPE of 1,787 tokens for the embedded data, committed with the code
-    gpt2        GPT-2's BPE, 50,257 tokens, from $GPT2_RANKS, tiktoken's cache or download
+Every tokenizer is a `tiktoken.Encoding`, byte-level BPE:
+    synthetic   1,787 tokens for the embedded data, committed with the code
+    gpt2        GPT-2's 50,257 tokens, from $GPT2_RANKS, tiktoken's cache or download
+    others      from the tokenizer.json that a checkpoint of convert.py carries
 
-Ids behind the ranks: EOS (GPT-2's <|endoftext|>), the three chat markers, then PAD. EOS and the
-markers can be produced; PAD is the first padded row of the vocabulary, which never gets probability
-(model.py), and it is never EOS, so a mask can never lose the stop token.
+EOS and the markers of the template can be produced; PAD is the first id behind the vocabulary, so
+it never gets probability (model.py), and it is never EOS: a mask can never lose the stop token.
 
-The template, exactly, with nothing in between:
+The template of our own models, exactly, with nothing in between:
     <|system|>text<|user|>text<|assistant|>response EOS
 Prompt and response are tokenised apart and joined as ids: BPE never merges across the boundary, so
 the prompt's ids are a prefix of the whole. Markers spelled out in a text are ordinary text.
@@ -16,7 +16,10 @@ the prompt's ids are a prefix of the whole. Markers spelled out in a text are or
 
 import base64
 import hashlib
+import json
 import os
+import re
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +28,6 @@ from tiktoken.load import load_tiktoken_bpe
 
 from cli import UserError
 
-# GPT-2's pre-tokenisation: contractions, words, numbers, punctuation, whitespace
-PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 ROLES = ("system", "user", "assistant")
 SYNTHETIC_RANKS = Path(__file__).parent / "synthetic" / "synthetic.tiktoken"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
@@ -34,24 +35,74 @@ GPT2_RANKS = 50256
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 NAMES = ("synthetic", "gpt2")
 
+# --- chat templates, as data ---------------------------------------------------------------------
+#
+# begin stands before the first turn, head and tail of its role around each text. An answer is what
+# stands between the assistant's head and the first special token of its tail, which is EOS.
+# default_system: what the system says where a dialogue has no such turn, or None. trim: texts
+# lose the white space at their ends.
+
+
+def template(head, tail, begin="", answer_tail=None, default_system=None, trim=False):
+    return dict(begin=begin, head={role: head.format(role=role) for role in ROLES},
+                tail={role: tail for role in ROLES} | dict(assistant=answer_tail or tail),
+                default_system=default_system, trim=trim)
+
+
+TEMPLATES = dict(
+    markers=template("<|{role}|>", "", answer_tail="<|endoftext|>"),
+    chatml=template("<|im_start|>{role}\n", "<|im_end|>\n"),
+    llama3=template("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>",
+                    begin="<|begin_of_text|>", trim=True))
+
+# --- what text is cut into before BPE ------------------------------------------------------------
+
+# GPT-2's: contractions, words, numbers, punctuation, whitespace
+PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+# the same on what is left between digits, which stand alone: no space goes with them (SmolLM2)
+DIGITS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|"
+          r"\s+(?!\S)|\s")
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
 
 class Tokenizer:
-    """ids: 0..n_ranks-1 text, then EOS, <|system|>, <|user|>, <|assistant|>, then PAD."""
+    """ids 0..n_tokens-1 can be produced, PAD is n_tokens.
 
-    def __init__(self, name, ranks):
-        n = len(ranks)
-        markers = {f"<|{role}|>": n + 1 + i for i, role in enumerate(ROLES)}
-        self.name, self.eos, self.pad = name, n, n + 1 + len(ROLES)
-        self.markers = {role: markers[f"<|{role}|>"] for role in ROLES}
-        self.n_tokens = self.pad  # ids that can be produced
+    ranks: {bytes: id}, of two tokens that could be joined the one with the lower id comes first.
+    specials: {text: id}, never found in text. state: what a checkpoint keeps to make this again.
+    """
+
+    def __init__(self, name, ranks, specials, template, pattern=PATTERN, nfc=False, state=None):
+        self.name, self.state, self.template = name, state or name, template
+        self.specials, self.nfc = specials, nfc
+        self.n_tokens = self.pad = max(*ranks.values(), *specials.values()) + 1
         self.vocab_size = (self.n_tokens // 64 + 1) * 64  # rows, PAD among them
-        self.hash = hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest()
-        self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                                          special_tokens={"<|endoftext|>": n, **markers})
+        self.hash = hashlib.sha256(repr((sorted(ranks.items()), sorted(specials.items()), pattern,
+                                         nfc, template)).encode()).hexdigest()
+        # tiktoken needs an id for every byte; what the vocabulary lacks goes again in encode_many
+        unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        self.complete = not unknown
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, special_tokens=specials,
+            mergeable_ranks=ranks | {b: self.pad + 1 + n for n, b in enumerate(unknown)})
+        self.begin = self.split(template["begin"])
+        self.head, self.tail = ({role: self.split(template[part][role]) for role in ROLES}
+                                for part in ("head", "tail"))
+        self.eos = self.tail["assistant"][0]
+        # what separates plain texts, in pretraining
+        self.separator = next((specials[t] for t in ("<|endoftext|>", "<|begin_of_text|>")
+                               if t in specials), self.eos)
+
+    def split(self, text):
+        """A text of a template as ids of the special tokens and what stands between them."""
+        parts = re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text)
+        return [self.specials.get(part, part) for part in parts if part]
 
     def encode(self, text):
         """Ordinary text only: "<|user|>" inside a text does not become the marker."""
-        return self.encoding.encode_ordinary(text)
+        return self.encode_many([text])[0]
 
     def decode(self, ids):
         """Text of the ids. EOS and PAD are dropped, markers are shown."""
@@ -59,7 +110,7 @@ class Tokenizer:
         return self.encoding.decode([i for i in ids if i != self.eos and i < self.n_tokens])
 
     def encode_prompt(self, prompt):
-        """A prompt (text, or a list of {"role", "content"} turns) up to and with <|assistant|>.
+        """A prompt (text, or a list of {"role", "content"} turns) up to where the answer begins.
 
         Assistant turns inside the history end with EOS, as they did when they were produced.
         """
@@ -69,25 +120,41 @@ class Tokenizer:
     def prompt_pieces(self, prompt):
         """The pieces of a prompt; none is scored."""
         turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-        return [*((piece, 0) for piece, _ in self.message_pieces(turns)),
-                (self.markers["assistant"], 0)]
+        return [(piece, 0) for piece in [*(piece for piece, _ in self.message_pieces(turns)),
+                                         *self.head["assistant"]]]
 
     def message_pieces(self, turns):
         """The template: [(marker or EOS, mask) or (text, mask), ...]. The mask is 1 on every
-        assistant turn, its EOS included, but on those with "weight": 0."""
-        pieces = []
+        assistant turn, its EOS included, but on those with "weight": 0. Behind the last EOS nothing
+        follows."""
+        pieces, behind = [(piece, 0) for piece in self.begin], []
+        if self.template["default_system"] is not None and turns[0]["role"] != "system":
+            turns = [dict(role="system", content=self.template["default_system"]), *turns]
         for turn in turns:
-            weight = turn.get("weight", 1) if turn["role"] == "assistant" else 0
-            pieces += [(self.markers[turn["role"]], 0), (turn["content"], weight)]
+            text = turn["content"].strip() if self.template["trim"] else turn["content"]
+            head, tail = self.head[turn["role"]], self.tail[turn["role"]]
+            pieces += [(piece, 0) for piece in behind + head]
             if turn["role"] == "assistant":
-                pieces.append((self.eos, weight))
-        return pieces
+                weight = turn.get("weight", 1)
+                pieces += [(text, weight), (self.eos, weight)]
+                behind = tail[1:]
+            else:
+                if isinstance(head[-1], str):  # one text with what stands before it, "user\\n"
+                    text = pieces.pop()[0] + text
+                pieces.append((text, 0))
+                behind = tail
+        return pieces if turns[-1]["role"] == "assistant" else \
+            pieces + [(piece, 0) for piece in behind]
 
     def encode_many(self, texts):
-        """`encode` of each, on all processors."""
+        """The ids of each text, on all processors."""
+        if self.nfc:
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
         if len(texts) < 8:  # the threads cost more than they bring
-            return [self.encode(text) for text in texts]
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            rows = [self.encoding.encode_ordinary(text) for text in texts]
+        else:
+            rows = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        return rows if self.complete else [[i for i in ids if i < self.n_tokens] for ids in rows]
 
     def encode_pieces(self, rows):
         """[(ids, mask), ...] of rows of pieces; every text is tokenised once, all in one call."""
@@ -104,6 +171,9 @@ class Tokenizer:
         return encoded
 
 
+# --- by name -------------------------------------------------------------------------------------
+
+
 def read_ranks(path):
     """{token bytes: rank} of a local file in tiktoken's format, a line per token: base64 rank.
 
@@ -118,15 +188,23 @@ def read_ranks(path):
         raise UserError(f"{path} is not a ranks file of tiktoken's format") from None
 
 
-@cache
-def load_tokenizer(name):
-    """The tokenizer of this name. UserError where the name or the ranks file is wrong or missing.
+def load_tokenizer(state):
+    """The tokenizer of this name, or of the files that a checkpoint of convert.py carries.
+
+    UserError where the name or the ranks file is wrong or missing.
 
     GPT-2's ranks: the environment variable GPT2_RANKS may name a local r50k_base.tiktoken; without
     it tiktoken's own cache is tried, then a download.
     """
+    if isinstance(state, dict):
+        return _from_files(json.dumps(state))
+    return _by_name(state)
+
+
+@cache
+def _by_name(name):
     if name == "synthetic":
-        return Tokenizer(name, read_ranks(SYNTHETIC_RANKS))
+        return _with_markers(name, read_ranks(SYNTHETIC_RANKS))
     if name != "gpt2":
         raise UserError(f"tokenizer {name!r} is unknown: choose one of {', '.join(NAMES)}")
     ranks_path = os.environ.get("GPT2_RANKS")
@@ -134,10 +212,98 @@ def load_tokenizer(name):
         ranks = read_ranks(ranks_path)  # names the path where it cannot
         if len(ranks) != GPT2_RANKS:
             raise UserError(f"{ranks_path} holds {len(ranks)} tokens, GPT-2 has {GPT2_RANKS}")
-        return Tokenizer(name, ranks)
+        return _with_markers(name, ranks)
     try:
-        return Tokenizer(name, load_tiktoken_bpe(GPT2_URL, GPT2_SHA256))
+        return _with_markers(name, load_tiktoken_bpe(GPT2_URL, GPT2_SHA256))
     except Exception as error:  # any of requests' errors, or a wrong checksum
         why = str(error).split("\n")[0][:150]
         raise UserError(f"cannot load GPT-2's tokenizer from {GPT2_URL}: {why}. Without a "
                          "network, set GPT2_RANKS=PATH to a copy of that file") from None
+
+
+def _with_markers(name, ranks):
+    """ids: 0..n_ranks-1 text, then EOS, <|system|>, <|user|>, <|assistant|>."""
+    specials = ["<|endoftext|>", *(f"<|{role}|>" for role in ROLES)]
+    return Tokenizer(name, ranks, {text: len(ranks) + n for n, text in enumerate(specials)},
+                     TEMPLATES["markers"])
+
+
+# --- from tokenizer.json -------------------------------------------------------------------------
+
+
+def byte_letters():
+    """{byte: the letter that byte-level vocabularies write for it} (GPT-2): visible ones stand for
+    themselves, the others for those from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+
+
+BYTES = {letter: b for b, letter in byte_letters().items()}
+
+
+def pattern_of(pre):
+    """The pattern that a "pre_tokenizer" of tokenizer.json stands for, or None if it is unknown."""
+    parts = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre or {"type": None}]
+    kinds = [part["type"] for part in parts]
+    if kinds[-1] != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    cuts = parts[-1].get("use_regex", True)  # by GPT-2's pattern
+    if kinds == ["ByteLevel"] and cuts:
+        return PATTERN
+    if kinds == ["Digits", "ByteLevel"] and cuts and parts[0].get("individual_digits"):
+        return DIGITS
+    if kinds == ["Split", "ByteLevel"] and not cuts and parts[0]["behavior"] == "Isolated" \
+            and not parts[0].get("invert"):
+        found = parts[0]["pattern"].get("Regex")
+        return found if found in (QWEN, LLAMA3) else None
+    return None
+
+
+@cache
+def _from_files(state):
+    """The Tokenizer of a state {"name", "tokenizer.json", "template", ...}, given as JSON."""
+    state = json.loads(state)
+    ranks, specials, pattern, nfc = read_json(state["tokenizer.json"], state["name"])
+    return Tokenizer(state["name"], ranks, specials, state["template"], pattern, nfc, state)
+
+
+def read_json(text, where):
+    """(ranks, specials, pattern, nfc) of a tokenizer.json. UserError for what is not byte-level
+    BPE, or pre-tokenised as none of the models that we know."""
+    def refuse(why):
+        raise UserError(f"{where}: {why}")
+
+    try:
+        content = json.loads(text)
+        model, pre = content["model"], content.get("pre_tokenizer")
+        normalizer = (content.get("normalizer") or {"type": None})["type"]
+        vocab = model.get("vocab")
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        if model["type"] != "BPE" or model.get("byte_fallback"):
+            refuse(f"its model is {model['type']}, not byte-level BPE")
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+            if model.get(name):
+                refuse(f"its BPE has a {name}, which is not read")
+        if normalizer not in (None, "NFC"):
+            refuse(f"the normalizer {normalizer} is not known (NFC is)")
+        pattern = pattern_of(pre)
+        if pattern is None:
+            refuse(f"the pre_tokenizer {json.dumps(pre, ensure_ascii=False)[:200]} is not known: "
+                   "those of GPT-2, SmolLM2, Qwen and Llama 3 are")
+        merged = ["".join(pair.split(" ") if isinstance(pair, str) else pair)
+                  for pair in model["merges"]]
+        order = [vocab[token] for token in merged]
+        if order != sorted(order):
+            refuse("the ids do not follow the order of the merges")
+        plain = {token for token in vocab if token not in added}
+        lost = plain - set(merged) - set(BYTES)
+        if lost:
+            refuse(f"{len(lost)} tokens that no merge makes, such as {sorted(lost)[0]!r}")
+        ranks = {bytes(BYTES[letter] for letter in token): vocab[token] for token in plain}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse(f"not a tokenizer.json that can be read ({type(error).__name__}: {error})")
+    ids = sorted([*ranks.values(), *added.values()])
+    if ids != list(range(len(ids))):
+        refuse("its ids do not run from 0 without gaps")
+    return ranks, added, pattern, normalizer == "NFC"

@@ -243,11 +243,11 @@ def prompt_ids(tokenizer, prompt):
     turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     ids = []
     for turn in turns:
-        ids.append(tokenizer.markers[turn["role"]])
+        ids.append(tokenizer.specials[f"<|{turn['role']}|>"])
         ids.extend(tokenizer.encode(turn["content"]))
         if turn["role"] == "assistant":
             ids.append(tokenizer.eos)
-    return ids + [tokenizer.markers["assistant"]]
+    return ids + [tokenizer.specials["<|assistant|>"]]
 
 
 def answer_row(tokenizer, prompt, answer):
@@ -263,7 +263,7 @@ def dialogue_row(tokenizer, messages):
         text = tokenizer.encode(turn["content"])
         if turn["role"] == "assistant":
             text = [*text, tokenizer.eos]
-        ids += [tokenizer.markers[turn["role"]], *text]
+        ids += [tokenizer.specials[f"<|{turn['role']}|>"], *text]
         mask += [0] + [int(turn["role"] == "assistant")] * len(text)
     return ids, mask
 

@@ -38,8 +38,9 @@ def test_round_trip(text):
 def test_special_ids():
     # catches PAD = EOS and a PAD that the head could produce
     assert tok.pad == tok.n_tokens < tok.vocab_size and tok.vocab_size % 64 == 0
-    assert tok.eos not in (tok.pad, *tok.markers.values())
-    assert tok.encode("<|user|><|endoftext|>") != [tok.markers["user"], tok.eos]
+    assert tok.specials["<|endoftext|>"] == tok.eos
+    assert len({tok.pad, *tok.specials.values()}) == 5
+    assert tok.encode("<|user|><|endoftext|>") != [tok.specials["<|user|>"], tok.eos]
 
 
 def test_template_exactly():
@@ -47,7 +48,7 @@ def test_template_exactly():
     turns = [dict(role="system", content="Be brief."), dict(role="user", content="Hi"),
              dict(role="assistant", content="Hello."), dict(role="user", content="Bye"),
              dict(role="assistant", content="Good bye.")]
-    e, (system, user, assistant) = tok.encode, tok.markers.values()
+    e, (system, user, assistant) = tok.encode, range(tok.eos + 1, tok.eos + 4)
     expected = [system, *e("Be brief."), user, *e("Hi"), assistant, *e("Hello."), tok.eos,
                 user, *e("Bye"), assistant, *e("Good bye."), tok.eos]
     ids, mask = encode_messages(tok, turns)
@@ -209,7 +210,8 @@ def test_decoding_drops_eos_and_pad():
     text = "The capital of Peru is Lima."
     ids = tok.encode(text)
     assert tok.decode([*ids, tok.eos, tok.pad, tok.vocab_size - 1]) == text
-    assert tok.decode([tok.eos, *ids[:2], tok.markers["user"]]) == tok.decode(ids[:2]) + "<|user|>"
+    user = tok.specials["<|user|>"]
+    assert tok.decode([tok.eos, *ids[:2], user]) == tok.decode(ids[:2]) + "<|user|>"
 
 
 def test_an_error_names_the_line_in_every_format(tmp_path):

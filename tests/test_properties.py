@@ -264,7 +264,7 @@ def test_any_file_is_records_or_a_data_error(tmp_path, lines):
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>", "<|pad|>", "<|", "|>"]
 TEXT = st.text(UNICODE) | st.lists(st.sampled_from(MARKERS) | st.text(max_size=3)).map("".join)
-SPECIAL = {tok.eos, tok.pad, *tok.markers.values()}
+SPECIAL = {tok.pad, *tok.specials.values()}
 
 
 @many
@@ -279,8 +279,9 @@ def test_text_survives_and_markers_in_it_stay_text(text):
     expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert tok.decode(ids) == expected
     answer, _ = encode_messages(tok, [dict(role="assistant", content=text)])
-    assert answer == [tok.markers["assistant"], *ids, tok.eos]
-    assert tok.encode_prompt(text) == [tok.markers["user"], *ids, tok.markers["assistant"]]
+    assert answer == [tok.specials["<|assistant|>"], *ids, tok.eos]
+    user, assistant = tok.specials["<|user|>"], tok.specials["<|assistant|>"]
+    assert tok.encode_prompt(text) == [user, *ids, assistant]
 
 
 DIALOGUE = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT), max_size=5) \
@@ -296,7 +297,7 @@ def test_mask_marks_the_assistant_turns_and_nothing_else(before, answer):
     expected, expected_mask = [], []  # the template, turn by turn
     for turn in turns:
         text, scored = tok.encode(turn["content"]), turn["role"] == "assistant"
-        expected += [tok.markers[turn["role"]], *text] + [tok.eos] * scored
+        expected += [tok.specials[f"<|{turn['role']}|>"], *text] + [tok.eos] * scored
         expected_mask += [0] + [int(scored)] * len(text) + [1] * scored
     assert (ids, mask) == (expected, expected_mask)
     runs = "".join(map(str, mask)).strip("0").split("0")  # runs of 1, one for each assistant turn

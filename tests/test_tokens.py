@@ -92,7 +92,7 @@ def test_another_reading_has_another_cache(folder, monkeypatch, change):
     # catches tokens of another file, vocabulary or version of the code
     class Other:
         name, hash, pad, eos, n_tokens = tok.name, "another", tok.pad, tok.eos, tok.n_tokens
-        markers, encode_pieces, prompt_pieces = tok.markers, tok.encode_pieces, tok.prompt_pieces
+        encode_pieces, prompt_pieces = tok.encode_pieces, tok.prompt_pieces
 
     path = write(folder / "x", PAIRS)
     read(path)

@@ -1,0 +1,647 @@
+"""Pretrained weights in, a folder that other tools open out.
+
+In: a folder of transformers (or its name at the Hugging Face hub) with a model of GPT-2's kind, of
+Llama's, Qwen2's or Qwen3's becomes a checkpoint that every stage takes as --init, its tokenizer and
+chat template inside. A model without a template gets ours, its three markers in new rows.
+
+Out: a checkpoint becomes a folder that transformers opens, AutoModelForCausalLM or of a reward
+model AutoModelForSequenceClassification, with tokenizer and chat template.
+
+    python convert.py --source=HuggingFaceTB/SmolLM2-135M-Instruct --out=out/smollm2
+    python convert.py --source=FOLDER --out=out/smollm2 --block_size=1024
+    python convert.py --source=out/ppo --to=transformers --out=out/ppo-transformers
+"""
+
+from dataclasses import dataclass
+
+import cli
+from cli import NotNegative, UserError
+
+
+@dataclass
+class Config:
+    source: str = ""  # folder of transformers or name at the hub; with --to: a checkpoint
+    out: str = ""  # folder to write
+    to: str = "checkpoint"  # "checkpoint" of this project, or "transformers"
+    template: str = "auto"  # markers, chatml or llama3; "auto": the source's own, if it is of these
+    block_size: NotNegative[int] = 0  # longest sequence of all later stages; 0: the source's
+    overwrite: bool = False  # write into a folder that holds files already
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import dataclasses
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+import common
+from cli import note
+from data.download import DOWNLOADS, TIMEOUT, fetch, request
+from data.tokenizer import ROLES, TEMPLATES, byte_letters, load_tokenizer, read_json, template
+from model import GPT, GPTConfig
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config)\.json|"
+                   r"chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3")
+SURPLUS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # constants, not learned
+
+
+# --- what the two sides call the same thing ------------------------------------------------------
+
+
+def read_config(content, where):
+    """(kind, GPTConfig) of a config.json, its vocabulary as the embedding has it. UserError for
+    what model.py does not compute."""
+    def need(name, *allowed):
+        if content.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{where}: {name}={content[name]!r} is not supported")
+
+    kind = content.get("model_type")
+    if kind not in KINDS:
+        raise UserError(f"{where}: models of type {kind!r} are not supported; those of "
+                        f"{', '.join(KINDS)} are")
+    need("quantization_config", None)
+    try:
+        if kind == "gpt2":
+            need("activation_function", "gelu_new", "gelu_pytorch_tanh")
+            need("scale_attn_weights", True)
+            need("scale_attn_by_inverse_layer_idx", False)
+            need("add_cross_attention", False)
+            return kind, GPTConfig(
+                content["vocab_size"] + 1, content["vocab_size"], content["n_positions"],
+                content["n_layer"], content["n_head"], content["n_embd"],
+                n_hidden=content.get("n_inner") or 0, norm_eps=content["layer_norm_epsilon"],
+                tied=content.get("tie_word_embeddings", True))
+        need("hidden_act", "silu")
+        need("use_sliding_window", False)
+        bias = dict(llama="none", qwen2="qkv", qwen3="none")[kind]
+        if kind == "llama" and content.get("attention_bias") and content.get("mlp_bias"):
+            bias = "all"
+        elif kind != "qwen2":
+            need("attention_bias", False)
+            need("mlp_bias", False)
+        rope = content.get("rope_parameters") or {}  # since transformers 5
+        scaling = content.get("rope_scaling") or rope
+        how = scaling.get("rope_type", scaling.get("type", "default"))
+        if how not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{where}: rotary positions scaled by {how!r} are not supported")
+        factors = ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings")
+        return kind, GPTConfig(
+            content["vocab_size"] + 1, content["vocab_size"], content["max_position_embeddings"],
+            content["num_hidden_layers"], content["num_attention_heads"], content["hidden_size"],
+            n_kv_head=content.get("num_key_value_heads") or 0,
+            head_dim=content.get("head_dim") or 0, n_hidden=content["intermediate_size"],
+            rope_theta=float(rope.get("rope_theta", content.get("rope_theta", 10000.0))),
+            rope_scaling=tuple(scaling[name] for name in factors) if how == "llama3" else (),
+            norm="rms", norm_eps=content["rms_norm_eps"], mlp="swiglu", bias=bias,
+            qk_norm=kind == "qwen3", tied=content.get("tie_word_embeddings", False))
+    except KeyError as error:
+        raise UserError(f"{where}: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def write_config(kind, size, eos, pad):
+    """The content of config.json."""
+    both = dict(model_type=kind, vocab_size=size.n_tokens, eos_token_id=eos, bos_token_id=None,
+                pad_token_id=pad, tie_word_embeddings=size.tied, dtype="float32")
+    if kind == "gpt2":
+        return both | dict(
+            n_positions=size.block_size, n_layer=size.n_layer, n_head=size.n_head,
+            n_embd=size.n_embd, n_inner=size.n_hidden, layer_norm_epsilon=size.norm_eps,
+            activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    rope = dict(rope_type="default", rope_theta=size.rope_theta)
+    if size.rope_scaling:
+        factor, low, high, first = size.rope_scaling
+        rope |= dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high,
+                     original_max_position_embeddings=first)
+    return both | dict(
+        max_position_embeddings=size.block_size, num_hidden_layers=size.n_layer,
+        num_attention_heads=size.n_head, hidden_size=size.n_embd, head_dim=size.head_dim,
+        num_key_value_heads=size.n_kv_head, intermediate_size=size.n_hidden, hidden_act="silu",
+        rms_norm_eps=size.norm_eps, rope_parameters=rope, rope_theta=size.rope_theta,
+        rope_scaling=rope if size.rope_scaling else None, attention_bias=size.bias != "none",
+        mlp_bias=size.bias == "all", use_sliding_window=False)
+
+
+def kind_of(size):
+    """The type of transformers' model that computes what a GPTConfig says. UserError for a mixture
+    that none of them computes."""
+    square = size.head_dim * size.n_head == size.n_embd
+    dialect = (size.norm, size.mlp, size.rope_theta > 0)
+    if dialect == ("layer", "gelu", False) and size.bias == "all" and not size.qk_norm and square \
+            and size.n_kv_head == size.n_head:
+        return "gpt2"
+    if dialect == ("rms", "swiglu", True):
+        if size.qk_norm and size.bias == "none":
+            return "qwen3"
+        if size.bias == "qkv" and square and not size.qk_norm:
+            return "qwen2"
+        if size.bias != "qkv" and not size.qk_norm:
+            return "llama"
+    raise UserError("no model of transformers computes this mixture of dialects")
+
+
+def layout(kind, size):
+    """[(our name, their names, rows of each, whether they keep it transposed), ...]: where there
+    are several, ours is theirs one below the other."""
+    C, D = size.n_embd, size.head_dim
+    qkv = [size.n_head * D, size.n_kv_head * D, size.n_kv_head * D]
+    if kind == "gpt2":
+        top, h, names = "transformer.", "h", dict(wte="wte", wpe="wpe", ln_f="ln_f")
+        layer = [(name, [name], [rows]) for name, rows in (
+            ("ln_1", C), ("attn.c_attn", sum(qkv)), ("attn.c_proj", C), ("ln_2", C),
+            ("mlp.c_fc", size.n_hidden), ("mlp.c_proj", C))]
+    else:
+        top, h, names = "model.", "layers", dict(wte="embed_tokens", ln_f="norm")
+        layer = [("ln_1", ["input_layernorm"], [C]),
+                 ("attn.c_attn", [f"self_attn.{x}_proj" for x in "qkv"], qkv),
+                 ("attn.c_proj", ["self_attn.o_proj"], [C]),
+                 ("attn.q_norm", ["self_attn.q_norm"], [D]),
+                 ("attn.k_norm", ["self_attn.k_norm"], [D]),
+                 ("ln_2", ["post_attention_layernorm"], [C]),
+                 ("mlp.c_fc", ["mlp.gate_proj", "mlp.up_proj"], [size.n_hidden] * 2),
+                 ("mlp.c_proj", ["mlp.down_proj"], [C])]
+    with torch.device("meta"):
+        ours = GPT(size).state_dict()
+    rows = [(name, [top + theirs], [len(ours[f"{name}.weight"])])
+            for name, theirs in names.items()]
+    rows += [(f"h.{n}.{name}", [f"{top}{h}.{n}.{x}" for x in theirs], counts)
+             for n in range(size.n_layer) for name, theirs, counts in layer]
+    rows.append(("lm_head", ["lm_head"], [size.vocab_size]))
+    return [(f"{name}.{part}", [f"{x}.{part}" for x in theirs], counts,
+             kind == "gpt2" and part == "weight" and ".c_" in name)
+            for name, theirs, counts in rows for part in ("weight", "bias")
+            if f"{name}.{part}" in ours]
+
+
+# --- in: files -----------------------------------------------------------------------------------
+
+
+def download(name):
+    """The folder of a model of the hub, its files downloaded where they are not yet there."""
+    url = f"{HUB}/api/models/{name}?blobs=true"
+    try:
+        with urllib.request.urlopen(request(url), timeout=TIMEOUT) as response:
+            card = json.load(response)
+        files = {f["rfilename"]: f.get("lfs", {}).get("sha256") or f["blobId"]
+                 for f in card["siblings"] if FILES.fullmatch(f["rfilename"])}
+        commit = card["sha"]
+    except urllib.error.HTTPError as error:
+        raise UserError(f"--source={name} is no folder, and {url} answers {error}"
+                        + (": a model that asks for consent needs HF_TOKEN in the environment"
+                           if error.code in (401, 403) else "")) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--source={name} is no folder, and {url} cannot be read: "
+                        f"{error}") from None
+    if "model.safetensors.index.json" in files:  # then a single file holds the same once more
+        files.pop("model.safetensors", None)
+    folder = DOWNLOADS / "models" / name.replace("/", "+") / commit
+    for path, checksum in sorted(files.items()):
+        fetch(f"{HUB}/{name}/resolve/{commit}/{path}", folder / path, checksum)
+    return folder
+
+
+def read_text(path, needed=True):
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError) and not needed:
+            return None
+        why = "it does not exist" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"{path}: {why}; a folder of transformers has it") from None
+
+
+def read_object(path, needed=True):
+    """A JSON object, {} where there is no file and none is needed."""
+    text = read_text(path, needed)
+    try:
+        content = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+class Tensors:
+    """The tensors of a folder by name: one file or several; safetensors, or else PyTorch's own."""
+
+    def __init__(self, folder):
+        self.files = {}  # {tensor: its file}
+        for stem, self.ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+            single = folder / f"{stem}.{self.ending}"
+            index = folder / f"{single.name}.index.json"
+            if index.exists():
+                named = read_object(index).get("weight_map", {})
+                self.files = {name: folder / file for name, file in named.items()}
+                for path in sorted(set(self.files.values())):
+                    missing = {n for n, p in self.files.items() if p == path} - {*self.names(path)}
+                    if missing:
+                        raise UserError(f"{path}: {names(missing)} missing, which {index.name} "
+                                        "says it holds")
+                return
+            if single.exists():
+                self.files = dict.fromkeys(self.names(single), single)
+                return
+        raise UserError(f"{folder}: no model.safetensors in it, and no pytorch_model.bin")
+
+    def open(self, path):
+        """What is in a file: memory-mapped, so that only what is looked at is read."""
+        try:
+            if self.ending == "bin":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            from safetensors import safe_open
+            return safe_open(path, framework="pt")
+        except ImportError:
+            raise UserError(f"{path}: reading it needs the package safetensors: "
+                            "pip install safetensors") from None
+        except Exception as error:  # a different one for each way a file can be broken
+            raise UserError(f"{path} cannot be read, it is truncated or of another kind: "
+                            f"{str(error).splitlines()[0][:120]}") from None
+
+    def names(self, path):
+        content = self.open(path)
+        found = dict(content) if self.ending == "bin" else content
+        return list(found.keys())
+
+    def read(self, name):
+        """One tensor. The file is opened for it alone: a mapped file counts as memory of ours until
+        it is closed, and the whole of it would be the model a second time."""
+        content = self.open(self.files[name])
+        return content[name] if self.ending == "bin" else content.get_tensor(name)
+
+
+def names(found):
+    """Names of tensors, in a line: the first few, and how many more."""
+    found = sorted(found)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more tensors" if len(found) > 3 else "")
+
+
+def read_weights(kind, size, rows, tensors, model):
+    """Fill the GPT with what a folder holds; rows: how many of the embedding's are there. UserError
+    for tensors that are missing, surplus, of another shape or not finite."""
+    table = layout(kind, size)
+    top = "transformer." if kind == "gpt2" else "model."
+    prefix = top if any(name.startswith(top) for name in tensors.files) else ""  # or a bare model
+    where = tensors.files[next(iter(tensors.files))].parent if tensors.files else "the file"
+    theirs = lambda name: name.replace(top, prefix, 1) if name.startswith(top) else name
+    expected = {theirs(name) for _, group, *_ in table for name in group}
+    missing = expected - tensors.files.keys()
+    if missing:
+        raise UserError(f"{where}: {names(missing)} missing")
+    surplus = {name for name in tensors.files.keys() - expected if not SURPLUS.search(name)
+               and not (name == "lm_head.weight" and size.tied)}
+    if surplus:
+        raise UserError(f"{where}: {names(surplus)}: not part of a {kind} model with this "
+                        "config.json")
+    weights = model.state_dict()
+    for ours, group, counts, transposed in table:
+        target, start = weights[ours], 0
+        for name, count in zip(group, counts):
+            part = tensors.read(theirs(name))
+            if transposed:
+                part = part.T
+            place = target[start:start + count]
+            if ours in ("wte.weight", "lm_head.weight"):
+                shape = (rows, size.n_embd)
+                place = place[:min(rows, size.n_tokens)]
+            else:
+                shape = tuple(place.shape)
+            if tuple(part.shape) != shape or not part.is_floating_point():
+                raise UserError(f"{where}: {name} is {part.dtype} of shape {[*part.shape]}, "
+                                f"expected {[*shape]}")
+            place.copy_(part[:len(place)])
+            if not place.isfinite().all():
+                raise UserError(f"{where}: {name} holds numbers that are not finite")
+            start += count
+
+
+# --- in: the chat template -----------------------------------------------------------------------
+
+
+def render(form, turns):
+    """What a template of data/tokenizer.py makes of turns, up to where the answer begins."""
+    if turns[0]["role"] != "system" and form["default_system"] is not None:
+        turns = [dict(role="system", content=form["default_system"]), *turns]
+    text = lambda turn: turn["content"].strip() if form["trim"] else turn["content"]
+    return form["begin"] + "".join(form["head"][t["role"]] + text(t) + form["tail"][t["role"]]
+                                   for t in turns) + form["head"]["assistant"]
+
+
+def recognise(source, specials, where):
+    """The template, as data, that does what the Jinja template `source` does. UserError if none
+    does. specials: {"bos_token": text, ...}, for the template."""
+    import jinja2  # comes with torch
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def fail(why):
+        raise ValueError(why)
+
+    def theirs(*texts):
+        roles = ("user", "assistant") * 2 if len(texts) % 2 else ("system", "user", "assistant",
+                                                                 "user")
+        turns = [dict(role=r, content=t) for r, t in zip(roles, texts)]
+        return turns, compiled.render(messages=turns, add_generation_prompt=True, **specials)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = fail
+    try:
+        compiled = environment.from_string(source)
+        probes = [theirs(*texts) for texts in (
+            ("one",), (" two\n",), ("S", "one"), ("", "one"), ("a", "b", "c"),
+            (" S ", " one ", "two ", "three\n"))]
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: its chat template does not take system, user and assistant "
+                        f"({error}): --template= names another") from None
+    for form in TEMPLATES.values():
+        form = form | dict(head=dict(form["head"]), begin=form["begin"])
+        # what it says before the system's text (Llama 3.1: dates), and as a system of its own
+        before = re.escape(form["begin"] + form["head"]["system"])
+        said = re.match(before + "(.*?)S" + re.escape(form["tail"]["system"]), probes[2][1], re.S)
+        if not said:
+            continue
+        form["head"]["system"] += said[1]
+        own = re.match(before + re.escape(said[1]) + "(.*?)" + re.escape(
+            form["tail"]["system"] + form["head"]["user"]) + "one", probes[0][1], re.S)
+        form["default_system"] = own and own[1]
+        if all(render(form, turns) == text for turns, text in probes):
+            return form
+    raise UserError(f"{where}: its chat template is none of {', '.join(TEMPLATES)}: it makes "
+                    f"{probes[0][1]!r} of 'one'; --template= takes one of them all the same")
+
+
+def read_tokenizer(folder, name, asked):
+    """The state of a tokenizer, as a checkpoint keeps it: tokenizer.json, template and what goes
+    back into a folder of transformers."""
+    settings = read_object(folder / "tokenizer_config.json", needed=False)
+    path = folder / "tokenizer.json"
+    text = read_text(path)
+    _, added, _, _ = read_json(text, path)
+    own = read_text(folder / "chat_template.jinja", needed=False) or settings.pop(
+        "chat_template", None)
+    if isinstance(own, list):  # several, by name
+        own = {each["name"]: each["template"] for each in own}.get("default")
+    # a token is its text, or an object with it
+    token = lambda key: (settings.get(key) or {}).get("content") if isinstance(
+        settings.get(key), dict) else settings.get(key)
+    specials = {key: token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    if asked not in ("auto", *TEMPLATES):
+        raise UserError(f"--template={asked}: choose one of auto, {', '.join(TEMPLATES)}")
+    if asked == "auto":
+        form = recognise(own, {k: v for k, v in specials.items() if v}, folder) if own else None
+    else:
+        form, own = TEMPLATES[asked] if asked != "markers" else None, None
+    if form is None:  # ours
+        eos = token("eos_token")
+        if eos not in added:
+            raise UserError(f"{folder}: the eos_token {eos!r} of tokenizer_config.json is none of "
+                            "the added tokens of tokenizer.json")
+        bos = token("bos_token")
+        begins = bos and bos in json.dumps(json.loads(text).get("post_processor"))
+        form = template("<|{role}|>", "", bos if begins else "", eos)
+        text = with_tokens(text, [f"<|{role}|>" for role in ROLES])
+    state = {"name": name, "tokenizer.json": text, "tokenizer_config.json": settings,
+             "chat_template.jinja": own, "template": form}
+    tokenizer = load_tokenizer(state)
+    marked = [*tokenizer.head.values(), *tokenizer.tail.values(), tokenizer.begin]
+    if any("<|" in piece for pieces in marked for piece in pieces if isinstance(piece, str)) \
+            or not isinstance(tokenizer.eos, int):
+        raise UserError(f"--template={asked}: {folder} has no tokens for its markers")
+    return state
+
+
+def with_tokens(text, wanted):
+    """tokenizer.json with these special tokens, behind all others where it lacks them."""
+    content = json.loads(text)
+    added = content["added_tokens"]
+    known = {token["content"] for token in added}
+    first = max([*content["model"]["vocab"].values(), *(token["id"] for token in added)]) + 1
+    for n, token in enumerate(t for t in wanted if t not in known):
+        added.append(dict(id=first + n, content=token, single_word=False, lstrip=False,
+                          rstrip=False, normalized=False, special=True))
+    return json.dumps(content, ensure_ascii=False)
+
+
+def read_model(config):
+    """(GPT, tokenizer, kind) of a folder of transformers."""
+    folder = Path(config.source)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
+        folder = download(config.source)
+    if (folder / "model.pt").exists() and not (folder / "config.json").exists():
+        raise UserError(f"--source={folder} is a checkpoint of this project already; "
+                        "--to=transformers makes a folder of transformers of it")
+    path = folder / "config.json"
+    kind, size = read_config(read_object(path), path)
+    rows = size.n_tokens
+    tensors = Tensors(folder)
+    tokenizer = load_tokenizer(read_tokenizer(folder, Path(config.source).name, config.template))
+    fresh = len(TEMPLATES["markers"]["head"]) if "<|assistant|>" in tokenizer.specials else 0
+    if tokenizer.n_tokens - fresh > rows:
+        raise UserError(f"{folder}: tokenizer.json has {tokenizer.n_tokens} tokens, the embedding "
+                        f"{rows} rows")
+    if config.block_size > size.block_size:
+        raise UserError(f"--block_size={config.block_size}: the model knows {size.block_size} "
+                        "positions")
+    size = dataclasses.replace(size, vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens)
+    model = GPT(size)
+    read_weights(kind, size, rows, tensors, model)
+    with torch.no_grad():
+        for matrix in [model.wte.weight] + ([] if size.tied else [model.lm_head.weight]):
+            matrix[size.n_tokens:] = 0  # never produced, and hidden in every mask
+            new = [i for text, i in tokenizer.specials.items() if i >= rows or (
+                fresh and text in [f"<|{role}|>" for role in ROLES])]
+            if new:  # an average token, a little apart from the others
+                old = matrix[:min(rows, size.n_tokens - len(new))]
+                noise = torch.Generator().manual_seed(0)
+                matrix[new] = old.mean(0) + 0.1 * old.std(0) * torch.randn(
+                    len(new), size.n_embd, generator=noise)
+    if config.block_size:
+        if not size.rope_theta:
+            model.wpe = torch.nn.Embedding.from_pretrained(model.wpe.weight[:config.block_size])
+        model.config = dataclasses.replace(size, block_size=config.block_size)
+    return model, tokenizer, kind
+
+
+# --- out -----------------------------------------------------------------------------------------
+
+
+def with_constant(size, weights, head, constant):
+    """(size, weights, head) of a model whose head, without a bias, gives head . h + constant.
+
+    With LayerNorm the constant goes into the bias of the last one. RMSNorm has none, and what is
+    added before it is divided by the length of a vector that differs from token to token. So a last
+    block computes the score s from the normalised h, and writes (s, B) into two coordinates, so
+    large that nothing else counts: RMSNorm makes of them sqrt(C) (s / B, 1), up to (s / B)^2 / 2.
+    """
+    if size.norm == "layer":
+        weights["ln_f.bias"] = weights["ln_f.bias"] + constant * head / head.square().sum()
+        return size, weights, head
+    B, large = 1e4, 1e12
+    size = dataclasses.replace(size, n_layer=size.n_layer + 1, bias="all")
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in GPT(size).state_dict().items()}
+    last = f"h.{size.n_layer - 1}."
+    old, weights = weights, {name: weights.get(name, torch.zeros(shape))
+                             for name, shape in shapes.items()}
+    fc, proj = torch.zeros(shapes[last + "mlp.c_fc.weight"]), torch.zeros(
+        shapes[last + "mlp.c_proj.weight"])
+    fc_bias = torch.zeros(len(fc))
+    fc_bias[:2] = 1.0  # two open gates: silu(1), whatever the input
+    fc[size.n_hidden] = head  # and behind them s and 1
+    fc_bias[size.n_hidden + 1] = 1.0
+    gate = torch.nn.functional.silu(torch.ones(()))
+    proj[0, 0], proj[1, 1] = large / gate, large * B / gate
+    two = torch.zeros(size.n_embd)
+    two[:2] = 1.0
+    weights |= {last + "ln_1.weight": torch.ones(size.n_embd),
+                last + "ln_2.weight": old["ln_f.weight"], last + "mlp.c_fc.weight": fc,
+                last + "mlp.c_fc.bias": fc_bias, last + "mlp.c_proj.weight": proj,
+                "ln_f.weight": two}
+    return size, weights, torch.tensor([B, constant] + [0.0] * (size.n_embd - 2)) \
+        / size.n_embd ** 0.5
+
+
+def jinja(form):
+    """The Jinja template that does what a template of data/tokenizer.py says."""
+    text = "message['content'] | trim" if form["trim"] else "message['content']"
+    lines = ["{{ " + json.dumps(form["begin"]) + " }}"] if form["begin"] else []
+    if form["default_system"] is not None:
+        lines.append("{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(
+            form["head"]["system"] + form["default_system"] + form["tail"]["system"])
+            + " }}{% endif %}")
+    lines.append("{% for message in messages %}")
+    for role in ROLES:
+        lines.append("{% if message['role'] == '" + role + "' %}{{ " + json.dumps(
+            form["head"][role]) + " + (" + text + ") + " + json.dumps(form["tail"][role])
+            + " }}{% endif %}")
+    lines.append("{% endfor %}{% if add_generation_prompt %}{{ " + json.dumps(
+        form["head"]["assistant"]) + " }}{% endif %}")
+    return "".join(lines)
+
+
+def tokenizer_json(tokenizer):
+    """A tokenizer.json of our own tokenizers, of which tiktoken knows ranks only: the two halves of
+    a token are what BPE makes of it without that token itself."""
+    letters = byte_letters()
+    write = lambda token: "".join(letters[b] for b in token)
+    ranks = {token: i for token, i in tokenizer.encoding._mergeable_ranks.items()
+             if i < tokenizer.n_tokens}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            rank_of = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            n = rank_of.index(min(rank_of))
+            parts[n:n + 2] = [parts[n] + parts[n + 1]]
+        if len(parts) == 2:
+            merges.append([write(part) for part in parts])
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    text = json.dumps(dict(
+        version="1.0", truncation=None, padding=None, added_tokens=[], normalizer=None,
+        pre_tokenizer=level, post_processor=None, decoder=level, model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+            end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
+            vocab={write(token): rank for token, rank in ranks.items()}, merges=merges)))
+    return with_tokens(text, sorted(tokenizer.specials, key=tokenizer.specials.get))
+
+
+def write_folder(config, folder):
+    """Write a checkpoint as a folder of transformers."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("writing a folder of transformers needs the package safetensors: "
+                        "pip install safetensors") from None
+    checkpoint = common.load_checkpoint(
+        config.source, ("pretrain", "reward", *common.POLICIES))
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    common.check_vocabulary(checkpoint["model"], tokenizer, config.source)
+    size, weights = GPTConfig(**checkpoint["model"]), checkpoint["weights"]
+    kind, pad, is_reward = kind_of(size), tokenizer.eos, checkpoint["stage"] == "reward"
+    rows, extra = size.n_tokens, {}
+    if is_reward:
+        scale, pad, rows = weights["scale"], tokenizer.pad, size.n_tokens + 1
+        head = weights["head.weight"][0] / scale
+        constant = ((weights["head.bias"] - weights["shift"]) / scale).item()
+        weights = {name[4:]: w for name, w in weights.items() if name.startswith("gpt.")}
+        if kind == "qwen3":
+            note(f"warning: the head of a qwen3 model has no bias: its scores are ours less "
+                 f"{constant:.6f}")
+        else:
+            size, weights, head = with_constant(size, weights, head, constant)
+            kind = kind_of(size)
+        extra = {"score.weight": head[None].contiguous()}
+    size = dataclasses.replace(size, n_tokens=rows, vocab_size=rows + 1)
+    tensors = {}
+    for ours, theirs, counts, transposed in layout(kind, size):
+        if ours == "lm_head.weight" and is_reward:
+            continue
+        whole = weights[ours][:rows] if ours in ("wte.weight", "lm_head.weight") else weights[ours]
+        parts = [whole] if len(theirs) == 1 else whole.split(counts)
+        tensors |= {name: (part.T if transposed else part).contiguous().clone()
+                    for name, part in zip(theirs, parts)}
+    what = ("ForSequenceClassification" if is_reward else
+            "LMHeadModel" if kind == "gpt2" else "ForCausalLM")
+    content = write_config(kind, size, tokenizer.eos, pad) | dict(
+        architectures=[dict(gpt2="GPT2", llama="Llama", qwen2="Qwen2", qwen3="Qwen3")[kind] + what])
+    if is_reward:
+        content |= dict(num_labels=1, id2label={"0": "score"}, label2id={"score": 0})
+    own = isinstance(tokenizer.state, dict)
+    text = tokenizer.state["tokenizer.json"] if own else tokenizer_json(tokenizer)
+    names_of = {i: token for token, i in tokenizer.specials.items()}
+    settings = dict(tokenizer.state["tokenizer_config.json"]) if own else {}
+    settings |= dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=names_of[tokenizer.eos],
+                     model_max_length=size.block_size, clean_up_tokenization_spaces=False)
+    settings.setdefault("pad_token", names_of[tokenizer.eos])
+    if is_reward:  # which must not be EOS, where the score is read
+        text, settings["pad_token"] = with_tokens(text, ["<|pad|>"]), "<|pad|>"
+    plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=tokenizer.eos,
+                 pad_token_id=pad)
+    form = own and tokenizer.state["chat_template.jinja"] or jinja(tokenizer.template)
+    save_file(tensors | extra, folder / "model.safetensors", metadata=dict(format="pt"))
+    for name, value in {"config.json": content, "generation_config.json": plain,
+                        "tokenizer_config.json": settings, "tokenizer.json": text,
+                        "chat_template.jinja": form}.items():
+        (folder / name).write_text(value if isinstance(value, str) else
+                                   json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    print(f"{folder}: a {kind} model of transformers, "
+          f"{sum(t.numel() for t in (tensors | extra).values()):,} numbers")
+
+
+def main(config):
+    for name in ("source", "out"):
+        if not getattr(config, name):
+            raise UserError(f"--{name}= is missing (--help has examples)")
+    if config.to not in ("checkpoint", "transformers"):
+        raise UserError(f"--to={config.to}: choose checkpoint or transformers")
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
+        raise UserError(f"--out={out} exists already: --overwrite=true writes into it, another "
+                        "--out elsewhere")
+    if config.to == "transformers":
+        common.make_folder("out", out)
+        return write_folder(config, out)
+    model, tokenizer, kind = read_model(config)
+    common.make_folder("out", out)
+    common.save_checkpoint(out / "model.pt", model, "convert", tokenizer, config, {})
+    form = next((n for n, t in TEMPLATES.items() if t["head"]["user"] ==
+                 tokenizer.template["head"]["user"]), "")
+    print(f"{out}: {model.num_params():,} parameters of a {kind} model, {tokenizer.n_tokens:,} "
+          f"tokens, context {model.config.block_size:,}, chat template {form}\n"
+          f"next: python sft.py --init={out} --data=DEMONSTRATIONS.jsonl")
+
+
+if __name__ == "__main__":
+    cli.run_main(main, CONFIG)
