@@ -64,7 +64,17 @@ def run_main(main, config):
     sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
     NOTES.clear()
     with one_line_errors():
-        main(config)
+        try:
+            main(config)
+        except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError of its own for it
+            if "OutOfMemory" not in type(error).__name__ and not isinstance(error, MemoryError) \
+                    and "can't allocate memory" not in str(error):
+                raise
+            flags = [f"--{name} (now {as_text(getattr(config, name))})" for name in (
+                "micro_batch", "batch_size", "max_new_tokens") if hasattr(config, name)]
+            raise UserError("out of memory: lower " + " or ".join(flags or ["the model's size"]) + (
+                ", or take --checkpointing=true" if hasattr(config, "checkpointing")
+                else "")) from None
 
 
 @contextlib.contextmanager

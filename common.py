@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -99,6 +100,62 @@ def linear(step, steps, warmup=0):
 def say_warmup(steps, warmup):
     if warmup > steps // 10:
         note(f"warm-up: {steps // 10} of {steps} steps, a tenth of the run, not --warmup={warmup}")
+
+
+# --- values that depend on the size of the model -------------------------------------------------
+#
+# What a flag left at "auto" stands for: up to 30 million parameters, up to 500 million, above. The
+# first column is for small models from scratch, by sweeps on the embedded data; the others are for
+# pretrained ones, which the rates of the first would destroy.
+
+SIZES = (30e6, 500e6)
+_LENGTHS = dict(max_new_tokens=(48, 128, 256))
+_DPO = dict(warmup=(20, 20, 150), micro_batch=(0, 8, 4)) | _LENGTHS  # warm-up: Rafailov et al. 2023
+AUTO = dict(
+    # GPT-2 at 124M: 5e-5, for lack of a paper's; 1.3B: InstructGPT, 9.65e-6
+    sft=dict(lr=(1e-3, 5e-5, 1e-5), warmup=(10, 20, 100), micro_batch=(0, 8, 4),
+             text_length=(40, 256, 512)) | _LENGTHS,
+    # 124M: Ziegler et al. 2019; 1.3B: 1.5e-5 of Stiennon et al. 2020, 6B: 9e-6 of InstructGPT
+    reward=dict(lr=(8e-4, 5e-5, 1e-5), warmup=(10, 20, 50), micro_batch=(0, 8, 4)) | _LENGTHS,
+    # 124M: Ziegler et al. 2019; 1B: Huang et al. 2024
+    ppo=dict(lr=(3e-4, 1e-5, 3e-6), critic_lr=(3e-4, 1e-5, 3e-6), warmup=(5, 5, 10),
+             micro_batch=(32, 8, 4), text_length=(64, 256, 512)) | _LENGTHS,
+    # 7B: 1e-6 of Shao et al. 2024
+    grpo=dict(lr=(3e-4, 1e-5, 1e-6), warmup=(5, 5, 10), micro_batch=(128, 8, 4),
+              text_length=(64, 256, 512)) | _LENGTHS,
+    label=_LENGTHS, evaluate=_LENGTHS,
+    # dpo.py, by its loss. Small: dpo and ipo from a sweep, the others at a margin of like size
+    # (docs/dpo.md). Pretrained: Rafailov et al. 2023 (beta 0.1, lr 5e-7 to 1e-6 at 2.8B), Tulu 3
+    # (dpo_norm), Meng et al. 2024 (simpo), Ethayarajh et al. 2024 (kto)
+    dpo=dict(beta=(0.3, 0.1, 0.1), lr=(3e-5, 5e-6, 1e-6)) | _DPO,
+    cdpo=dict(beta=(0.3, 0.1, 0.1), lr=(3e-5, 5e-6, 1e-6)) | _DPO,
+    ipo=dict(beta=(0.1, 0.1, 0.1), lr=(1e-4, 5e-6, 1e-6)) | _DPO,
+    ipo_mean=dict(beta=(1.0, 1.0, 1.0), lr=(1e-4, 5e-6, 1e-6)) | _DPO,
+    dpo_norm=dict(beta=(5.0, 5.0, 5.0), lr=(1e-4, 5e-6, 1e-6)) | _DPO,
+    simpo=dict(beta=(2.0, 2.0, 2.0), lr=(3e-5, 5e-6, 5e-7)) | _DPO,
+    kto=dict(beta=(0.3, 0.1, 0.1), lr=(1e-4, 5e-6, 5e-6)) | _DPO)
+
+
+def sized(config, stage, model):
+    """The config with the values of AUTO, for a model of this size, where a flag is at "auto"."""
+    column = sum(model.num_params() > limit for limit in SIZES)
+    return dataclasses.replace(config, **{name: row[column] for name, row in AUTO[stage].items()
+                                          if getattr(config, name) is None})
+
+
+def freeze(model):
+    """The model without gradients. On a GPU its blocks hold bf16: autocast would round them to that
+    anyway, each time, so no number changes. Embedding, head and norms stay in fp32."""
+    model.requires_grad_(False)
+    if next(model.parameters()).device.type == "cuda":
+        round_blocks(model)
+    return model
+
+
+def round_blocks(model):
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and re.search(r"(^|\.)h\.\d+\.", name):
+            module.to(torch.bfloat16)
 
 
 # --- errors of a mean ----------------------------------------------------------------------------

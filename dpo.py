@@ -32,8 +32,8 @@ class Config(cli.Config):
     init: str = "out/sft"  # policy to start from; also the reference
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
-    beta: Positive[float] | None = None  # its unit depends on the loss: SETTINGS; auto: as there
-    lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0; auto: the loss's own
+    beta: Positive[float] | None = None  # its unit depends on the loss, see LOSSES
+    lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0
     label_smoothing: NotNegative[float] = 0.1  # cdpo: share of labels taken to be flipped
     simpo_margin: float = 0.5  # simpo: gamma / beta, nats per token between chosen and rejected
     desirable: NotNegative[float] = 1.0  # kto: weight of the desirable answers
@@ -42,14 +42,15 @@ class Config(cli.Config):
     # --- training
     epochs: Positive[int] = 1
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
-    micro_batch: NotNegative[int] = 0  # answers a forward pass; 0: the whole batch at once
-    warmup: NotNegative[int] = 20  # steps
+    micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: all at once
+    warmup: NotNegative[int] | None = None  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     reference_cache: str = "out/reference_logps"  # folder for the reference's log-probabilities
     # --- looking and saving
     temperature: Positive[float] = 1.0  # of the samples in the comparison at the end
-    max_new_tokens: Positive[int] = 48  # of these samples
+    max_new_tokens: Positive[int] | None = None  # of these samples
     eval_prompts: Positive[int] = 512  # held-out prompts of the comparison
     save_every: Positive[int] = 100  # steps between saved states
 
@@ -57,7 +58,6 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -75,13 +75,10 @@ from data.records import check_ranking, check_ranking_or_label, embedded
 from evaluate import check_start, compare, load_networks, sequence_logprobs
 from model import autocast, token_logprobs
 
-# beta and learning rate of each loss where the flags leave them open: those of dpo and ipo from a
-# sweep on the embedded data, the others at a margin of like size (docs/dpo.md). The units of beta
+# beta and learning rate of each where the flags leave them open: common.AUTO. The units of beta
 # differ: it multiplies nats per sequence in dpo, cdpo and kto, nats per token in dpo_norm and
-# simpo, and the two ipo aim at a margin of 1 / (2 beta). Models of a billion parameters and more
-# take learning rates of 1e-7 to 5e-6.
-SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.0, 1e-4),
-                dpo_norm=(5.0, 1e-4), simpo=(2.0, 3e-5), kto=(0.3, 1e-4))
+# simpo, and the two ipo aim at a margin of 1 / (2 beta).
+LOSSES = ("dpo", "cdpo", "ipo", "ipo_mean", "dpo_norm", "simpo", "kto")
 
 
 # --- the losses: one value a pair (kto: an answer), no reduction ----------------------------------
@@ -89,7 +86,7 @@ SETTINGS = dict(dpo=(0.3, 3e-5), cdpo=(0.3, 3e-5), ipo=(0.1, 1e-4), ipo_mean=(1.
 # chosen, rejected (pairs,): log pi(y | x) - log pi_ref(y | x), the log-ratio of a whole response in
 # nats; "per token" means divided by its tokens, EOS included.
 # A new loss is a function here, a line in `pair_loss`, one in `implicit_reward` if its ratios are
-# others, and an entry in SETTINGS, which gives it its name.
+# others, its name in LOSSES and its values in common.AUTO.
 
 
 def dpo_loss(chosen, rejected, beta):
@@ -373,22 +370,22 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, ch
                 grad_norm=norm)
 
 
-def resolve(config):
-    """The config with the loss's own beta and lr where none was given; UserError for bad names."""
-    if config.loss not in SETTINGS:
-        raise UserError(f"--loss={config.loss}: expected one of {', '.join(SETTINGS)}")
+def check_config(config):
+    """UserError for a loss that is none, or labels that say nothing."""
+    if config.loss not in LOSSES:
+        raise UserError(f"--loss={config.loss}: expected one of {', '.join(LOSSES)}")
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing={config.label_smoothing}: expected 0 to below 0.5")
-    beta, lr = SETTINGS[config.loss]
-    return dataclasses.replace(config, beta=config.beta or beta, lr=config.lr or lr)
 
 
 def main(config):
-    config = resolve(config)
     device = common.set_up(config, "dpo")
+    check_config(config)
 
     # --- two networks, and the data ------------------------------------------
     policy, reference, _, tokenizer, parents, block_size = load_networks(config, device, False)
+    config = common.sized(config, config.loss, policy)
+    policy.checkpointing = config.checkpointing
     common.ensure_input(config, "data", "label")
     origin = embedded(config.data)
     if origin:

@@ -35,7 +35,7 @@ class Config(cli.Config):
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
     resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
     temperature: Positive[float] = 1.0  # of both models
-    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS
 
 
@@ -66,7 +66,7 @@ def load_networks(config, device, reward_model=True):
     common.Run takes them, block_size the tokens that fit the context of all networks."""
     common.ensure_input(config, "init", "sft")
     policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
-    reference = common.load_policy(config.init, common.POLICIES, device)[0].requires_grad_(False)
+    reference = common.freeze(common.load_policy(config.init, common.POLICIES, device)[0])
     parents, block_size, judge = {parent["stage"]: parent["hash"]}, policy.config.block_size, None
     if reward_model:
         common.ensure_input(config, "reward_model", "reward")
@@ -300,6 +300,7 @@ def main(config):
     common.ensure_input(config, "reference", "sft")
     reference, ref_tokenizer, ref_parent = common.load_policy(config.reference, stages, device)
     common.check_same_tokenizer(ref_tokenizer, tokenizer, config.reference, config.policy)
+    config = common.sized(config, "evaluate", policy)
     parents = dict(policy=parent["hash"], reference=ref_parent["hash"])
     block_size = min(policy.config.block_size, reference.config.block_size)
     reward_model = None

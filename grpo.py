@@ -38,19 +38,21 @@ class Config(cli.Config):
     k: Positive[int] = 8  # responses to a prompt: the group
     minibatches: Positive[int] = 2  # optimiser steps an epoch
     epochs: Positive[int] = 1  # passes over the responses of an iteration
-    micro_batch: NotNegative[int] = 128  # responses a forward pass, of like length; 0: all at once
+    micro_batch: NotNegative[int] | None = None  # responses a forward pass; 0: all at once
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
-    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong
     # --- training
-    lr: Positive[float] = 3e-4  # linear decay to a tenth
-    warmup: NotNegative[int] = 5  # iterations
+    lr: Positive[float] | None = None  # linear decay to a tenth
+    warmup: NotNegative[int] | None = None  # iterations
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     # --- pretraining text
     ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
     ptx_data: str = "synthetic"  # its text: "synthetic", a text or a JSON file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
+    text_length: Positive[int] | None = None  # tokens of a sequence
     # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     log_every: Positive[int] = 10  # iterations between sample tables
@@ -386,12 +388,16 @@ def main(config):
     # --- two networks, or three with a reward model, and the prompts ---------
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(
         config, device, config.reward == "model")
+    config = common.sized(config, "grpo", policy)
+    policy.checkpointing = config.checkpointing
+    if reward_model is not None:
+        common.freeze(reward_model)
     synthetic = config.data == "synthetic"
     train, held_out = load_sides(config, tokenizer, block_size - config.max_new_tokens)
     text = None  # rows of pretraining text, or None
     if config.ptx_coef > 0:
-        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed,
-                         config.skip_bad)
+        text = text_rows(config.ptx_data, tokenizer, min(config.text_length, block_size), 3000,
+                         config.seed, config.skip_bad)
     common.say_warmup(config.iterations, config.warmup)
     run = common.Run("grpo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters\n{len(train):,} prompts of {config.data}, "

@@ -29,7 +29,7 @@ class Config(cli.Config):
     oversample: NotNegative[int] = 0  # draws per prompt beyond K, so that duplicates can be dropped
     temperature: Positive[float] = 0.7  # of the samples, as Stiennon et al. drew theirs; at 1 a
     #                                     small model slips often, and slips teach little
-    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     # --- the labeler
     noise: NotNegative[float] = Labeler.noise  # scale of the logistic noise, in units of gold
     length: float = Labeler.length  # bias: for each word
@@ -74,6 +74,7 @@ def main(config):
 
     # --- model, prompts, labeler ---------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
+    config = common.sized(config, "label", model)
     labeler = Labeler(**{f.name: getattr(config, f.name) for f in fields(Labeler)})
     prompts = (sample_prompts(config.prompts, held_out=False, seed=config.seed)
                + sample_prompts(config.held_out, held_out=True, seed=config.seed))

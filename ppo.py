@@ -38,15 +38,16 @@ class Config(cli.Config):
     batch_size: Positive[int] = 128  # episodes (responses) an iteration
     minibatches: Positive[int] = 2  # optimiser steps an epoch
     epochs: Positive[int] = 2  # passes over the episodes of an iteration
-    micro_batch: NotNegative[int] = 32  # episodes a forward pass, of like length; 0: all at once
+    micro_batch: NotNegative[int] | None = None  # episodes a forward pass; 0: all at once
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
-    max_new_tokens: Positive[int] = 48  # a response longer than this is cut, and gets no EOS
+    max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     # --- training
-    lr: Positive[float] = 3e-4  # policy; linear decay to a tenth
-    critic_lr: Positive[float] = 3e-4
-    warmup: NotNegative[int] = 5  # iterations
+    lr: Positive[float] | None = None  # policy; linear decay to a tenth
+    critic_lr: Positive[float] | None = None
+    warmup: NotNegative[int] | None = None  # iterations
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     # --- the losses
     gamma: NotNegative[float] = 1.0
     lam: NotNegative[float] = 0.95  # GAE's lambda
@@ -64,6 +65,7 @@ class Config(cli.Config):
     ptx_coef: NotNegative[float] = 0.0  # PPO-ptx: pretraining loss (InstructGPT's weight: 27.8)
     ptx_data: str = "synthetic"  # its text: "synthetic", a text or a JSON file
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
+    text_length: Positive[int] | None = None  # tokens of a sequence
     # --- looking and saving
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     best_of: Positive[int] = 4  # embedded data: beside the best of n SFT samples by reward model
@@ -393,7 +395,9 @@ def main(config):
 
     # --- four networks, and the prompts --------------------------------------
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
-    critic = ValueModel(reward_model)
+    config, critic = common.sized(config, "ppo", policy), ValueModel(reward_model)
+    common.freeze(reward_model)
+    policy.checkpointing = critic.gpt.checkpointing = config.checkpointing
     room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"
     train, held_out = load_prompts(
         config.data, {"training": 2000 if synthetic else None, "held-out": config.eval_prompts},
@@ -401,8 +405,8 @@ def main(config):
         config.seed, skip_bad=config.skip_bad)
     text = None  # rows of pretraining text for PPO-ptx, or None
     if config.ptx_coef > 0:
-        text = text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed,
-                         config.skip_bad)
+        text = text_rows(config.ptx_data, tokenizer, min(config.text_length, block_size), 3000,
+                         config.seed, config.skip_bad)
     common.say_warmup(config.iterations, config.warmup)
     run = common.Run("ppo", config, device, parents)
     print(f"policy {policy.num_params():,} parameters, reward model and critic "

@@ -28,6 +28,7 @@ class Config(cli.Config):
     n_embd: Positive[int] = 128
     block_size: Positive[int] = 72  # tokens of context, all of them trained; for every later stage
     dropout: NotNegative[float] = 0.0
+    dialect: str = "gpt2"  # "gpt2", or "llama": rotary positions, RMSNorm, SwiGLU, no biases
     # --- training
     steps: Positive[int] = 1100  # optimiser steps
     batch_size: Positive[int] = 27  # sequences a step, of block_size predictions each
@@ -37,6 +38,7 @@ class Config(cli.Config):
     warmup: NotNegative[int] = 30  # steps
     weight_decay: NotNegative[float] = 0.1
     grad_clip: Positive[float] = 1.0
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     documents: Positive[int] = 60000  # embedded data: documents to write
     eval_every: Positive[int] = 250  # steps between validation losses and saved states
 
@@ -118,22 +120,31 @@ def newton_schulz(m, steps):
     return total @ x if wide else (total @ x).mT
 
 
+# SwiGLU has three matrices where GELU has two: 8/3 of the width make as many numbers
+LLAMA = dict(rope_theta=10000.0, norm="rms", mlp="swiglu", bias="none")
+
+
 def main(config):
     device = common.set_up(config, "pretrain")
 
     # --- model and data ------------------------------------------------------
     parents = {}
+    if config.dialect not in ("gpt2", "llama"):
+        raise UserError(f"--dialect={config.dialect}: choose gpt2 or llama")
     if config.init == "none":
         tokenizer = load_tokenizer(config.tokenizer)
         try:
             size = GPTConfig(tokenizer.vocab_size, tokenizer.n_tokens, config.block_size,
-                             config.n_layer, config.n_head, config.n_embd, config.dropout)
+                             config.n_layer, config.n_head, config.n_embd, config.dropout,
+                             **(LLAMA | dict(n_hidden=round(config.n_embd / 3) * 8)
+                                if config.dialect == "llama" else {}))
         except ValueError as error:
             raise UserError(str(error)) from None
         model = GPT(size).to(device)
     else:
         model, tokenizer, parent = common.load_policy(config.init, ("pretrain",), device)
         parents = dict(pretrain=parent["hash"])
+    model.checkpointing = config.checkpointing
     # the whole context: a later stage that grows longer must not meet a position never trained
     rows = text_rows(config.data, tokenizer, model.config.block_size + 1, config.documents,
                      config.seed, config.skip_bad)

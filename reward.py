@@ -37,13 +37,14 @@ class Config(cli.Config):
     # --- training
     epochs: Positive[int] = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
-    micro_batch: NotNegative[int] = 0  # answers a forward pass; 0: the whole batch at once
-    lr: Positive[float] = 8e-4  # peak; warm-up, then cosine to 0
-    warmup: NotNegative[int] = 10  # steps
+    micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: all at once
+    lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0
+    warmup: NotNegative[int] | None = None  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     # --- samples and saving
-    max_new_tokens: Positive[int] = 48  # SFT samples for the scale
+    max_new_tokens: Positive[int] | None = None  # SFT samples for the scale
     samples: Positive[int] = 512  # how many, and how many demonstrations
     save_every: Positive[int] = 100  # steps between saved states
 
@@ -187,8 +188,10 @@ def main(config):
 
     # --- model and data ------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, common.STARTS, device)
+    config = common.sized(config, "reward", policy)
     model = RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
+    model.gpt.checkpointing = config.checkpointing
     origin = embedded(config.data)
     noise = origin and origin["noise"]
     if origin:

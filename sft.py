@@ -32,14 +32,16 @@ class Config(cli.Config):
     epochs: Positive[int] = 3
     pretrain_mix: NotNegative[float] = 0.5  # weight of the loss on half as many rows of text
     pretrain_data: str | None = None  # the text: a text or JSON file; auto: that of embedded data
+    text_length: Positive[int] | None = None  # tokens of its rows
     batch_size: Positive[int] = 32  # dialogues a step
-    micro_batch: NotNegative[int] = 0  # dialogues a forward pass; 0 takes the whole batch
-    lr: Positive[float] = 1e-3  # peak; warm-up, then cosine to 0
-    warmup: NotNegative[int] = 10  # steps
+    micro_batch: NotNegative[int] | None = None  # dialogues a forward pass; 0 takes the whole batch
+    lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0
+    warmup: NotNegative[int] | None = None  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
+    checkpointing: bool = False  # compute activations again: less memory, a third more time
     # --- looking and saving
-    max_new_tokens: Positive[int] = 48  # of the samples that are looked at
+    max_new_tokens: Positive[int] | None = None  # of the samples that are looked at
     samples: Positive[int] = 512  # how many of them
     save_every: Positive[int] = 100  # steps between saved states
 
@@ -113,12 +115,14 @@ def main(config):
 
     # --- model and data ------------------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, common.STARTS, device)
+    config = common.sized(config, "sft", model)
+    model.checkpointing = config.checkpointing
     data = load_data(config, tokenizer, model.config.block_size)
     text = None  # rows of pretraining text, or None
     source = config.pretrain_data or ("synthetic" if config.data == "synthetic" else None)
     if config.pretrain_mix > 0 and source:
-        text = text_rows(source, tokenizer, min(40, model.config.block_size), 20000, config.seed,
-                         config.skip_bad)
+        text = text_rows(source, tokenizer, min(config.text_length, model.config.block_size), 20000,
+                         config.seed, config.skip_bad)
     # prompts that samples are drawn for, to see what the loss does not show
     if config.data == "synthetic":
         asked = [(p.text, tokenizer.encode_prompt(p.text))

@@ -76,7 +76,8 @@ def print_tokens(tokenizer, tokens, mask, columns, row=0):
 def trace_sft(config):
     device = common.set_up(config, "sft")
     common.ensure_input(config, "init", "pretrain")
-    model, tokenizer, _ = common.load_policy(config.init, ("pretrain", "sft"), device)
+    model, tokenizer, _ = common.load_policy(config.init, common.STARTS, device)
+    config = common.sized(config, "sft", model)
     train = sft.load_data(config, tokenizer, model.config.block_size).train
     first = sft.epoch_order(train, 0, config)[0]
     tokens, mask = (x.to(device) for x in collate(*zip(train[int(first)]), tokenizer.pad))
@@ -94,7 +95,7 @@ def trace_reward(config):
     device = common.set_up(config, "reward")
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "data", "label")
-    policy, tokenizer, _ = common.load_policy(config.init, ("sft", "pretrain"), device)
+    policy, tokenizer, _ = common.load_policy(config.init, common.STARTS, device)
     model = reward.RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
     train = load_rankings(config.data, tokenizer, policy.config.block_size,
@@ -122,15 +123,15 @@ def trace_reward(config):
 def ptx_text(config, tokenizer, block_size):
     """Rows of pretraining text for ppo and grpo, or None."""
     if config.ptx_coef > 0:
-        return text_rows(config.ptx_data, tokenizer, min(64, block_size), 3000, config.seed,
-                         config.skip_bad)
+        return text_rows(config.ptx_data, tokenizer, min(config.text_length, block_size), 3000,
+                         config.seed, config.skip_bad)
 
 
 def trace_ppo(config):
     device = common.set_up(config, "ppo")
     ppo.check_config(config)
     policy, reference, reward_model, tokenizer, _, block_size = load_networks(config, device)
-    critic = ppo.ValueModel(reward_model)
+    config, critic = common.sized(config, "ppo", policy), ppo.ValueModel(reward_model)
     counts = {"training": 2000 if config.data == "synthetic" else None}
     [train] = load_prompts(config.data, counts, tokenizer,
                            block_size - config.max_new_tokens, config.seed,
@@ -209,9 +210,10 @@ loss     = ({formula} + critic) / sum(mask)
 
 
 def trace_dpo(config):
-    config = dpo.resolve(config)
     device = common.set_up(config, "dpo")
+    dpo.check_config(config)
     policy, reference, _, tokenizer, _, block_size = load_networks(config, device, False)
+    config = common.sized(config, config.loss, policy)
     common.ensure_input(config, "data", "label")
     train = dpo.load_data(config, tokenizer, block_size).train
     pair = next((e for e in train if e.pairs), None)
@@ -270,6 +272,7 @@ def trace_grpo(config):
     config = grpo.resolve(config)
     policy, reference, reward_model, tokenizer, _, block_size = load_networks(
         config, device, config.reward == "model")
+    config = common.sized(config, "grpo", policy)
     train = grpo.load_sides(config, tokenizer, block_size - config.max_new_tokens)[0]
     text = ptx_text(config, tokenizer, block_size)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)

@@ -20,13 +20,22 @@ def ends(mask):
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
 
-def by_length(rows, lengths, size):
-    """The indices `rows` in pieces of at most `size` (0: all in one), sorted by their lengths.
+def by_length(rows, lengths, size, most=None):
+    """The indices `rows` in pieces of at most `size` (0: all in one), sorted by their lengths, and
+    where rows are long of fewer: at most `most` tokens, padding among them.
 
     lengths: of all rows, not only of these. The price: a row has other neighbours in the next
     forward pass, and may round differently.
     """
-    return rows[lengths[rows].argsort(stable=True)].split(size or max(1, len(rows)))
+    rows, size = rows[lengths[rows].argsort(stable=True)], size or max(1, len(rows))
+    if most is None:
+        return rows.split(size)
+    cuts, start = [], 0
+    for n, length in enumerate(lengths[rows].tolist()):
+        if n - start == size or n > start and (n - start + 1) * length > most:
+            cuts.append(n)
+            start = n
+    return rows.tensor_split(cuts)
 
 
 def like_length(lengths, size, rng, bucket=100):
@@ -50,13 +59,13 @@ def like_length(lengths, size, rng, bucket=100):
     return np.concatenate([batches[rng.permutation(n)].ravel(), order[rest]])
 
 
-def in_pieces(fn, lengths, size, bar=None):
+def in_pieces(fn, lengths, size, bar=None, most=None):
     """fn(indices) for every piece of the rows: its results (n, ...) joined, in the rows' order.
 
     size bounds the memory: where a gradient is needed, a piece is computed again in the backward
     pass. So a loss may compare rows of different pieces. bar: shows progress under this name.
     """
-    parts = by_length(torch.arange(len(lengths), device=lengths.device), lengths, size)
+    parts = by_length(torch.arange(len(lengths), device=lengths.device), lengths, size, most)
     if len(parts) > 1 and torch.is_grad_enabled():
         fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
     results = torch.cat([fn(part) for part in progress(parts, bar)])
@@ -76,7 +85,7 @@ def over_rows(fn, rows, masks, pad, device, size=64, bar=None):
     lengths = getattr(rows, "lengths", None)  # data.tokens.Flat need not be read for it
     if lengths is None:
         lengths = [len(row) for row in rows]
-    return in_pieces(piece, torch.as_tensor(lengths), size, bar)
+    return in_pieces(piece, torch.as_tensor(lengths), size, bar, most=2**14)
 
 
 def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
@@ -88,8 +97,9 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=
     (`finished`). bar: shows progress under this name.
     """
     results = [None] * (len(prompt_ids) * samples)
-    lengths = torch.tensor([len(ids) for ids in prompt_ids])
-    parts = by_length(torch.arange(len(lengths)), lengths, max(1, batch_size // samples))
+    lengths = torch.tensor([len(ids) + max_new_tokens for ids in prompt_ids])
+    parts = by_length(torch.arange(len(lengths)), lengths, max(1, batch_size // samples),
+                      most=max(1, 2**15 // samples))  # of the cache
     for part in progress(parts, bar):
         with autocast(model.wte.weight.device):
             tokens, mask, done = generate(model, [prompt_ids[i] for i in part], max_new_tokens,

@@ -65,7 +65,7 @@ from reward import load_reward_model
 METHODS = {
     "PPO": ("ppo", ppo.Config(), (0.02, 0.05, 0.15, 0.5)),
     "GRPO": ("grpo", grpo.resolve(grpo.Config(reward="model")), (0.02, 0.05, 0.15, 0.5)),
-    "DPO": ("dpo", dpo.resolve(dpo.Config()), (0.05, 0.1, 0.3, 1.0)),
+    "DPO": ("dpo", dpo.Config(), (0.05, 0.1, 0.3, 1.0)),
 }
 MOST = 16  # SFT samples a prompt, for best-of-n with n = 1, 2, 4, 8, 16
 
@@ -86,7 +86,7 @@ def train(job, config, hashes):
     if name == "DPO":
         wanted["reference_cache"] = f"{config.out}/reference_logps"
     if not (folder / "model.pt").exists():
-        flags = [f"--{field}={value}" for field, value in wanted.items()]
+        flags = [f"--{field}={cli.as_text(value)}" for field, value in wanted.items()]
         threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
         done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *flags], env=threads,
                               capture_output=True, text=True)
@@ -95,7 +95,8 @@ def train(job, config, hashes):
     first, *_, last = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     for field, value in wanted.items():
         made = first["config"].get(field)
-        if made != value and field not in ("out", "overwrite", "resume", "reference_cache"):
+        if value is not None and made != value and field not in (  # None: by the model's size
+                "out", "overwrite", "resume", "reference_cache"):
             raise UserError(f"{folder} holds a run with --{field}={made}, wanted: {value}. Delete "
                             "it, or choose another --out")
     for role in ("sft", "data" if name == "DPO" else "reward"):

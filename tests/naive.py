@@ -30,7 +30,6 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer
-from dpo import SETTINGS
 from grpo import METHODS
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -841,8 +840,7 @@ def evaluate(c):
 
 
 def dpo(c):
-    beta, lr = SETTINGS[c.loss]
-    beta, lr = c.beta or beta, c.lr or lr
+    beta, lr = c.beta, c.lr
     (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
     block, synthetic = policy.size["block_size"], noise_of(c.data) is not None
     prompts = held_out_prompts("synthetic" if synthetic else c.data, c.eval_prompts, tokenizer,

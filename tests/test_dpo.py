@@ -16,7 +16,7 @@ from conftest import elements_from, encode_response, read_rows
 from data.records import check_ranking, check_ranking_or_label, write_jsonl
 from data.tokenizer import load_tokenizer
 from dpo import (
-    SETTINGS,
+    LOSSES,
     Config,
     cdpo_loss,
     dpo_loss,
@@ -35,7 +35,7 @@ from tiny_runs import FLAGS, make_inputs
 
 tok = load_tokenizer("synthetic")
 vector = lambda *x: torch.tensor(x, dtype=torch.float64)
-PAIR_LOSSES = [name for name in SETTINGS if name != "kto"]
+PAIR_LOSSES = [name for name in LOSSES if name != "kto"]
 
 # --- the losses ----------------------------------------------------------------------------------
 
@@ -314,7 +314,7 @@ def of_kind(rows, kind):
 
 
 @pytest.mark.parametrize("data", ["pairs", "two"])
-@pytest.mark.parametrize("loss", [*SETTINGS, "dpo --nll=0.5"])
+@pytest.mark.parametrize("loss", [*LOSSES, "dpo --nll=0.5"])
 def test_every_loss_trains(folder, monkeypatch, loss, data):
     # catches a loss that only some data can use, that does not fall, or does not order its pairs
     loss, *more = loss.split()
@@ -327,7 +327,7 @@ def test_every_loss_trains(folder, monkeypatch, loss, data):
     if loss != "simpo":  # there the reference's own likings are part of the reward
         assert checks[0]["accuracy"] == 0.5 and checks[0]["margin"] == pytest.approx(0, abs=1e-5)
     config = rows[0]["config"]
-    assert (config["beta"], config["lr"]) == (SETTINGS[loss][0], 0.02)
+    assert (config["beta"], config["lr"]) == (common.AUTO[loss]["beta"][0], 0.02)
     assert {"loss", "accuracy", "train_accuracy", "chosen_reward", "rejected_reward", "margin",
             "chosen_logp", "rejected_logp", "kl", "kl_se", "length", "eos_rate"} <= set(final)
     assert final["accuracy"] == checks[-1]["accuracy"]
@@ -766,7 +766,7 @@ def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, flags, message
 
 
 def test_a_loss_without_a_line_is_no_dpo_loss():
-    # catches a new name in SETTINGS that trains by another loss
+    # catches a new name in LOSSES that trains by another loss
     with pytest.raises(ValueError, match="no line for new"):
         dpo.pair_loss(Config(loss="new", beta=1.0), torch.zeros(2), torch.zeros(2), torch.ones(2),
                       [0], [1])

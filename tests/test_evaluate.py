@@ -204,7 +204,7 @@ def test_frontier_runs_and_plots(folder, monkeypatch, capsys):
                      ranks=[1, 2], held_out=p.held_out, world="synthetic", noise=0.7, policy="x")
                 for p in prompts]
     write_jsonl("mine.jsonl", rankings)
-    settings = dpo.resolve(dpo.Config(lr=0.01))
+    settings = dpo.Config(lr=0.01)
     monkeypatch.setattr(frontier, "METHODS", {"DPO": ("dpo", settings, (0.7,))})
     monkeypatch.setattr(frontier, "MOST", 4)
     config = frontier.Config(init="sft", data="mine.jsonl", reward_model="reward",

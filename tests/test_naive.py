@@ -6,6 +6,7 @@ saved state and go on from it. A clock that ticks once a look makes speeds into 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -302,7 +303,9 @@ def test_script_and_twin_agree(folder, stage, n):
             assert run_in_two_parts(stage, flags, out, every) == 0
         else:
             assert run_stage(stage, flags) == 0
-        result, log, final, parents = getattr(naive, stage)(config)
+        auto = common.AUTO.get(config.loss if stage == "dpo" else stage, {})  # all models are small
+        small = {k: v[0] for k, v in auto.items() if getattr(config, k) is None}
+        result, log, final, parents = getattr(naive, stage)(dataclasses.replace(config, **small))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for name in ("data", "demos", "pretrain_data", "ptx_data"):  # files that the run has read
         if (folder / str(getattr(config, name, "-"))).is_file():
