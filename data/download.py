@@ -57,7 +57,8 @@ def fetch(url, path, sha256):
     found = checksum(part)
     if found != sha256:
         part.unlink()
-        raise UserError(f"{url} arrived with the hash {found}, expected {sha256}: it is deleted, "
+        raise UserError(f"{url} arrived with SHA-{256 if len(sha256) == 64 else 1} {found}, "
+                        f"expected {sha256}: it is deleted, "
                         "try again; --source=DIR reads a local copy")
     part.replace(path)
     return path

@@ -41,8 +41,8 @@ class Mutant(NamedTuple):
 
 MODEL = [
     Mutant("padded_vocabulary_rows", "model.py",
-           "weight = self.wte.weight[:self.config.n_tokens]",
-           "weight = self.wte.weight",
+           "head.weight[:self.config.n_tokens]",
+           "head.weight",
            "test_model.py::test_padded_vocabulary_rows_get_no_probability", "-"),
     Mutant("log_softmax_in_bf16", "model.py",
            "dtype = torch.promote_types(hidden.dtype, torch.float32)",
@@ -63,8 +63,8 @@ MODEL = [
            "test_model.py::test_greedy_with_mixed_lengths_equals_one_row_at_a_time",
            "TRL 469, 6800: positions that do not count a row's own tokens"),
     Mutant("positions_ignored", "model.py",
-           "x = self.wte(tokens) + self.wpe(positions)",
-           "x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))",
+           "x, angles = self.wte(tokens) + self.wpe(positions), None",
+           "x, angles = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device)), None",
            "test_model.py::test_cache_equals_full_forward",
            "TRL 6800 (online DPO, XPO, Nash), OpenRLHF 217: position ids not passed"),
     Mutant("first_token_from_the_last_column", "model.py",
@@ -172,12 +172,8 @@ DATA = [
            "test_data.py::test_masks_come_from_lengths",
            "TRL 976, 1623, transformers 22794: PAD = EOS and the model never stops"),
     Mutant("pad_is_eos", "data/tokenizer.py",
-           "self.name, self.eos, self.pad = name, n, n + 1 + len(ROLES)\n"
-           '        self.markers = {role: markers[f"<|{role}|>"] for role in ROLES}\n'
-           "        self.n_tokens = self.pad ",
-           "self.name, self.eos, self.pad = name, n, n\n"
-           '        self.markers = {role: markers[f"<|{role}|>"] for role in ROLES}\n'
-           "        self.n_tokens = n + 1 + len(ROLES) ",
+           'self.eos = self.tail["assistant"][0]\n',
+           'self.eos = self.pad = self.tail["assistant"][0]\n',
            "test_data.py::test_special_ids", "TRL PR 3091, alignment-handbook 127"),
     Mutant("eos_missing", "data/records.py",
            "(text, 1), (tokenizer.eos, 1)], dict(",
@@ -185,21 +181,21 @@ DATA = [
            "test_tokens.py::test_rows_are_what_the_records_say",
            "TRL 734, open-r1 PR 494: targets without EOS"),
     Mutant("eos_doubled", "data/tokenizer.py",
-           "pieces.append((self.eos, weight))",
-           "pieces += [(self.eos, weight)] * 2",
+           "pieces += [(text, weight), (self.eos, weight)]",
+           "pieces += [(text, weight), *[(self.eos, weight)] * 2]",
            "test_data.py::test_template_exactly",
            "direct-preference-optimization asserts against it: EOS in the text and as an id"),
     Mutant("space_before_eos", "data/tokenizer.py",
-           '(turn["content"], weight)]',
-           '(turn["content"] + " " * weight, weight)]',
+           "pieces += [(text, weight), (self.eos, weight)]",
+           'pieces += [(text + " " * weight, weight), (self.eos, weight)]',
            "test_data.py::test_template_exactly", 'OpenRLHF: text + " " + eos_token'),
     Mutant("eos_missing_in_the_history", "data/tokenizer.py",
-           "                pieces.append((self.eos, weight))\n",
-           "                pass\n",
+           "pieces += [(text, weight), (self.eos, weight)]",
+           "pieces += [(text, weight)]",
            "test_data.py::test_template_exactly", "-"),
     Mutant("markers_read_from_text", "data/tokenizer.py",
-           "return self.encoding.encode_ordinary(text)",
-           'return self.encoding.encode(text, allowed_special="all")',
+           "rows = [self.encoding.encode_ordinary(text) for text in texts]",
+           'rows = [self.encoding.encode(text, allowed_special="all") for text in texts]',
            "test_data.py::test_special_ids",
            "direct-preference-optimization asserts against it: EOS inside a prompt"),
     Mutant("prompt_and_answer_tokenised_together", "data/tokenizer.py",
@@ -207,12 +203,12 @@ DATA = [
            "            encoded.append(([*self.encode(self.decode(ids)), self.eos], mask))\n",
            "test_data.py::test_template_exactly", "TRL 2054, minimind PR 621, lattice 1545"),
     Mutant("prompt_is_scored", "data/tokenizer.py",
-           'weight = turn.get("weight", 1) if turn["role"] == "assistant" else 0',
-           'weight = turn.get("weight", 1)',
+           "pieces.append((text, 0))",
+           "pieces.append((text, 1))",
            "test_data.py::test_template_exactly", "-"),
     Mutant("eos_is_not_scored", "data/tokenizer.py",
-           "pieces.append((self.eos, weight))",
-           "pieces.append((self.eos, 0))",
+           "pieces += [(text, weight), (self.eos, weight)]",
+           "pieces += [(text, weight), (self.eos, 0)]",
            "test_data.py::test_template_exactly", "TRL 976, 1623: no loss on EOS"),
     Mutant("left_padding_without_positions", "data/records.py",
            "tokens[i, :len(row)] = torch.tensor(row)\n"
@@ -703,8 +699,8 @@ PPO = [
            'kl_per_token=seq_kl.sum().item() / mask.numel()',
            WIDE, "TRL 6809"),
     Mutant("reference_is_the_policy", "evaluate.py",
-           '    reference = common.load_policy(config.init, common.POLICIES, '
-           'device)[0].requires_grad_(False)\n',
+           '    reference = common.freeze('
+           'common.load_policy(config.init, common.POLICIES, device)[0])\n',
            '    reference = policy\n',
            'test_ppo.py::test_settings_reach_every_function',
            "nanoChatGPT: the reference shares the trained module"),
@@ -779,7 +775,7 @@ CACHE = ("test_dpo.py::test_another_reference_has_another_cache "
          "test_dpo.py::test_other_data_has_another_cache")
 KEY = ("key = common.text_hash(json.dumps([\n"
        "        common.weights_hash(reference.state_dict()), rows.hash(), masks.hash(), "
-       "tokenizer.name,\n        device.type]))")
+       "tokenizer.hash,\n        device.type]))")
 DOUBT = "test_dpo.py::test_a_cache_that_is_not_what_its_name_says_is_refused"
 
 DPO = [
@@ -931,7 +927,7 @@ DPO = [
     Mutant("cache_without_the_masks", "dpo.py", KEY, KEY.replace(", masks.hash()", ""), CACHE,
            "-"),
     Mutant("cache_without_the_tokenizer", "dpo.py", KEY,
-           KEY.replace("tokenizer.name,", ""),
+           KEY.replace("tokenizer.hash,", ""),
            "test_dpo.py::test_another_tokenizer_has_another_cache", "-"),
     Mutant("stale_cache_accepted", "dpo.py",
            'cached.get("key") != key', 'False', DOUBT,
@@ -947,8 +943,8 @@ DPO = [
            "dpo.reference_logprobs(reference, batch, tokenizer, config, device)",
            "test_trace.py::test_dpo", "-"),
     Mutant("dpo_reference_is_the_policy", "evaluate.py",
-           '    reference = common.load_policy(config.init, common.POLICIES, '
-           'device)[0].requires_grad_(False)\n',
+           '    reference = common.freeze('
+           'common.load_policy(config.init, common.POLICIES, device)[0])\n',
            '    reference = policy\n',
            'test_dpo.py::test_the_reference_stays_where_it_was',
            "nanoChatGPT: the reference shares the trained module"),
@@ -1148,8 +1144,8 @@ GRPO = [
            G + "test_policy_loss_is_a_sum_over_each_response",
            "minChatGPT: action mask unused in both losses"),
     Mutant("grpo_reference_is_the_policy", "evaluate.py",
-           '    reference = common.load_policy(config.init, common.POLICIES, '
-           'device)[0].requires_grad_(False)\n',
+           '    reference = common.freeze('
+           'common.load_policy(config.init, common.POLICIES, device)[0])\n',
            '    reference = policy\n',
            G + "test_settings_reach_every_function",
            "nanoChatGPT: the reference shares the trained module"),

@@ -542,7 +542,7 @@ def test_gpt2_tokenizer(monkeypatch):
     """Would catch: another pre-tokenisation or rank order than GPT-2's, or text that does not
     survive the way there and back."""
     monkeypatch.setenv("GPT2_RANKS", str(SHARED / "gpt2_bpe" / "gpt2.tiktoken"))
-    gpt2 = data.tokenizer.load_tokenizer.__wrapped__("gpt2")  # not what another test has loaded
+    gpt2 = data.tokenizer._by_name.__wrapped__("gpt2")  # not what another test has loaded
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
     assert (gpt2.eos, gpt2.vocab_size) == (50256, 50304)
     records, _ = alpaca.records(SHARED / "alpaca" / "alpaca_5000.json")
@@ -555,12 +555,12 @@ def test_gpt2_tokenizer_without_its_ranks(closed_url, tmp_path, monkeypatch):
     missing = str(tmp_path / "gpt2.tiktoken")
     monkeypatch.setenv("GPT2_RANKS", missing)
     with pytest.raises(UserError, match="ranks file") as error:
-        data.tokenizer.load_tokenizer.__wrapped__("gpt2")
+        data.tokenizer._by_name.__wrapped__("gpt2")
     assert missing in str(error.value) and "\n" not in str(error.value)
 
     monkeypatch.delenv("GPT2_RANKS", raising=False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setattr(data.tokenizer, "GPT2_URL", closed_url)
     with pytest.raises(UserError, match="GPT2_RANKS") as error:
-        data.tokenizer.load_tokenizer.__wrapped__("gpt2")  # not what another test has loaded
+        data.tokenizer._by_name.__wrapped__("gpt2")  # not what another test has loaded
     assert closed_url in str(error.value) and "\n" not in str(error.value)

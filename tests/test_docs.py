@@ -9,6 +9,7 @@ import pytest
 
 import cli
 import trace
+from common import AUTO
 from conftest import ROOT
 
 CHOICES = (ROOT / "docs" / "choices.md").read_text()
@@ -37,7 +38,8 @@ def test_the_numbers_quoted_as_ours_are_the_defaults():
     config = Config()
     assert (config.gamma, config.lam, config.clip, config.value_clip) == (1.0, 0.95, 0.2, 0.2)
     assert (config.beta, config.missing_eos, config.temperature) == (0.1, -3.0, 1.0)
-    assert (config.minibatches, config.epochs, config.warmup) == (2, 2, 5)
+    assert (config.minibatches, config.epochs) == (2, 2)
+    assert AUTO["ppo"]["warmup"][0] == 5
     assert config.whiten and config.kl_in == "reward" and config.kl_target == 0
     assert (config.adam_eps, config.entropy_coef, config.ptx_coef) == (1e-5, 0.0, 0.0)
     assert not config.score_scaling
@@ -47,7 +49,8 @@ def test_the_numbers_of_grpo_quoted_as_ours_are_the_defaults():
     # catches a default that was changed in the code only
     from grpo import METHODS, Config
     config = Config()
-    assert (config.k, config.minibatches, config.epochs, config.warmup) == (8, 2, 1, 5)
+    assert (config.k, config.minibatches, config.epochs) == (8, 2, 1)
+    assert AUTO["grpo"]["warmup"][0] == 5
     assert (config.clip, config.missing_eos, config.ptx_coef) == (0.2, -3.0, 0.0)
     assert config.method == "rloo" and METHODS["rloo"]["beta"] == 0.05
     assert {getattr(config, name) for name in METHODS["rloo"]} == {None}

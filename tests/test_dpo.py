@@ -690,7 +690,7 @@ def test_other_data_has_another_cache(cached, change):
 def test_another_tokenizer_has_another_cache(cached):
     # catches a stale cache: ids of one tokenizer scored as those of another
     class Other:
-        name, pad, eos = "gpt2", tok.pad, tok.eos
+        name, hash, pad, eos = tok.name, "another", tok.pad, tok.eos
 
     model, elements = train_elements()
     cached(model, elements)
@@ -734,7 +734,8 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
     (["--weight_decay=-1"], "--weight_decay=-1.0: must not be negative"),
     (["--micro_batch=-1"], "--micro_batch=-1: must not be negative"),
     (["--los=dpo"], "unknown flag --los: did you mean --loss?"),
-    (["--init=reward"], "is a reward checkpoint; needed here: sft or dpo or ppo or grpo"),
+    (["--init=reward"],
+     "is a reward checkpoint; needed here: sft or convert or dpo or ppo or grpo"),
     (["--init=nowhere"], "--init=nowhere does not exist"),
     (["--data=missing.jsonl"], "--data: there is no file missing.jsonl"),
     (["--data=labels.jsonl"], "labels.jsonl:1: one answer is no pair: `python dpo.py --loss=kto`"),

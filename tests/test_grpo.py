@@ -198,7 +198,8 @@ def networks(tiny):
 
 def settings(**change):
     return resolve(Config(**dict(batch_size=4, k=2, minibatches=1, temperature=0.7, beta=0.3,
-                                 missing_eos=-4.0, reward="model", grad_clip=1e9) | change))
+                                 missing_eos=-4.0, reward="model", grad_clip=1e9,
+                                 max_new_tokens=48) | change))
 
 
 def of_tokens(model, temperature=0.7):
@@ -386,7 +387,8 @@ def gradient(problem, **options):
     pairs = torch.tensor(list(itertools.product(range(N), repeat=2))).flatten()
     config = resolve(Config(reward="model", k=2, batch_size=len(pairs), minibatches=1,
                             micro_batch=4096, beta=problem.beta, temperature=problem.temperature,
-                            missing_eos=MISSING_EOS, grad_clip=1e9, **options))
+                            missing_eos=MISSING_EOS, grad_clip=1e9, max_new_tokens=48,
+                            **options))
     batch = prepare(policy, problem.reference, problem.tokens[pairs], problem.mask[pairs],
                     problem.finished[pairs], problem.score[pairs], config)
     once = {k: v.view(N, N, 2, *v.shape[1:])[:, 0, 0] for k, v in batch.items()}  # y with any y'
@@ -754,7 +756,7 @@ def test_resume_is_exact(folder, monkeypatch):
     (["--reward_model=nowhere"], "--reward_model=nowhere does not exist: `python reward.py"),
     (["--init=nowhere"], "--init=nowhere does not exist: `python sft.py"),
     (["--max_new_tokens=63"], "no training prompt of at most 1 tokens"),
-    ([*VERIFIER, "--init=reward"], "is a reward checkpoint; needed here: sft or dpo")])
+    ([*VERIFIER, "--init=reward"], "is a reward checkpoint; needed here: sft or convert")])
 def test_bad_input_is_one_clear_line(folder, monkeypatch, flags, message):
     # catches tracebacks, and an output folder made by a run that cannot start
     with pytest.raises((common.UserError, UserError)) as error:

@@ -217,7 +217,7 @@ def test_resume_is_exact(chain, tmp_path, monkeypatch, stage, change):
     ("sft.py", ["--epoch=3"], "unknown flag --epoch: did you mean --epochs?"),
     ("sft.py", ["--epochs=three"], "expected a whole number"),
     ("sft.py", ["--init=nowhere"], "--init=nowhere does not exist: `python pretrain.py"),
-    ("sft.py", ["--init=out/reward"], "is a reward checkpoint; needed here: pretrain or sft"),
+    ("sft.py", ["--init=out/reward"], "is a reward checkpoint; needed here: sft or convert"),
     ("sft.py", ["--init=text.txt"], "is not a checkpoint of this project"),
     ("sft.py", ["--data=missing.jsonl"], "there is no file missing.jsonl"),
     ("sft.py", ["--data=broken.jsonl"], "broken.jsonl:2: not JSON"),
