@@ -7,7 +7,9 @@ downloads the files that it pins by commit and SHA-256 into out/downloads/<set>/
 
 import hashlib
 import http.client
+import json
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -26,6 +28,10 @@ TRIES = 3  # per file; each goes on where the one before broke off
 WAIT = 1.0  # seconds before the second try, doubled before each further one
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 2**16  # bytes read at once
+# of a model at the Hugging Face hub
+MODEL_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config)\.json|chat_template\.jinja|"
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -69,11 +75,15 @@ def git_hash(path):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def hub():
+    """The address of the Hugging Face hub, or of what HF_ENDPOINT names in its place."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def request(url, **headers):
     """A request to the hub says who asks, if HF_TOKEN does; not to where the hub sends it on."""
     made = urllib.request.Request(url, headers=headers)
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_TOKEN") and url.startswith(hub + "/"):
+    if os.environ.get("HF_TOKEN") and url.startswith(hub() + "/"):
         made.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
     return made
 
@@ -131,6 +141,30 @@ def locate(name, source, files, patterns):
             print(f"warning: {path} is not the file that this adapter was written for "
                   "(another SHA-256)", file=sys.stderr)
     return paths
+
+
+def fetch_model(name):
+    """The folder of a model of the hub, its files downloaded where they are not yet there."""
+    url = f"{hub()}/api/models/{name}?blobs=true"
+    try:
+        with urllib.request.urlopen(request(url), timeout=TIMEOUT) as response:
+            card = json.load(response)
+        files = {f["rfilename"]: f.get("lfs", {}).get("sha256") or f["blobId"]
+                 for f in card["siblings"] if MODEL_FILES.fullmatch(f["rfilename"])}
+        commit = card["sha"]
+    except urllib.error.HTTPError as error:
+        raise UserError(f"--source={name} is no folder, and {url} answers {error}"
+                        + (": a model that asks for consent needs HF_TOKEN in the environment"
+                           if error.code in (401, 403) else "")) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--source={name} is no folder, and {url} cannot be read: "
+                        f"{error}") from None
+    if "model.safetensors.index.json" in files:  # then a single file holds the same once more
+        files.pop("model.safetensors", None)
+    folder = DOWNLOADS / "models" / name.replace("/", "+") / commit
+    for path, checksum in sorted(files.items()):
+        fetch(f"{hub()}/{name}/resolve/{commit}/{path}", folder / path, checksum)
+    return folder
 
 
 # --- rows ----------------------------------------------------------------------------------------

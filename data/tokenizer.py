@@ -23,6 +23,7 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
+import regex  # comes with tiktoken
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
@@ -81,12 +82,11 @@ class Tokenizer:
         self.vocab_size = (self.n_tokens // 64 + 1) * 64  # rows, PAD among them
         self.hash = hashlib.sha256(repr((sorted(ranks.items()), sorted(specials.items()), pattern,
                                          nfc, template)).encode()).hexdigest()
-        # tiktoken needs an id for every byte; what the vocabulary lacks goes again in encode_many
-        unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        self.complete = not unknown
-        self.encoding = tiktoken.Encoding(
-            name, pat_str=pattern, special_tokens=specials,
-            mergeable_ranks=ranks | {b: self.pad + 1 + n for n, b in enumerate(unknown)})
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=specials)
+        # bytes that the vocabulary lacks (SmolLM2: some control characters): they are left out
+        unknown = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        self.unknown = re.compile(b"[" + re.escape(unknown) + b"]") if unknown else None
         self.begin = self.split(template["begin"])
         self.head, self.tail = ({role: self.split(template[part][role]) for role in ROLES}
                                 for part in ("head", "tail"))
@@ -150,11 +150,17 @@ class Tokenizer:
         """The ids of each text, on all processors."""
         if self.nfc:
             texts = [unicodedata.normalize("NFC", text) for text in texts]
+        if self.unknown and any(self.unknown.search(text.encode()) for text in texts):
+            return [self.encode_known(text) for text in texts]
         if len(texts) < 8:  # the threads cost more than they bring
-            rows = [self.encoding.encode_ordinary(text) for text in texts]
-        else:
-            rows = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-        return rows if self.complete else [[i for i in ids if i < self.n_tokens] for ids in rows]
+            return [self.encoding.encode_ordinary(text) for text in texts]
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+    def encode_known(self, text):
+        """The ids of a text without the bytes that are unknown; it is cut with them."""
+        pieces = (self.unknown.sub(b"", piece.encode())
+                  for piece in regex.findall(self.encoding._pat_str, text))
+        return [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
 
     def encode_pieces(self, rows):
         """[(ids, mask), ...] of rows of pieces; every text is tokenised once, all in one call."""
