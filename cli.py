@@ -190,4 +190,7 @@ def help_text(config_class):
                 value = default.pop(name)
                 comment = " ".join(re.sub(r"\n *#", "", comment).split())
                 lines.append(f"  --{name}={as_text(value)}".ljust(38) + comment)
+    if any("=auto" in line for line in lines):
+        lines += ["", "auto, without a word beside it: by the size of the model (AUTO in "
+                  "common.py); a run prints what it took"]
     return "\n".join(lines)

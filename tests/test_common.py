@@ -395,3 +395,82 @@ def test_a_missing_default_input_is_made_as_asked(tmp_path, monkeypatch):
     (tmp_path / "out" / "pretrain" / "model.pt").write_text("it is there")
     common.ensure_input(Config(), "init", "pretrain")
     assert len(commands) == 2
+
+
+# --- values that depend on the size of the model, and memory -------------------------------------
+
+
+@pytest.mark.parametrize("millions, column", [(1, 0), (29, 0), (31, 1), (135, 1), (499, 1),
+                                              (501, 2), (1500, 2)])
+def test_the_size_of_the_model_decides(millions, column):
+    # catches a pretrained model that is destroyed by the learning rate of a small one, and a flag
+    # of the user's that is overwritten
+    import dpo
+    import ppo
+    import sft
+    model = SimpleNamespace(num_params=lambda: millions * 1e6)
+    found = common.sized(sft.Config(warmup=3), "sft", model)
+    assert found.lr == (1e-3, 5e-5, 1e-5)[column] and found.warmup == 3
+    assert found.max_new_tokens == (48, 128, 256)[column]
+    assert found.text_length == (40, 256, 512)[column] and found.pretrain_data is None
+    found = common.sized(ppo.Config(critic_lr=0.5), "ppo", model)
+    assert found.lr == (3e-4, 1e-5, 3e-6)[column] and found.critic_lr == 0.5
+    found = common.sized(dpo.Config(loss="kto", beta=0.7), "kto", model)
+    assert found.lr == (1e-4, 5e-6, 5e-6)[column] and found.beta == 0.7
+
+
+def test_every_open_flag_of_a_stage_is_in_the_table():
+    # catches a flag at None that no one decides: it would reach the optimiser or the loop
+    import dpo
+    import evaluate
+    import label
+    import ppo
+    import reward
+    import sft
+    later = dict(sft={"pretrain_data"}, grpo={*grpo.METHODS["dapo"], "kl_estimator"},
+                 evaluate={"eval_prompts", "split"})
+    rows = [("sft", sft), ("reward", reward), ("ppo", ppo), ("grpo", grpo), ("label", label),
+            ("evaluate", evaluate), *((loss, dpo) for loss in dpo.LOSSES)]
+    assert common.AUTO.keys() == {name for name, _ in rows}
+    for name, module in rows:
+        open_ = {f.name for f in dataclasses.fields(module.Config) if f.default is None}
+        assert open_ - later.get(name, set()) == common.AUTO[name].keys(), name
+        assert all(len(row) == 3 for row in common.AUTO[name].values())
+        rates = common.AUTO[name].get("lr", (3, 2, 1))
+        assert rates[0] > rates[1] >= rates[2]
+
+
+class OutOfMemoryError(RuntimeError):  # as torch.cuda's
+    pass
+
+
+@dataclass
+class Trained(cli.Config):
+    batch_size: int = 8
+    micro_batch: int | None = 4
+    checkpointing: bool = False
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_names_the_flag_to_lower(error, capsys):
+    # catches a traceback of fifty lines, and a line that does not say what to do
+    def main(config):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(main, Trained())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "--micro_batch (now 4) or --batch_size (now 8), or take --checkpointing=true" in said
+    with pytest.raises(SystemExit):
+        cli.run_main(main, cli.Config())
+    assert "lower the model's size" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def main(config):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run_main(main, Trained())

@@ -221,3 +221,19 @@ def test_an_error_names_the_line_in_every_format(tmp_path):
     write_jsonl(path, [good, dict(messages=good["messages"][:1])])
     with pytest.raises(UserError, match=r"data\.jsonl:2: 'messages' does not end"):
         read_rows(path, check_demonstration)
+
+
+@pytest.mark.parametrize("size, most", [(4, 40), (0, 40), (3, 10**6), (100, 1)])
+def test_pieces_hold_so_many_rows_and_tokens(size, most):
+    # catches a bound on rows alone, under which long rows take all the memory; a lost row
+    lengths = torch.tensor([5, 30, 12, 7, 50, 3, 8, 8, 21])
+    rows = torch.tensor([8, 1, 2, 3, 4, 5, 6])
+    parts = batches.by_length(rows, lengths, size, most)
+    assert torch.cat(parts).tolist() == rows[lengths[rows].argsort()].tolist()
+    for part, after in zip(parts, [*parts[1:], None]):
+        tokens = len(part) * lengths[part].max()
+        assert len(part) == 1 or len(part) <= (size or 99) and tokens <= most
+        if after is not None:  # and none could have held the next row as well
+            assert len(part) == size or (len(part) + 1) * lengths[after[0]] > most
+    fine = batches.by_length(rows, lengths, size)
+    assert most < 10**6 or [p.tolist() for p in parts] == [p.tolist() for p in fine]

@@ -6,6 +6,7 @@ import cli
 import pretrain
 import pytest
 import torch
+from conftest import run_script
 from pretrain import Muon, orthogonal
 
 
@@ -80,3 +81,22 @@ def test_orthogonal_runs_in_full_precision(monkeypatch):
         assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_other_dialect(tmp_path):
+    # catches a flag that is read by no one, or a model of another size
+    run = lambda out, *flags: run_script(
+        "pretrain.py", "--data=text.txt", "--steps=2", "--batch_size=8", "--block_size=16",
+        "--n_layer=2", "--n_head=2", "--n_embd=48", f"--out={out}", *flags, cwd=tmp_path)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the {i} quick brown fox" for i in range(99)))
+    assert run("a").returncode == 0
+    assert run("b", "--dialect=llama", "--checkpointing=true").returncode == 0
+    gpt2, llama = (torch.load(tmp_path / name / "model.pt") for name in "ab")
+    size = llama["model"]
+    assert (size["norm"], size["mlp"], size["bias"]) == ("rms", "swiglu", "none")
+    assert size["rope_theta"] == 10000.0 and size["n_hidden"] == 128
+    assert gpt2["model"]["norm"] == "layer" and "wpe.weight" not in llama["weights"]
+    counts = [sum(w.numel() for w in c["weights"].values()) for c in (gpt2, llama)]
+    assert 0.95 < counts[1] / counts[0] < 1.0
+    done = run("c", "--dialect=bert")
+    assert done.returncode == 2 and "--dialect=bert: choose gpt2 or llama" in done.stderr

@@ -250,9 +250,9 @@ def test_a_model_with_markers_of_its_own_keeps_them(tmp_path):
 
 def test_memory_is_that_of_one_model(tmp_path):
     """Would catch: the file held beside the model, or all of its tensors at once."""
-    model, _ = folder_of(tmp_path / "in", size=(6, 8, 4, 64, 512, 2048))
+    model, _ = folder_of(tmp_path / "in", size=(4, 8, 4, 64, 512, 2048))
     total = sum(p.numel() for p in model.parameters()) * 4
-    assert total > 80e6
+    assert total > 60e6
     code = ("import resource, sys; sys.path.insert(0, {root!r}); import convert, model; "
             "convert.read_model(convert.Config(source={source!r}, out='x', block_size={n})); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
@@ -321,6 +321,7 @@ def texts():
     if not SHARED.exists():
         pytest.skip("the data sets are not beside the project")
     found = [t for t in dict.fromkeys(all_texts()) if t]
+    found = found if os.environ.get("ALL_TEXTS") else found[::6]  # all: two minutes more
     assert len(found) > 20000
     return found
 
