@@ -11,6 +11,9 @@ short. An instruction that asks for a form or a length itself is left out.
     python -m data.instructions --source=DIR                   # harmless_*.json or alpaca_*.json
     python grpo.py --data=out/data/instructions.jsonl --init=... --max_new_tokens=64
 
+SmolLM2-135M-Instruct is right in about 21% (temperature 1, 64 tokens, 64 prompts a kind, 96 of
+items): sentences 48%, exclude 39, words 38, ends 16, items 10, include 9, lower_case 5, begins 3.
+
 A tenth is held out, by the hash of the instruction without the request: with whatever request, it
 is on the side where it is in Alpaca's own file, of which a model may have learnt the answers.
 Licence of the data: CC BY-NC 4.0, non-commercial (Alpaca); the files: Apache-2.0
@@ -54,9 +57,9 @@ KINDS = dict(
                    "Write a single sentence, with at least {m} and at most {n} words.",
                    "One sentence only, between {m} and {n} words."), [""],
                lambda x: [dict(kind="sentences", at_most=1)]),
-    items=(1, ("Answer in {m} to {n} words, with a list of two or more lines, like this:{x}",
-               "Make a list of at least two items, {m} to {n} words in all, such as:{x}",
-               "Use {m} to {n} words and at least two lines that look like these:{x}"),
+    items=(1, ("Answer in {m} to {n} words, with a list like this:{x}",
+               "Use {m} to {n} words, in a list like this one:{x}",
+               "Your answer must have {m} to {n} words and look like this list:{x}"),
            ["\n- apples are red\n- pears are green"], lambda x: [dict(kind="items", at_least=2)]),
     include=(1, ('Use the word "{x}", and {m} to {n} words in all.',
                  'Answer in {m} to {n} words, one of which is "{x}".',

@@ -257,7 +257,8 @@ def test_each_request_is_one_that_an_answer_fulfils():
         assert share > 0 and len(wordings) == len(set(wordings)) == 3
         for x in values:
             answer = answers.get(kind, "It may do so now.")
-            answer = f"{x} {answer}" if kind == "begins" else answer + x[0] * (kind == "ends")
+            answer = f"{x} {answer}" if kind == "begins" else answer
+            answer = f"{answer}{x[0]}" if kind == "ends" else answer
             assert fulfils(answer, [*constraints(x), dict(kind="words", at_least=5, at_most=20)])
 
 
