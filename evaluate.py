@@ -177,7 +177,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     prompts: as `load_prompts` returns them. config: any with temperature, max_new_tokens, seed and
     (with a reward model) missing_eos. KL in nats per sequence, from the policy's samples (k1).
     synthetic: the prompts are the embedded ones, so that there is a gold reward. verifier: they
-    have answers, and right is what ends on them. With a reward model also the scores, and on
+    have answers, and right is what `is_right` says. With a reward model also the scores, and on
     embedded prompts with best_of = n > 1 the best of n samples of the reference by that model.
     Logs and prints what it found, and
     writes every answer to answers.jsonl. Returns (metrics, the policy's samples, the reference's).

@@ -5,15 +5,18 @@
     J(pi) = E_{y ~ pi} [ r(x, y) ] - beta KL(pi || pi_ref)                     as in ppo.py
 
 One iteration: sample K responses to each prompt, reward them, compare within the group, then a few
-minibatches. The reward is a verifier (the number that the response ends on is right or wrong) or
-the trained reward model. Two networks with the verifier, policy and reference; no critic ever.
+minibatches. The reward is a verifier (the number that the response ends on is right or wrong, or
+the response is or is not as the constraints say) or the trained reward model. Two networks with the
+verifier, policy and reference; no critic ever.
 
     python grpo.py                               # embedded arithmetic; runs sft.py first if needed
     python grpo.py --reward=model                # all embedded prompts, scored by out/reward
     python grpo.py --method=grpo                 # or dr_grpo, dapo: the settings of their papers
     python grpo.py --data=out/data/gsm8k.jsonl --init=...
+    python grpo.py --data=out/data/instructions.jsonl --init=...   # requests about the form
 
     {"prompt": P, "answer": "42"}       # for the verifier; P is text or a list of turns
+    {"prompt": P, "constraints": [{"kind": "words", "at_most": 12}]}     # or this, see docs/data.md
 """
 
 from dataclasses import dataclass
@@ -26,11 +29,12 @@ from cli import NotNegative, Positive, UserError
 class Config(cli.Config):
     # --- data and models
     data: str = "synthetic"  # prompts: "synthetic" (for the verifier its arithmetic) or a file
-    #                          of {"prompt", "answer"}; for a reward model any prompts
+    #                          of {"prompt", "answer"} or {"prompt", "constraints"}; for a reward
+    #                          model any prompts
     out: str = "out/grpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
     init: str = "out/sft"  # policy to start from; also the reference
-    reward: str = "verifier"  # "verifier": 1 for the right number, else 0; "model": reward_model
+    reward: str = "verifier"  # "verifier": 1 for a right response, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
     # --- an iteration
     iterations: Positive[int] = 60
@@ -227,7 +231,8 @@ def rollout(policy, train, tokenizer, config, step):
 
 
 def verify(texts, finished, answers):
-    """1.0 for every finished response that ends on the right number, else 0.0: a list."""
+    """1.0 for every finished response that is right, else 0.0: a list. answers: of each a text that
+    ends on a number, or a list of constraints."""
     return [float(f and is_right(t, a)) for t, f, a in zip(texts, finished, answers)]
 
 

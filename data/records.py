@@ -5,6 +5,7 @@
     ranking        {"prompt": P, "completions": [A, ...], "ranks": [int, ...]}   1 best, ties =
                    (label.py adds "world", "noise" and "policy", see `embedded`)
     answer         {"prompt": P, "answer": text or number}   checked as a number, see verifier.py
+                   {"prompt": P, "constraints": [{"kind": K, ...}, ...]}   what it has to fulfil
     label          {"prompt": P, "completion": A, "label": true | false}   wanted or not
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
 
@@ -31,7 +32,7 @@ import torch
 from cli import UserError, note
 from data.files import each_row, json_rows
 from data.synthetic.world import all_prompts, lookup
-from data.verifier import is_gold
+from data.verifier import broken_constraints, is_gold
 
 ROLES = ("system", "user", "assistant")
 WEIGHTS = {"weight", "loss_weight", "train", "trainable", "training"}
@@ -44,7 +45,7 @@ FIELDS = dict(check_demonstration={"completion", "messages", "label"},
               check_ranking={"chosen", "rejected", "completions", "ranks", "gold"},
               check_ranking_or_label={"chosen", "rejected", "completions", "ranks", "gold",
                                       "completion", "label"},
-              check_answer={"answer"})
+              check_answer={"answer", "constraints"})
 TURN_FIELDS = {"role", "content", "loss", *WEIGHTS}
 SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
              dev=True, eval=True, held_out=True)  # of a field "split"
@@ -283,8 +284,18 @@ def check_ranking(record, where="record"):
 
 def check_answer(record, where="record"):
     """{"prompt", "answer"}, the answer a number, which responses have to end on: as a number, as
-    text, or as a worked solution that has it behind "####"."""
+    text, or as a worked solution that has it behind "####"; or a list of constraints, which they
+    have to fulfil. UserError where it is neither, or both."""
     record = _present(record)
+    if "constraints" in record:
+        if "answer" in record:
+            _fail(where, "'answer' beside 'constraints': a response is checked by one of them")
+        constraints = record["constraints"]
+        if isinstance(constraints, list):
+            constraints = [_present(c) if isinstance(c, dict) else c for c in constraints]
+        if why := broken_constraints(constraints):
+            _fail(where, why)
+        return _checked(record, where, prompt=_prompt(record, where), answer=constraints)
     answer = record.get("answer")
     if type(answer) in (int, float):
         # written out: str(1e20) is 1e+20, whose exponent would be read as the number
@@ -445,7 +456,8 @@ def read_sides(path, check, needed=("training", "held-out"), skip_bad=False, kee
         for key, value in row.items():
             if value is not None and key not in known:
                 fields.add(key)
-            for turn in value if isinstance(value, list) and key in known else ():
+            # a turn; a constraint has been checked to its last field
+            for turn in value if isinstance(value, list) and key in known - {"constraints"} else ():
                 if isinstance(turn, dict):
                     fields.update(f"{key}[].{k}" for k, v in turn.items()
                                   if v is not None and k not in TURN_FIELDS)

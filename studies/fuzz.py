@@ -35,7 +35,7 @@ import random
 from collections import Counter
 
 from cli import NOTES, UserError, progress
-from data import alpaca, alpaca_eval, convert, dolly, gsm8k, hh_rlhf
+from data import alpaca, alpaca_eval, convert, dolly, gsm8k, hh_rlhf, instructions
 from data.records import (check_answer, check_demonstration, check_prompt, check_ranking,
                           check_ranking_or_label, demonstration_rows, embedded, ranking_rows,
                           read_sides)
@@ -53,6 +53,8 @@ ROWS = [
     dict(prompt="P", completions=["a", "b", "b"], ranks=[1, 2, 2], gold=[1, 0.5, 0]),
     dict(prompt="P", completions=["a", "b"], ranks=[2, 1], world="synthetic", noise=1, policy="x"),
     dict(prompt="2 + 2?", answer="#### 4"), dict(prompt="2 + 2?", answer=4.5),
+    dict(prompt="P", constraints=[dict(kind="words", at_least=2, at_most=9), dict(
+        kind="include", word="pear"), dict(kind="ends", text="!"), dict(kind="lower_case")]),
     dict(text="Story.\n\n<|endoftext|>Another.", id=3),
     dict(instruction="Do", input="this", output="done", context=""),
     dict(instruction="Do", output_1="a", output_2="b", generator_1="x", generator_2="y",
@@ -87,7 +89,7 @@ READERS = {check.__name__: sides_of(check) for check in (
     check_demonstration, check_ranking, check_ranking_or_label, check_answer, check_prompt)}
 READERS |= dict(text=lambda path: list(read_texts(str(path), 0, 0)), embedded=embedded,
                 alpaca=alpaca.records, alpaca_eval=alpaca_eval.records, gsm8k=gsm8k.records,
-                hh_rlhf=hh_rlhf.records, dolly=dolly.records,
+                hh_rlhf=hh_rlhf.records, dolly=dolly.records, instructions=instructions.records,
                 convert=converted, ranks=read_ranks)
 
 

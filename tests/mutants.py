@@ -1236,6 +1236,20 @@ GRPO = [
     Mutant("test_problems_in_training", "data/gsm8k.py",
            'held_out=Path(path).name == "test.jsonl"', "held_out=False",
            G + "test_gsm8k_adapter", "-"),
+    Mutant("one_constraint_is_enough", "data/verifier.py",
+           "bool(words(response)) and all(", "bool(words(response)) and any(",
+           G + "test_all_constraints_and_no_empty_answer", "-"),
+    Mutant("an_empty_answer_avoids_a_word", "data/verifier.py",
+           "bool(words(response)) and all(", "all(",
+           G + "test_all_constraints_and_no_empty_answer", "-"),
+    Mutant("a_word_inside_another_counts", "data/verifier.py",
+           "words(asked)[0] in words(text)", "words(asked)[0] in text",
+           G + "test_constraints_by_hand", "-"),
+    Mutant("hyphens_make_one_word", "data/verifier.py",
+           "(?:'[^\\W_]+)*", "(?:['-][^\\W_]+)*", G + "test_constraints_by_hand", "-"),
+    Mutant("an_instruction_on_both_sides", "data/instructions.py",
+           "held_out=held_out))", "held_out=rng.random() < 0.1))",
+           "test_adapters.py::test_instructions", "-"),
 ]
 
 MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO

@@ -18,8 +18,9 @@ import data.tokenizer
 import pytest
 from cli import UserError
 from conftest import read_rows
-from data import alpaca, alpaca_eval, download, hh_rlhf
-from data.records import check_demonstration, check_ranking, prompt_key, split
+from data import alpaca, alpaca_eval, download, hh_rlhf, instructions
+from data.records import check_answer, check_demonstration, check_ranking, prompt_key, split
+from data.verifier import fulfils
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -191,6 +192,86 @@ def test_real_command_line(tmp_path):
                                 cwd=ROOT, capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.startswith(f"{name}: ") and out.stat().st_size > 1e6
+
+
+def test_instructions_convert():
+    """Would catch: an instruction that contradicts its request, or that lost its input."""
+    for text in ("Describe an atom.", "Why do people sleep?", "Explain what a listener does"):
+        assert instructions.convert(dict(instruction=f" {text}\n")) == (dict(prompt=text), None)
+    for text, reason in (("", "without"), ("Name 3 fruits", "a form"), ("Sort\na, b", "a form"),
+                         ("Name three fruits", "a form"), ("Write a Story", "a form"),
+                         ("Sort these:", "a form"), ("why " * 21, "more than 20 words")):
+        record, why = instructions.convert(dict(instruction=text))
+        assert record is None and reason in why
+    assert "input" in instructions.convert(dict(instruction="Why?", input="x"))[1]
+
+
+def written_instructions(folder, monkeypatch, *flags):
+    out = folder / "i.jsonl"
+    assert run(instructions, monkeypatch, f"--source={folder}", f"--out={out}", "--overwrite=true",
+               *flags) == 0
+    read_rows(out, check_answer)  # every record passes
+    return [json.loads(line) for line in out.open(encoding="utf-8")]
+
+
+def test_instructions(tmp_path, monkeypatch, capsys):
+    """Would catch: an instruction on both sides, asked one way here and another way there; a
+    side that other files see otherwise, constraints that the request does not say, a seed that
+    does not count, rows that are lost in silence."""
+    asked = [f"Describe a {a} {b}." for a in ("red", "green", "big", "new", "old") for b in
+             ("tree", "house", "river", "car", "bird", "town", "shop", "road", "book", "film")] \
+        + ["describe A RED  tree."]
+    write_json(tmp_path / "harmless_a.json", [dict(instruction=text) for text in asked[:20]])
+    write_json(tmp_path / "alpaca_b.json", [dict(instruction=t, input="") for t in asked[20:]])
+    first = written_instructions(tmp_path, monkeypatch)
+    assert "51 rows read, 50 written" in capsys.readouterr().out
+    assert first == written_instructions(tmp_path, monkeypatch)
+    others = [written_instructions(tmp_path, monkeypatch, f"--seed={n}") for n in range(2, 30)]
+    instruction = lambda r: r["prompt"].split("\n\n")[0].lower().replace("  ", " ")
+    sides = split([dict(prompt=text) for text in asked])  # as in a file that says nothing
+    held_out = {r["prompt"].lower() for r in sides.held_out}
+    assert 0 < len(held_out) < 20
+    for records in (first, *others):
+        assert len({instruction(r) for r in records}) == 50
+        assert {instruction(r) for r in records if r["held_out"]} == held_out
+    assert len({r["prompt"] for records in (first, *others) for r in records}) > 1000
+    kinds = set()
+    for r in (r for records in others for r in records):
+        text, (*own, length) = r["prompt"].split("\n\n")[1], r["constraints"]
+        assert length["kind"] == "words" and {f"{length['at_least']}", f"{length['at_most']}"} < {
+            *text.split()} and "{" not in text
+        for c in own:
+            assert c.get("word", c.get("text", "")) in text
+        kinds.add(own[0]["kind"] if own else "words")
+    assert kinds == set(instructions.KINDS)
+    assert len(written_instructions(tmp_path, monkeypatch, "--records=9")) == 9
+    assert "41 beyond --records=9" in capsys.readouterr().out
+
+
+def test_each_request_is_one_that_an_answer_fulfils():
+    """Would catch: a kind of request whose constraints contradict each other."""
+    answers = dict(items="- pears are green\n- trees grow", lower_case="a pear is green and sweet",
+                   include="people can help more in good time all over life and the world",
+                   exclude="Pears grow green every year")
+    for kind, (share, wordings, values, constraints) in instructions.KINDS.items():
+        assert share > 0 and len(wordings) == len(set(wordings)) == 3
+        for x in values:
+            answer = answers.get(kind, "It may do so now.")
+            answer = f"{x} {answer}" if kind == "begins" else answer
+            answer = f"{answer}{x[0]}" if kind == "ends" else answer
+            assert fulfils(answer, [*constraints(x), dict(kind="words", at_least=5, at_most=20)])
+
+
+@real
+def test_instructions_of_the_real_files(tmp_path, monkeypatch, capsys):
+    """Would catch: a warning about the pinned checksums, too few instructions for a run."""
+    out = tmp_path / "i.jsonl"
+    assert run(instructions, monkeypatch, f"--source={SHARED / 'refusal_direction'}",
+               f"--out={out}") == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "12530 rows read, 4000 written" in printed.out
+    sides = split(read_rows(out, check_answer))
+    assert 300 < len(sides.held_out) < 500
 
 
 # --- which files, and what is written ------------------------------------------------------------

@@ -79,6 +79,21 @@ def test_right_answers_of_made_up_samples(folder, monkeypatch, tiny):
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
+def test_the_share_of_right_answers_by_constraints(folder, monkeypatch, tiny):
+    # catches a comparison that knows numbers only
+    asked = [(prompt, [1], [dict(kind="words", at_most=n)]) for prompt, n in (("a", 2), ("b", 3))]
+    texts = iter((["one two three", "one two three"], ["one", "two"]))
+    monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
+        dict(text=t, finished=t != "two", ids=[2]) for t in next(texts)])
+    config = evaluate.Config(out=str(folder / "forms"), data="some.jsonl")
+    run = common.Run("evaluate", config, torch.device("cpu"))
+    found, _, _ = evaluate.compare(tiny, tiny, load_tokenizer("synthetic"), asked, config, run,
+                                   False, verifier=True)
+    assert (found["accuracy"], found["accuracy_sft"]) == (0.5, 0.5)
+    rows = [json.loads(line) for line in (folder / "forms" / "answers.jsonl").open()]
+    assert [(r["accuracy_policy"], r["accuracy_reference"]) for r in rows] == [(0, 1), (1, 0)]
+
+
 @pytest.mark.parametrize("metrics, start", [
     (dict(gold=(0.5, 0.1)), "Better than the reference by gold"),
     (dict(gold=(-0.5, 0.1)), "Worse than the reference by gold"),

@@ -454,7 +454,8 @@ def test_fields_of_other_formats_are_named_where_they_are_not_used(tmp_path, cap
                           (check_answer, "chosen, label, messages, rejected")):
         read_sides(tmp_path / "x", check, needed=())
         assert f"fields that are not used: {unused}\n" in capsys.readouterr().out
-    write_jsonl(tmp_path / "x", [dict(prompt="a", chosen="b", rejected="c")])
+    write_jsonl(tmp_path / "x", [dict(prompt="a", chosen="b", rejected="c"), dict(
+        prompt="b", constraints=[dict(kind="words", at_most=3)])])
     read_sides(tmp_path / "x", check_prompt, needed=())
     assert "not used" not in capsys.readouterr().out
 

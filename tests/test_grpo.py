@@ -23,7 +23,7 @@ from data import gsm8k
 from data.records import check_answer, check_demonstration, split
 from data.synthetic.world import all_prompts
 from data.tokenizer import load_tokenizer
-from data.verifier import final_answer, is_right, strip_calculator
+from data.verifier import final_answer, fulfils, is_fulfilled, is_right, strip_calculator
 from grpo import (
     METHODS,
     Config,
@@ -519,6 +519,97 @@ def test_answer_records():
         check_answer(dict(prompt="a"))
 
 
+@pytest.mark.parametrize("constraint, right, wrong", [
+    (dict(kind="words", at_most=3), ["One", "One two three.", "it's 3 o’clock", "- a\n- b — c ..."],
+     ["one two three four", "one-two-three-four", "a/b/c/d", "1.5 or 2"]),
+    (dict(kind="words", at_least=3), ["a b c", "a, b, c and d", "well-known cafe\u0301"],
+     ["a b", "don't can’t", "- – _ ** a b", "e\u0301te\u0301 İs"]),
+    (dict(kind="words", at_least=2, at_most=2), ["a b", "3.5"], ["a", "a b c"]),
+    (dict(kind="sentences", at_most=1),
+     ["Yes", "It is 3.5 m.", "Why?!", "(Yes.)", "So ... ", 'He said "Go!" '],
+     ["Yes. No", "Yes! No!", "a\nb", "Dr. No", '"Yes." No', "- a\n- b", "“Yes.” No", "*Yes.* No"]),
+    (dict(kind="sentences", at_least=2), ["A. B.", "A? B", "a\n\nb"],
+     ["A.", "A. ...", "A.b", "A. "]),
+    (dict(kind="items", at_least=2, at_most=2), ["- a\n- b", "- a\r\n\r\n- b", "Two:\n- a\n- b\n"],
+     ["- a", "- a\n- b\n- c", "-a\n-b", "* a\n* b", "- a - b", "- a\n  - b", "- a\n- ..."]),
+    (dict(kind="items", at_most=2), ["- a", "- a\n- b"], ["a", "-", "- a\n- b\n- c"]),
+    (dict(kind="include", word="Pear"), ["a pear.", "PEAR", "pear-tree", "pear pear pear"],
+     ["pears", "pear's", "a p ear", "spear", "pear’s"]),
+    (dict(kind="include", word="don’t"), ["Don't!", "don’t"], ["do not", "dont"]),
+    (dict(kind="exclude", word="the"), ["Other", "then", "lathe"], ["The end", "at the", "(the)"]),
+    (dict(kind="begins", text="In short,"), ["In short, no.", " in short,yes"],
+     ["In short no", "So in short, no"]),
+    (dict(kind="begins", text="yes"), ["Yes", "YES, no", "yes-man"], ["Yesterday", "Oh yes"]),
+    (dict(kind="ends", text="?"), ["Why?", "No. Why?\n", "Why ?"], ["Why? No", "Why."]),
+    (dict(kind="ends", text="clear."), ["All clear.", "CLEAR. "], ["Unclear.", "clear"]),
+    (dict(kind="ends", text="a+b"), ["is a+b"], ["aab", "ca+b"]),
+    (dict(kind="lower_case"), ["all lower, 3!", "é"], ["I am", "a B", "3!", "not É"])])
+def test_constraints_by_hand(constraint, right, wrong):
+    # catches a bound that is off by one, a word found inside another, a definition that gives way
+    for response in right:
+        assert is_fulfilled(response, constraint), response
+        assert is_right(response, [constraint]), response
+    for response in wrong:
+        assert not is_fulfilled(response, constraint), response
+        assert not is_right(response, [constraint]), response
+
+
+def test_all_constraints_and_no_empty_answer():
+    # catches any for all, an empty answer that avoids a word, a cut answer that counts
+    both = [dict(kind="exclude", word="the"), dict(kind="words", at_most=2)]
+    assert fulfils("A pear", both)
+    assert not fulfils("A pear tree", both) and not fulfils("the pear", both)
+    for response in ("", " \n", "...", "- \n- ", "_"):
+        assert not fulfils(response, both[:1])
+        assert not fulfils(response, [dict(kind="ends", text=response.strip() or ".")])
+    assert verify(["a", "a", "the", "a b c"], [True, False, True, True], [both] * 4) == \
+        [1.0, 0.0, 0.0, 0.0]
+
+
+def test_constraint_records():
+    # catches what no response could fulfil and what would be ignored, null that is not absent
+    good = [dict(kind="words", at_least=2, at_most=2), dict(kind="include", word="a"),
+            dict(kind="include", word="b"), dict(kind="exclude", word="c"), dict(kind="lower_case"),
+            dict(kind="items", at_least=2), dict(kind="sentences", at_most=2),
+            dict(kind="begins", text="a"), dict(kind="ends", text="!")]
+    assert check_answer(dict(prompt="P", constraints=good, held_out=True, answer=None)) == \
+        dict(prompt="P", answer=good, held_out=True)
+    assert check_answer(dict(prompt="P", constraints=[dict(good[0], at_least=None)]))["answer"] == \
+        [dict(kind="words", at_most=2)]
+    words = lambda **bounds: dict(kind="words", **bounds)
+    for constraints, why in (
+            ([], "must be a list of at least one"), ("short", "must be a list of at least one"),
+            (good[0], "must be a list of at least one"), (["words"], r"constraints\[0\] needs a"),
+            ([good[0], {}], r"constraints\[1\] needs a 'kind', one of .*words.*lower_case"),
+            ([dict(kind="word")], "needs a 'kind'"), ([dict(kind=["words"])], "needs a 'kind'"),
+            ([words()], "'words' needs 'at_least' or 'at_most'"),
+            ([words(at_most=None)], "'words' needs 'at_least' or 'at_most'"),
+            ([dict(kind="include")], "'include' needs 'word'"),
+            ([words(at_most=2, most=3)], "'words' has no parameter 'most'"),
+            ([words(word="a")], "'words' has no parameter 'word'"),
+            ([dict(kind="lower_case", value=True)], "'lower_case' has no parameter 'value'"),
+            ([words(at_most=0)], "'at_most' must be a whole number from 1"),
+            ([words(at_most=2.0)], "a whole number"), ([words(at_least=True)], "a whole number"),
+            ([words(at_least="2")], "'at_least' must be a whole number"),
+            ([words(at_least=3, at_most=2)], "at least 3 words, and at most 2 words"),
+            ([dict(kind="items", at_least=3), words(at_most=2)], "3 items, and at most 2 words"),
+            ([dict(kind="items", at_least=2), dict(kind="sentences", at_most=1)], "1 sentences"),
+            ([words(at_least=2), words(at_most=3)], r"s\[1\]: 'words' stands there twice"),
+            ([dict(kind="include", word="two words")], "'two words' is not one word"),
+            ([dict(kind="exclude", word="well-known")], "is not one word"),
+            ([dict(kind="include", word="a.")], "is not one word"),
+            ([dict(kind="include", word=3)], "'word' must be text"),
+            ([dict(kind="begins", text=" ")], "'text' must be text"),
+            ([dict(kind="include", word="A"), dict(kind="exclude", word="a")],
+             "use and to avoid the word 'a'"),
+            ([dict(kind="ends", text="So be it"), dict(kind="exclude", word="be")], "word 'be'")):
+        with pytest.raises(UserError, match=why) as error:
+            check_answer(dict(prompt="a", constraints=constraints))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="'answer' beside 'constraints'"):
+        check_answer(dict(prompt="a", answer="3", constraints=good))
+
+
 SOLUTION = "She makes 9 * 2 = $<<9*2=18>>18.\n#### 1,018"
 
 
@@ -565,6 +656,9 @@ def folder(tmp_path_factory):
     folder = make_inputs(tmp_path_factory.mktemp("grpo"))
     lines = [dict(prompt=f"Say {i}.", answer=i, held_out=i >= 8) for i in range(14)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    for line in lines:
+        line["constraints"] = [dict(kind="words", at_most=1 + line.pop("answer"))]
+    (folder / "forms.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return folder
 
 
@@ -627,6 +721,27 @@ def test_answers_are_checked_against_their_own_prompt(folder, monkeypatch):
     tokenizer = load_tokenizer("synthetic")
     said = [tokenizer.decode(p).split("Say ")[1].split(".")[0] for p in chosen[0]]
     assert asked[0] == [n for n in said for _ in range(4)] and len(set(said)) == 2
+
+
+def test_a_run_on_constraints(folder, monkeypatch, capsys):
+    # catches constraints that get lost on the way to the verifier, and those of another prompt
+    seen, real_verify = [], grpo.verify
+
+    def spy(texts, finished, answers):
+        seen.append((texts, finished, answers, real_verify(texts, finished, answers)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(grpo, "verify", spy)
+    rows = run(folder, monkeypatch, "forms", "--reward=verifier", "--data=forms.jsonl", "--lr=0.02",
+               "--iterations=3")
+    for row, (texts, finished, answers, score) in zip(of(rows, "step"), seen, strict=True):
+        count = lambda text: len("".join(c if c.isalnum() else " " for c in text).split())
+        expected = [float(f and 1 <= count(t.replace("'", "")) <= a[0]["at_most"])
+                    for t, f, a in zip(texts, finished, answers)]
+        assert score == expected and row["accuracy"] == np.mean(expected)
+    assert 0 < np.mean([row["accuracy"] for row in of(rows, "step")]) < 1
+    assert {"accuracy", "accuracy_sft", "accuracy_gap_se"} <= set(of(rows, "final")[0])
+    assert "not used" not in capsys.readouterr().out
 
 
 def test_the_loss_starts_at_zero_where_every_response_counts_once(folder, monkeypatch):
@@ -752,6 +867,7 @@ def test_resume_is_exact(folder, monkeypatch):
     (["--beta=-1"], "--beta=-1.0: must not be negative"),
     (["--ptx_coef=-1"], "--ptx_coef=-1.0: must not be negative"),
     (["--reward=verifier"], "pairs.jsonl:1: the field 'answer' is missing"),
+    (["--reward=verifier", "--data=broken.jsonl"], "broken.jsonl:1: constraints[0] needs a 'kind'"),
     (["--reward_model=sft"], "is a sft checkpoint; needed here: reward"),
     (["--reward_model=nowhere"], "--reward_model=nowhere does not exist: `python reward.py"),
     (["--init=nowhere"], "--init=nowhere does not exist: `python sft.py"),
@@ -759,6 +875,7 @@ def test_resume_is_exact(folder, monkeypatch):
     ([*VERIFIER, "--init=reward"], "is a reward checkpoint; needed here: sft or convert")])
 def test_bad_input_is_one_clear_line(folder, monkeypatch, flags, message):
     # catches tracebacks, and an output folder made by a run that cannot start
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "constraints": [{"kind": "short"}]}\n')
     with pytest.raises((common.UserError, UserError)) as error:
         run(folder, monkeypatch, "never", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -17,6 +17,7 @@ import torch
 from cli import UserError, read_flags
 from conftest import elements_from, encode_messages, encode_response, read_rows
 from data.records import (
+    check_answer,
     check_demonstration,
     check_prompt,
     check_ranking,
@@ -28,6 +29,7 @@ from data.records import (
     write_jsonl,
 )
 from data.tokenizer import load_tokenizer
+from data.verifier import PARAMETERS, fulfils, n_items, n_sentences, plain, words
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -158,6 +160,43 @@ def test_any_object_is_a_record_or_a_data_error(record):
             elements_from([checked])
         if check is check_demonstration:
             encode_messages(tok, checked["messages"])
+
+
+BOUNDS = st.dictionaries(st.sampled_from(["at_least", "at_most"]), st.integers(0, 4) | JSON)
+CONSTRAINT = st.builds(lambda kind, word, bounds: dict(
+    kind=kind, **{name: bounds.get(name, word) for name in PARAMETERS[kind]
+                  if name in bounds or name in ("word", "text")}),
+    st.sampled_from([*PARAMETERS]), st.sampled_from(["a", "B", "don't", "Yes,"]) | WORDS, BOUNDS)
+SPOKEN = st.text(st.sampled_from("aB1'’-. \n!?,"), max_size=30) | WORDS
+
+
+@many
+@given(st.lists(CONSTRAINT, max_size=4) | JSON, SPOKEN)
+def test_constraints_are_refused_or_can_be_checked(constraints, response):
+    # catches a traceback in the middle of a run, for constraints that have passed the check
+    try:
+        checked = check_answer(dict(prompt="a", constraints=constraints))
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    right = fulfils(response, checked["answer"])
+    assert right in (True, False) and (not right or words(response))
+    assert right == all(fulfils(response, [c]) for c in checked["answer"])
+    assert right == fulfils(f" {response}\n", checked["answer"])
+
+
+@many
+@given(SPOKEN)
+def test_what_is_counted(response):
+    # catches a list that counts more lines than sentences, or sentences than words: the check of
+    # the constraints relies on it
+    text = plain(response)
+    assert n_items(text) <= n_sentences(text) <= len(words(text))
+    assert (n_sentences(text) > 0) == bool(words(text))
+    assert fulfils(response, [dict(kind="words", at_most=10**6)]) == bool(words(text))
+    for word in words(text):
+        assert fulfils(response, [dict(kind="include", word=word)])
+        assert not fulfils(response, [dict(kind="exclude", word=word)])
 
 
 @many
