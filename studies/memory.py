@@ -188,8 +188,8 @@ def head_backward(case):
     hidden = 4 * case.rows * case.new * case.model.n_embd
     # hidden states; where there are chunks, their gradient, and that of one chunk as wide as all
     kept = hidden * (3 if chunks > 1 else 2)
-    # autograd adds up the gradients of the chunks before it adds them to .grad. The last line:
-    # where the step is one backward pass, this sum is what `gradients` counts already
+    # autograd adds up the gradients of the chunks before it adds them to .grad; where the step is
+    # one backward pass, this sum is what `gradients` counts already
     kept += table * (chunks > 1) * case.pieces
     # log-softmax: its output, the gradient of that, and of the logits; then the gradient of the
     # cut matrix, and of the matrix as wide as it is
@@ -253,7 +253,8 @@ def moments(case):
         # under checkpointing a block at a time, of which there are copies again
         "weights in bf16": rounded_weights(case, 1) if case.checkpointing else rounded}
     table = 4 * table_size(c)
-    waiting = table if c.tied and stage != "reward" and case.pieces else 0  # for the embedding's
+    # the head's gradient of a tied matrix, which waits for that of the embedding
+    waiting = table if c.tied and stage != "reward" and case.pieces else 0
     chunk, _ = chunk_of_logits(case, case.rows)
     found = {
         # at its end, with the gradients of the pass before: logits, and divided by the temperature

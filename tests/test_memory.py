@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import ROOT
 from model import GPT, GPTConfig, KVCache, generate, rotary_angles, token_stats
-from ppo import ValueModel
 from reward import RewardModel
 from studies import memory
 from studies.memory import Case
@@ -245,7 +244,10 @@ def test_what_a_stage_holds():
         found = memory.held(case(stage=stage))
         assert found == {"parameters": trained * size, "Adam": 2 * trained * size,
                          "frozen": frozen * size}, stage
-    assert isinstance(ValueModel(RewardModel(GPTConfig(**TINY))), torch.nn.Module)
+    # a reward model does not train a head of its own
+    untied = GPTConfig(**LLAMA, tied=False)
+    found = memory.held(case(LLAMA | dict(tied=False), stage="reward"))
+    assert found["Adam"] == 8 * (memory.num_params(untied) - 128 * 64)
 
 
 def test_moments():
@@ -267,6 +269,12 @@ def test_moments():
     answers = memory.moments(case(stage="grpo", k=4, batch=64))["answers"]
     assert answers["KV cache"] == memory.kv_cache(case(), 64)
     assert answers["temporary"] == memory.kv_cache(case(), 32) + 64 * 100 * 16
+    one = case(stage="grpo", k=4, batch=64, drops=False)
+    assert memory.moments(one)["answers"]["temporary"] == memory.kv_cache(one, 16)
+    # logits of 3 answers of 4,000 tokens, five times: more than a block
+    one = case(stage="ppo", prompt=1, new=4000)
+    large = dataclasses.replace(one, model=GPTConfig(**dict(TINY, vocab_size=1024, n_tokens=1000)))
+    assert memory.moments(large)["prepare"]["temporary"] == 5 * 4 * 12000 * 1000
     assert memory.peak(case(stage="ppo", batch=4096))[0] in ("prompts", "answers")
     assert memory.peak(case(stage="ppo", batch=1, rows=64))[0] in ("head", "block")
 
@@ -276,3 +284,11 @@ def test_the_table(capsys):
     memory.main(memory.Config())
     table = capsys.readouterr().out
     assert table.count("\n") == 17 and table in (ROOT / "docs" / "scale.md").read_text()
+
+
+def test_a_rollout_may_be_what_does_not_fit(capsys):
+    # catches a column that looks at the update only
+    memory.main(memory.Config(prompt=1100))
+    [row] = [line for line in capsys.readouterr().out.splitlines()
+             if line.startswith("| SmolLM2-360M | grpo")]
+    assert row.endswith("| no | yes |")
