@@ -1252,7 +1252,47 @@ GRPO = [
            "test_adapters.py::test_instructions", "-"),
 ]
 
-MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO
+# --- pretrained models ---------------------------------------------------------------------------
+
+SAME = "test_pretrained.py::test_logits_and_greedy_text_are_theirs"
+THEIRS = "test_pretrained.py::test_template_ids_are_theirs"
+
+PRETRAINED = [
+    Mutant("neighbours_turn_as_pairs", "model.py",
+           "a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)",
+           "a, b = x[..., ::2], x[..., 1::2]", SAME,
+           "two layouts of rotary weights: Meta's own and that of transformers"),
+    Mutant("keys_do_not_turn", "model.py", "q, k = rotate(q, *angles), rotate(k, *angles)",
+           "q = rotate(q, *angles)", SAME, "-"),
+    Mutant("turned_before_the_norm", "model.py",
+           'if hasattr(self, "q_norm"):', 'if hasattr(self, "q_norm") and angles is None:', SAME,
+           "-"),
+    Mutant("gate_and_value_swapped", "model.py", "F.silu(gate) * value", "gate * F.silu(value)",
+           SAME, "-"),
+    Mutant("rotary_scaling_ignored", "model.py", "if config.rope_scaling:", "if False:", SAME,
+           "refused or done right: half of it makes long texts worse in silence"),
+    Mutant("epsilon_of_another_norm", "convert.py", 'norm_eps=content["rms_norm_eps"], mlp',
+           "norm_eps=1e-5, mlp", SAME, "-"),
+    Mutant("spare_rows_in_the_softmax", "convert.py",
+           "vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens)",
+           "vocab_size=rows + 64, n_tokens=rows)",
+           "test_pretrained.py::test_spare_rows_and_a_shorter_context", "-"),
+    Mutant("no_default_system_prompt", "data/tokenizer.py",
+           'self.template["default_system"] is not None and', "False and", THEIRS, "-"),
+    Mutant("newline_behind_eos_lost", "data/tokenizer.py", "behind = tail[1:]", "behind = []",
+           THEIRS, "-"),
+    Mutant("head_and_text_apart", "data/tokenizer.py",
+           'if isinstance(head[-1], str):', "if False:",
+           THEIRS, "-"),
+    Mutant("shift_of_the_score_lost", "convert.py",
+           '((weights["head.bias"] - weights["shift"]) / scale).item()', "0.0",
+           "test_pretrained.py::test_a_reward_model_scores_the_same_there", "-"),
+    Mutant("learning_rate_of_a_small_model", "common.py",
+           "column = sum(model.num_params() > limit for limit in SIZES)", "column = 0",
+           "test_common.py::test_the_size_of_the_model_decides", "-"),
+]
+
+MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"

@@ -18,8 +18,9 @@ import data.tokenizer
 import pytest
 from cli import UserError
 from conftest import read_rows
-from data import alpaca, alpaca_eval, download, hh_rlhf, instructions
-from data.records import check_answer, check_demonstration, check_ranking, prompt_key, split
+from data import alpaca, alpaca_eval, download, fine_grained_rlhf, hh_rlhf, instructions
+from data.records import (check_answer, check_demonstration, check_ranking, prompt_key, split,
+                          write_jsonl)
 from data.verifier import fulfils
 
 ROOT = Path(__file__).parents[1]
@@ -139,11 +140,48 @@ def test_alpaca_eval_convert():
             alpaca_eval.convert(dict(EVAL, preference=preference), "row 7")
 
 
+def test_fine_grained_convert():
+    """Would catch: judgements read in another order, a tie that makes a pair, a lost answer."""
+    row = {"question": " Which? ", "preference": [1, 2, 0, 2, 1, 1], "passages": [],
+           **{f"prediction {n + 1}": text for n, text in enumerate("abcd")}}
+    pairs, dropped = fine_grained_rlhf.convert(row)
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [
+        ("a", "b"), ("c", "a"), ("c", "b"), ("b", "d"), ("c", "d")]
+    assert {p["prompt"] for p in pairs} == {"Which?"} and sum(dropped.values()) == 1
+    pairs, dropped = fine_grained_rlhf.convert(row | {"prediction 2": "a", "prediction 3": ""})
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("a", "d")] and len(dropped) == 3
+    for wrong in ([1, 2, 0], [1, 2, 0, 2, 1, 3], "121212", [True] * 6):
+        with pytest.raises(UserError, match="row 7.*preference"):
+            fine_grained_rlhf.convert(row | dict(preference=wrong), "row 7")
+
+
+def test_halves_share_no_training_prompt(tmp_path, monkeypatch):
+    """Would catch: a judge that was trained on what the reward model saw; a lost record."""
+    from studies import halves
+    rows = [dict(prompt=f"q{i // 2}", chosen="a", rejected=f"b{i}") for i in range(400)]
+    for name, part in (("one", rows[:150]), ("two", rows[150:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
+    monkeypatch.chdir(tmp_path)
+    halves.main(halves.Config(data="one.jsonl,two.jsonl"))
+    files = [[json.loads(line) for line in open(f"out/real/{name}.jsonl")]
+             for name in ("first", "second")]
+    prompts = [{r["prompt"] for r in file} for file in files]
+    held_out = {r["prompt"] for r in split(rows).held_out}
+    assert prompts[0] & prompts[1] == held_out and len(held_out) > 5
+    assert prompts[0] | prompts[1] == {r["prompt"] for r in rows}
+    assert len(files[0]) + len(files[1]) == 400 + len(split(rows).held_out)
+    assert 60 < len(prompts[0]) < 160
+    for path, message in (("", "--data= is missing"), ("none.jsonl", "none.jsonl")):
+        with pytest.raises(UserError, match=message):
+            halves.main(halves.Config(data=path))
+
+
 # --- the real files ------------------------------------------------------------------------------
 
 # adapter, check, records, distinct prompts, dropped
 REAL = [(alpaca, check_demonstration, 4993, 4993, 7),
         (hh_rlhf, check_ranking, 2299, 2297, 13),
+        (fine_grained_rlhf, check_ranking, 2616, 488, 384),
         (alpaca_eval, check_ranking, 10345, 805, 120)]
 
 

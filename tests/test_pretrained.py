@@ -406,7 +406,8 @@ def dialogues(n=200):
         turns = [dict(role="system", content="" if i % 6 == 1 else text())] if i % 3 else []
         for _ in range(rng.randint(0, 2)):
             turns += [dict(role="user", content=text()), dict(role="assistant", content=text())]
-        yield [*turns, dict(role="user", content=text())]
+        # white space that BPE joins with the newline before it
+        yield [*turns, dict(role="user", content=rng.choice(["", "\n", "\n\n ", "  "]) + text())]
 
 
 def check_dialogues(own, tok):
