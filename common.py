@@ -118,8 +118,9 @@ AUTO = dict(
     # 124M: Ziegler et al. 2019; 1.3B: 1.5e-5 of Stiennon et al. 2020, 6B: 9e-6 of InstructGPT
     reward=dict(lr=(8e-4, 5e-5, 1e-5), warmup=(10, 20, 50), micro_batch=(0, 8, 4)) | _LENGTHS,
     # 124M: Ziegler et al. 2019; 1B: Huang et al. 2024
-    ppo=dict(lr=(3e-4, 1e-5, 3e-6), critic_lr=(3e-4, 1e-5, 3e-6), warmup=(5, 5, 10),
-             micro_batch=(32, 8, 4), text_length=(64, 256, 512)) | _LENGTHS,
+    ppo=dict(lr=(3e-4, 1e-5, 3e-6), warmup=(5, 5, 10), micro_batch=(32, 8, 4),
+             text_length=(64, 256, 512)) | _LENGTHS,
+    critic=dict(critic_lr=(3e-4, 1e-5, 3e-6)),  # by the size of the reward model
     # 7B: 1e-6 of Shao et al. 2024
     grpo=dict(lr=(3e-4, 1e-5, 1e-6), warmup=(5, 5, 10), micro_batch=(128, 8, 4),
               text_length=(64, 256, 512)) | _LENGTHS,

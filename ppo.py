@@ -395,7 +395,8 @@ def main(config):
 
     # --- four networks, and the prompts --------------------------------------
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
-    config, critic = common.sized(config, "ppo", policy), ValueModel(reward_model)
+    config = common.sized(common.sized(config, "ppo", policy), "critic", reward_model.gpt)
+    critic = ValueModel(reward_model)
     common.freeze(reward_model)
     policy.checkpointing = critic.gpt.checkpointing = config.checkpointing
     room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"

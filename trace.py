@@ -131,7 +131,8 @@ def trace_ppo(config):
     device = common.set_up(config, "ppo")
     ppo.check_config(config)
     policy, reference, reward_model, tokenizer, _, block_size = load_networks(config, device)
-    config, critic = common.sized(config, "ppo", policy), ppo.ValueModel(reward_model)
+    config = common.sized(common.sized(config, "ppo", policy), "critic", reward_model.gpt)
+    critic = ppo.ValueModel(reward_model)
     counts = {"training": 2000 if config.data == "synthetic" else None}
     [train] = load_prompts(config.data, counts, tokenizer,
                            block_size - config.max_new_tokens, config.seed,

@@ -413,8 +413,9 @@ def test_the_size_of_the_model_decides(millions, column):
     assert found.lr == (1e-3, 5e-5, 1e-5)[column] and found.warmup == 3
     assert found.max_new_tokens == (48, 128, 256)[column]
     assert found.text_length == (40, 256, 512)[column] and found.pretrain_data is None
-    found = common.sized(ppo.Config(critic_lr=0.5), "ppo", model)
-    assert found.lr == (3e-4, 1e-5, 3e-6)[column] and found.critic_lr == 0.5
+    found = common.sized(ppo.Config(), "ppo", model)
+    assert found.lr == (3e-4, 1e-5, 3e-6)[column] and found.critic_lr is None
+    assert common.sized(found, "critic", model).critic_lr == found.lr
     found = common.sized(dpo.Config(loss="kto", beta=0.7), "kto", model)
     assert found.lr == (1e-4, 5e-6, 5e-6)[column] and found.beta == 0.7
 
@@ -427,11 +428,11 @@ def test_every_open_flag_of_a_stage_is_in_the_table():
     import ppo
     import reward
     import sft
-    later = dict(sft={"pretrain_data"}, grpo={*grpo.METHODS["dapo"], "kl_estimator"},
-                 evaluate={"eval_prompts", "split"})
+    later = dict(sft={"pretrain_data"}, ppo={"critic_lr"},
+                 grpo={*grpo.METHODS["dapo"], "kl_estimator"}, evaluate={"eval_prompts", "split"})
     rows = [("sft", sft), ("reward", reward), ("ppo", ppo), ("grpo", grpo), ("label", label),
             ("evaluate", evaluate), *((loss, dpo) for loss in dpo.LOSSES)]
-    assert common.AUTO.keys() == {name for name, _ in rows}
+    assert common.AUTO.keys() == {"critic", *(name for name, _ in rows)}
     for name, module in rows:
         open_ = {f.name for f in dataclasses.fields(module.Config) if f.default is None}
         assert open_ - later.get(name, set()) == common.AUTO[name].keys(), name

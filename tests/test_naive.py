@@ -304,6 +304,7 @@ def test_script_and_twin_agree(folder, stage, n):
         else:
             assert run_stage(stage, flags) == 0
         auto = common.AUTO.get(config.loss if stage == "dpo" else stage, {})  # all models are small
+        auto = auto | (common.AUTO["critic"] if stage == "ppo" else {})
         small = {k: v[0] for k, v in auto.items() if getattr(config, k) is None}
         result, log, final, parents = getattr(naive, stage)(dataclasses.replace(config, **small))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
