@@ -318,8 +318,12 @@ class Run:
 
 def save_file(content, path):
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may write to one cache
-    torch.save(content, temporary)
-    os.replace(temporary, path)  # never half a file
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)  # never half a file
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
 def load_file(path, device="cpu"):
@@ -378,12 +382,22 @@ def load_checkpoint(path, stages, device="cpu"):
 def load_policy(path, stages, device):
     """(model, tokenizer, checkpoint without weights) of a language model, no dropout, eval mode."""
     checkpoint = load_checkpoint(path, stages, device)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    size = dict(checkpoint["model"], dropout=0.0)
-    check_vocabulary(size, tokenizer, path)
-    model = GPT(GPTConfig(**size)).to(device).eval()
-    model.load_state_dict(checkpoint.pop("weights"))  # or they would live as long as the dict
-    return model, tokenizer, checkpoint
+    return *build(GPT, checkpoint, path, device), checkpoint
+
+
+def build(network, checkpoint, path, device):
+    """(network, tokenizer) of a checkpoint, which loses its weights. UserError if it is damaged."""
+    try:
+        tokenizer = load_tokenizer(checkpoint["tokenizer"])
+        size = dict(checkpoint["model"], dropout=0.0)
+        check_vocabulary(size, tokenizer, path)
+        model = network(GPTConfig(**size))
+        model.load_state_dict(checkpoint.pop("weights"))  # or they would live as long as the dict
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} is damaged, or of another version of this project: "
+                        f"{type(error).__name__}: {why}") from None
+    return model.to(device).eval(), tokenizer
 
 
 def check_vocabulary(size, tokenizer, path):
@@ -394,8 +408,9 @@ def check_vocabulary(size, tokenizer, path):
 
 def check_same_tokenizer(first, second, path, other):
     if first.hash != second.hash:
-        raise UserError(f"{path} reads {first.name} tokens, {other} {second.name}: they do not fit "
-                        "together")
+        raise UserError(f"{path} reads {first.name} tokens, {other} {second.name}"
+                        + " with another chat template" * (first.name == second.name)
+                        + ": they do not fit together")
 
 
 def check_lineage(role, expected, parents, path):

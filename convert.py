@@ -33,7 +33,9 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -64,6 +66,7 @@ def read_config(content, where):
         raise UserError(f"{where}: models of type {kind!r} are not supported; those of "
                         f"{', '.join(KINDS)} are")
     need("quantization_config", None)
+    need("tie_word_embeddings", True, False)
     try:
         if kind == "gpt2":
             need("activation_function", "gelu_new", "gelu_pytorch_tanh")
@@ -73,7 +76,8 @@ def read_config(content, where):
             return kind, GPTConfig(
                 content["vocab_size"] + 1, content["vocab_size"], content["n_positions"],
                 content["n_layer"], content["n_head"], content["n_embd"],
-                n_hidden=content.get("n_inner") or 0, norm_eps=content["layer_norm_epsilon"],
+                n_hidden=content.get("n_inner") or 0,
+                norm_eps=float(content["layer_norm_epsilon"]),
                 tied=content.get("tie_word_embeddings", True))
         need("hidden_act", "silu")
         need("use_sliding_window", False)
@@ -83,9 +87,9 @@ def read_config(content, where):
         elif kind != "qwen2":
             need("attention_bias", False)
             need("mlp_bias", False)
-        rope = content.get("rope_parameters") or {}  # since transformers 5
-        scaling = content.get("rope_scaling") or rope
-        how = scaling.get("rope_type", scaling.get("type", "default"))
+        # the second since transformers 5; where both are there, the first one counts
+        rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+        how = rope.get("rope_type", rope.get("type", "default"))
         if how not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{where}: rotary positions scaled by {how!r} are not supported")
         factors = ("factor", "low_freq_factor", "high_freq_factor",
@@ -96,8 +100,8 @@ def read_config(content, where):
             n_kv_head=content.get("num_key_value_heads") or 0,
             head_dim=content.get("head_dim") or 0, n_hidden=content["intermediate_size"],
             rope_theta=float(rope.get("rope_theta", content.get("rope_theta", 10000.0))),
-            rope_scaling=tuple(scaling[name] for name in factors) if how == "llama3" else (),
-            norm="rms", norm_eps=content["rms_norm_eps"], mlp="swiglu", bias=bias,
+            rope_scaling=tuple(float(rope[name]) for name in factors) if how == "llama3" else (),
+            norm="rms", norm_eps=float(content["rms_norm_eps"]), mlp="swiglu", bias=bias,
             qk_norm=kind == "qwen3", tied=content.get("tie_word_embeddings", False))
     except KeyError as error:
         raise UserError(f"{where}: {error} is missing") from None
@@ -186,7 +190,7 @@ class Tensors:
     """The tensors of a folder by name: one file or several; safetensors, or else PyTorch's own."""
 
     def __init__(self, folder):
-        self.files = {}  # {tensor: its file}
+        self.folder, self.files = folder, {}  # {tensor: its file}
         for stem, self.ending in (("model", "safetensors"), ("pytorch_model", "bin")):
             single = folder / f"{stem}.{self.ending}"
             index = folder / f"{single.name}.index.json"
@@ -196,7 +200,7 @@ class Tensors:
                 for path in sorted(set(self.files.values())):
                     missing = {n for n, p in self.files.items() if p == path} - {*self.names(path)}
                     if missing:
-                        raise UserError(f"{path}: {names(missing)} missing, which {index.name} "
+                        raise UserError(f"{path}: {some(missing)} missing, which {index.name} "
                                         "says it holds")
                 return
             if single.exists():
@@ -230,7 +234,7 @@ class Tensors:
         return content[name] if self.ending == "bin" else content.get_tensor(name)
 
 
-def names(found):
+def some(found):
     """Names of tensors, in a line: the first few, and how many more."""
     found = sorted(found)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more tensors" if len(found) > 3 else "")
@@ -239,19 +243,20 @@ def names(found):
 def read_weights(kind, size, rows, tensors, model):
     """Fill the GPT with what a folder holds; rows: how many of the embedding's are there. UserError
     for tensors that are missing, surplus, of another shape or not finite."""
-    table = layout(kind, size)
+    table, where = layout(kind, size), tensors.folder
     top = "transformer." if kind == "gpt2" else "model."
     prefix = top if any(name.startswith(top) for name in tensors.files) else ""  # or a bare model
-    where = tensors.files[next(iter(tensors.files))].parent if tensors.files else "the file"
     theirs = lambda name: name.replace(top, prefix, 1) if name.startswith(top) else name
     expected = {theirs(name) for _, group, *_ in table for name in group}
     missing = expected - tensors.files.keys()
     if missing:
-        raise UserError(f"{where}: {names(missing)} missing")
-    surplus = {name for name in tensors.files.keys() - expected if not SURPLUS.search(name)
-               and not (name == "lm_head.weight" and size.tied)}
+        raise UserError(f"{where}: {some(missing)} missing")
+    surplus = {name for name in tensors.files.keys() - expected if not SURPLUS.search(name)}
+    if size.tied and "lm_head.weight" in surplus and torch.equal(
+            tensors.read("lm_head.weight"), tensors.read(theirs(table[0][1][0]))):
+        surplus.remove("lm_head.weight")  # the embedding once more
     if surplus:
-        raise UserError(f"{where}: {names(surplus)}: not part of a {kind} model with this "
+        raise UserError(f"{where}: {some(surplus)}: not part of a {kind} model with this "
                         "config.json")
     weights = model.state_dict()
     for ours, group, counts, transposed in table:
@@ -277,17 +282,20 @@ def read_weights(kind, size, rows, tensors, model):
 
 def read_model(config):
     """(GPT, tokenizer, kind) of a folder of transformers."""
-    folder = Path(config.source)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
+    folder = Path(config.source).expanduser()
+    local = "/" in config.source and folder.parent.exists()  # a path, with a slip in its last part
+    if not folder.exists() and not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
         folder = fetch_model(config.source)
     if (folder / "model.pt").exists() and not (folder / "config.json").exists():
         raise UserError(f"--source={folder} is a checkpoint of this project already; "
                         "--to=transformers makes a folder of transformers of it")
     path = folder / "config.json"
-    kind, size = read_config(read_object(path), path)
+    content = read_object(path)
+    kind, size = read_config(content, path)
     rows = size.n_tokens
     tensors = Tensors(folder)
-    tokenizer, new = read_tokenizer(folder, Path(config.source).name, config.template)
+    tokenizer, new = read_tokenizer(folder, Path(config.source).name, config.template,
+                                    content.get("eos_token_id"))
     if tokenizer.n_tokens - len(new) > rows:
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.n_tokens} tokens, the embedding "
                         f"{rows} rows")
@@ -322,6 +330,7 @@ def with_constant(size, weights, head, constant):
     added before it is divided by the length of a vector that differs from token to token. So a last
     block computes the score s from the normalised h, and writes (s, B) into two coordinates, so
     large that nothing else counts: RMSNorm makes of them sqrt(C) (s / B, 1), up to (s / B)^2 / 2.
+    Too large for fp16, which ends at 65,504; bf16 does not.
     """
     if size.norm == "layer":
         weights["ln_f.bias"] = weights["ln_f.bias"] + constant * head / head.square().sum()
@@ -351,9 +360,10 @@ def with_constant(size, weights, head, constant):
         / size.n_embd ** 0.5
 
 
-def write_folder(config, folder):
-    """Write a checkpoint as a folder of transformers."""
+def write_folder(config, out):
+    """Write a checkpoint as a folder of transformers, whole or not at all."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("writing a folder of transformers needs the package safetensors: "
@@ -398,20 +408,36 @@ def write_folder(config, folder):
     settings = dict(tokenizer.state["tokenizer_config.json"]) if own else {}
     settings |= dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=names_of[tokenizer.eos],
                      model_max_length=size.block_size, clean_up_tokenization_spaces=False)
-    settings.setdefault("pad_token", names_of[tokenizer.eos])
+    settings["pad_token"] = settings.get("pad_token") or names_of[tokenizer.eos]
     if is_reward:  # which must not be EOS, where the score is read
-        text, settings["pad_token"] = with_tokens(text, ["<|pad|>"]), "<|pad|>"
+        name = next(name for name in (f"<|pad{n or ''}|>" for n in range(99))
+                    if name not in tokenizer.specials)
+        text, settings["pad_token"] = with_tokens(text, [name]), name
     plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=tokenizer.eos,
                  pad_token_id=pad)
-    form = own and tokenizer.state["chat_template.jinja"] or jinja(tokenizer.template)
-    save_file(tensors | extra, folder / "model.safetensors", metadata=dict(format="pt"))
-    for name, value in {"config.json": content, "generation_config.json": plain,
-                        "tokenizer_config.json": settings, "tokenizer.json": text,
-                        "chat_template.jinja": form}.items():
-        (folder / name).write_text(value if isinstance(value, str) else
-                                   json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    print(f"{folder}: a {kind} model of transformers, "
-          f"{sum(t.numel() for t in (tensors | extra).values()):,} numbers")
+    # the source's own template may do more (tools), but not name another date each day
+    form = own and tokenizer.state["chat_template.jinja"]
+    if is_reward or not form or "strftime_now" in form:
+        form = jinja(tokenizer.template, names_of[tokenizer.eos] if is_reward else None)
+    files = {"config.json": content, "generation_config.json": plain,
+             "tokenizer_config.json": settings, "tokenizer.json": text, "chat_template.jinja": form}
+    folder = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        save_file(tensors | extra, folder / "model.safetensors", metadata=dict(format="pt"))
+        for name, value in files.items():
+            (folder / name).write_text(value if isinstance(value, str) else
+                                       json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            os.replace(path, out / path.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{out}: a {kind} model of transformers, "
+          f"{sum(t.numel() for t in (tensors | extra).values()):,} numbers"
+          + ("; for fp32 and bf16, not fp16" if is_reward and kind != "gpt2" else ""))
 
 
 def main(config):
@@ -424,8 +450,9 @@ def main(config):
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
         raise UserError(f"--out={out} exists already: --overwrite=true writes into it, another "
                         "--out elsewhere")
+    if (out / "log.jsonl").exists():
+        raise UserError(f"--out={out} holds a run, whose checkpoint would be lost: choose another")
     if config.to == "transformers":
-        common.make_folder("out", out)
         return write_folder(config, out)
     model, tokenizer, kind = read_model(config)
     common.make_folder("out", out)

@@ -47,11 +47,15 @@ class GPTConfig:
     tied: bool = True  # one matrix for embedding and head
 
     def __post_init__(self):
-        if not self.head_dim and self.n_embd % self.n_head:
+        if not self.head_dim and self.n_head and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        for name, size in dict(n_kv_head=self.n_head, head_dim=self.n_embd // self.n_head,
+        for name, size in dict(n_kv_head=self.n_head, head_dim=self.n_embd // (self.n_head or 1),
                                n_hidden=4 * self.n_embd).items():
             object.__setattr__(self, name, getattr(self, name) or size)  # frozen, but not yet
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim",
+                     "n_hidden"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number above 0")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of "
                              f"n_kv_head={self.n_kv_head}")

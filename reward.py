@@ -67,7 +67,6 @@ from data.records import check_demonstration, demonstration_rows, embedded, fits
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
-from data.tokenizer import load_tokenizer
 from data.tokens import encode_rows, read_tokens
 from model import GPT, GPTConfig, autocast, text_loss, trim
 
@@ -116,11 +115,8 @@ def reward_loss(chosen, rejected):
 def load_reward_model(path, device):
     """(reward model, tokenizer, checkpoint without weights), frozen, in eval mode."""
     checkpoint = common.load_checkpoint(path, ("reward",), device)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    common.check_vocabulary(checkpoint["model"], tokenizer, path)
-    model = RewardModel(GPTConfig(**checkpoint["model"])).to(device).eval().requires_grad_(False)
-    model.load_state_dict(checkpoint.pop("weights"))
-    return model, tokenizer, checkpoint
+    model, tokenizer = common.build(RewardModel, checkpoint, path, device)
+    return model.requires_grad_(False), tokenizer, checkpoint
 
 
 def score_batch(score, tokens, mask, size):

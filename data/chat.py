@@ -48,7 +48,6 @@ def render(form, turns):
 def recognise(source, specials, where):
     """The template, as data, that does what the Jinja template `source` does. UserError if none
     does. specials: {"bos_token": text, ...}, for the template."""
-    import jinja2  # comes with torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def fail(why):
@@ -64,14 +63,17 @@ def recognise(source, specials, where):
                                                 extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = fail
     try:
-        compiled = environment.from_string(source)
+        # transformers' mark of what is trained on says nothing here
+        compiled = environment.from_string(re.sub(r"{%-? *(end)?generation *-?%}", "", source))
         probes = [theirs(*texts) for texts in (
             ("one",), (" two\n",), ("S", "one"), ("", "one"), ("a", "b", "c"),
             (" S ", " one ", "two ", "three\n"))]
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # it is a program of someone else's
         raise UserError(f"{where}: its chat template does not take system, user and assistant "
                         f"({error}): --template= names another") from None
-    for form in TEMPLATES.values():
+    own = [template("<|{role}|>", "", begin, specials["eos_token"])  # ours, of another EOS
+           for begin in ("", specials.get("bos_token", "")) if "eos_token" in specials]
+    for form in [*TEMPLATES.values(), *own]:
         form = form | dict(head=dict(form["head"]), begin=form["begin"])
         # what it says before the system's text (Llama 3.1: dates), and as a system of its own
         before = re.escape(form["begin"] + form["head"]["system"])
@@ -88,33 +90,40 @@ def recognise(source, specials, where):
                     f"{probes[0][1]!r} of 'one'; --template= takes one of them all the same")
 
 
-def read_tokenizer(folder, name, asked):
+def read_tokenizer(folder, name, asked, eos_id=None):
     """(Tokenizer, ids of the markers that it had to be given). Its state, which a checkpoint keeps,
-    has tokenizer.json, the template and what goes back into a folder of transformers."""
+    has tokenizer.json, the template and what goes back into a folder of transformers. eos_id: EOS
+    where no name is given for it."""
     settings = read_object(folder / "tokenizer_config.json", needed=False)
     path = folder / "tokenizer.json"
     text = read_text(path)
-    _, added, _, _ = read_json(text, path)
-    own = read_text(folder / "chat_template.jinja", needed=False) or settings.pop(
-        "chat_template", None)
-    if isinstance(own, list):  # several, by name
-        own = {each["name"]: each["template"] for each in own}.get("default")
-    # a token is its text, or an object with it
-    token = lambda key: (settings.get(key) or {}).get("content") if isinstance(
-        settings.get(key), dict) else settings.get(key)
-    specials = {key: token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    added = read_json(text, path)[1]
+    inside = settings.pop("chat_template", None)
+    if isinstance(inside, list):  # several, by name
+        inside = next((each.get("template") for each in inside if isinstance(each, dict)
+                       and each.get("name") == "default"), None)
+    own = read_text(folder / "chat_template.jinja", needed=False) or inside
+    specials = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings.get(key)  # a text, or an object with it
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            specials[key] = token
+    if not isinstance(own, str | None):
+        raise UserError(f"{folder}: the chat_template of tokenizer_config.json is no text")
+    names = {i: token for token, i in added.items()}
+    specials.setdefault("eos_token", names.get(eos_id))
     if asked not in ("auto", *TEMPLATES):
         raise UserError(f"--template={asked}: choose one of auto, {', '.join(TEMPLATES)}")
     if asked == "auto":
-        form = recognise(own, {k: v for k, v in specials.items() if v}, folder) if own else None
+        form = recognise(own, specials, folder) if own else None
     else:
         form, own = TEMPLATES[asked] if asked != "markers" else None, None
     if form is None:  # ours
-        eos = token("eos_token")
+        eos, bos = specials["eos_token"], specials.get("bos_token")
         if eos not in added:
-            raise UserError(f"{folder}: the eos_token {eos!r} of tokenizer_config.json is none of "
-                            "the added tokens of tokenizer.json")
-        bos = token("bos_token")
+            raise UserError(f"{folder}: the EOS {eos!r} of tokenizer_config.json or config.json is "
+                            "none of the added tokens of tokenizer.json")
         begins = bos and bos in json.dumps(json.loads(text).get("post_processor"))
         form = template("<|{role}|>", "", bos if begins else "", eos)
         text = with_tokens(text, [f"<|{role}|>" for role in ROLES])
@@ -143,8 +152,9 @@ def with_tokens(text, wanted):
 # --- out -----------------------------------------------------------------------------------------
 
 
-def jinja(form):
-    """The Jinja template that does what a template of data/tokenizer.py says."""
+def jinja(form, eos=None):
+    """The Jinja template that does what a template of data/tokenizer.py says. eos: the last turn
+    ends with it, where a reward model reads its score; nothing follows."""
     text = "message['content'] | trim" if form["trim"] else "message['content']"
     lines = ["{{ " + json.dumps(form["begin"]) + " }}"] if form["begin"] else []
     if form["default_system"] is not None:
@@ -153,9 +163,11 @@ def jinja(form):
             + " }}{% endif %}")
     lines.append("{% for message in messages %}")
     for role in ROLES:
+        tail = form["tail"][role]
         lines.append("{% if message['role'] == '" + role + "' %}{{ " + json.dumps(
-            form["head"][role]) + " + (" + text + ") + " + json.dumps(form["tail"][role])
-            + " }}{% endif %}")
+            form["head"][role]) + " + (" + text + ") + " + (
+                f"({json.dumps(eos)} if loop.last else {json.dumps(tail)})"
+                if eos and role == "assistant" else json.dumps(tail)) + " }}{% endif %}")
     lines.append("{% endfor %}{% if add_generation_prompt %}{{ " + json.dumps(
         form["head"]["assistant"]) + " }}{% endif %}")
     return "".join(lines)

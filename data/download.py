@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, note
 from data.files import file_hash
 from data.records import prompt_key, split_key, write_jsonl
 
@@ -145,6 +145,7 @@ def locate(name, source, files, patterns):
 
 def fetch_model(name):
     """The folder of a model of the hub, its files downloaded where they are not yet there."""
+    place = DOWNLOADS / "models" / name.replace("/", "+")
     url = f"{hub()}/api/models/{name}?blobs=true"
     try:
         with urllib.request.urlopen(request(url), timeout=TIMEOUT) as response:
@@ -156,14 +157,19 @@ def fetch_model(name):
         raise UserError(f"--source={name} is no folder, and {url} answers {error}"
                         + (": a model that asks for consent needs HF_TOKEN in the environment"
                            if error.code in (401, 403) else "")) from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError,
+            AttributeError) as error:
+        if done := sorted(place.glob("*/complete"), key=lambda path: path.stat().st_mtime):
+            note(f"{hub()} cannot be reached, so the copy in {done[-1].parent} is read")
+            return done[-1].parent
         raise UserError(f"--source={name} is no folder, and {url} cannot be read: "
                         f"{error}") from None
     if "model.safetensors.index.json" in files:  # then a single file holds the same once more
         files.pop("model.safetensors", None)
-    folder = DOWNLOADS / "models" / name.replace("/", "+") / commit
+    folder = place / commit
     for path, checksum in sorted(files.items()):
         fetch(f"{hub()}/{name}/resolve/{commit}/{path}", folder / path, checksum)
+    (folder / "complete").touch()
     return folder
 
 

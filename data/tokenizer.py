@@ -72,16 +72,18 @@ class Tokenizer:
     """ids 0..n_tokens-1 can be produced, PAD is n_tokens.
 
     ranks: {bytes: id}, of two tokens that could be joined the one with the lower id comes first.
-    specials: {text: id}, never found in text. state: what a checkpoint keeps to make this again.
+    specials: {text: id}, never found in text, but for those of `found` (Qwen's <think>). state:
+    what a checkpoint keeps to make this again.
     """
 
-    def __init__(self, name, ranks, specials, template, pattern=PATTERN, nfc=False, state=None):
+    def __init__(self, name, ranks, specials, pattern=PATTERN, nfc=False, found=(), *, template,
+                 state=None):
         self.name, self.state, self.template = name, state or name, template
-        self.specials, self.nfc = specials, nfc
+        self.specials, self.nfc, self.found = specials, nfc, frozenset(found)
         self.n_tokens = self.pad = max(*ranks.values(), *specials.values()) + 1
         self.vocab_size = (self.n_tokens // 64 + 1) * 64  # rows, PAD among them
         self.hash = hashlib.sha256(repr((sorted(ranks.items()), sorted(specials.items()), pattern,
-                                         nfc, template)).encode()).hexdigest()
+                                         nfc, sorted(found), template)).encode()).hexdigest()
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=specials)
         # bytes that the vocabulary lacks (SmolLM2: some control characters): they are left out
@@ -150,17 +152,28 @@ class Tokenizer:
         """The ids of each text, on all processors."""
         if self.nfc:
             texts = [unicodedata.normalize("NFC", text) for text in texts]
-        if self.unknown and any(self.unknown.search(text.encode()) for text in texts):
-            return [self.encode_known(text) for text in texts]
+        if self.unknown:
+            # half a surrogate pair becomes the replacement character, as in tiktoken
+            whole = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+            if any(self.unknown.search(text.encode()) for text in whole):
+                return [self.encode_known(text) for text in whole]
+        options = dict(allowed_special=self.found, disallowed_special=())
         if len(texts) < 8:  # the threads cost more than they bring
-            return [self.encoding.encode_ordinary(text) for text in texts]
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            return [self.encoding.encode(text, **options) for text in texts]
+        return self.encoding.encode_batch(texts, num_threads=os.cpu_count(), **options)
 
     def encode_known(self, text):
         """The ids of a text without the bytes that are unknown; it is cut with them."""
-        pieces = (self.unknown.sub(b"", piece.encode())
-                  for piece in regex.findall(self.encoding._pat_str, text))
-        return [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
+        ids, found = [], {t: self.specials[t] for t in self.found}
+        cut = re.compile("(" + "|".join(map(re.escape, found)) + ")") if found else None
+        for part in cut.split(text) if cut else [text]:
+            if part in found:
+                ids.append(found[part])
+                continue
+            for piece in regex.findall(self.encoding._pat_str, part):
+                piece = self.unknown.sub(b"", piece.encode())
+                ids += self.encoding._encode_single_piece(piece) if piece else []
+        return ids
 
     def encode_pieces(self, rows):
         """[(ids, mask), ...] of rows of pieces; every text is tokenised once, all in one call."""
@@ -231,7 +244,7 @@ def _with_markers(name, ranks):
     """ids: 0..n_ranks-1 text, then EOS, <|system|>, <|user|>, <|assistant|>."""
     specials = ["<|endoftext|>", *(f"<|{role}|>" for role in ROLES)]
     return Tokenizer(name, ranks, {text: len(ranks) + n for n, text in enumerate(specials)},
-                     TEMPLATES["markers"])
+                     template=TEMPLATES["markers"])
 
 
 # --- from tokenizer.json -------------------------------------------------------------------------
@@ -270,13 +283,14 @@ def pattern_of(pre):
 def _from_files(state):
     """The Tokenizer of a state {"name", "tokenizer.json", "template", ...}, given as JSON."""
     state = json.loads(state)
-    ranks, specials, pattern, nfc = read_json(state["tokenizer.json"], state["name"])
-    return Tokenizer(state["name"], ranks, specials, state["template"], pattern, nfc, state)
+    return Tokenizer(state["name"], *read_json(state["tokenizer.json"], state["name"]),
+                     template=state["template"], state=state)
 
 
 def read_json(text, where):
-    """(ranks, specials, pattern, nfc) of a tokenizer.json. UserError for what is not byte-level
-    BPE, or pre-tokenised as none of the models that we know."""
+    """(ranks, specials, pattern, nfc, found) of a tokenizer.json, as Tokenizer takes them.
+    UserError for what is not byte-level BPE, or pre-tokenised as none of the models that we know.
+    """
     def refuse(why):
         raise UserError(f"{where}: {why}")
 
@@ -286,13 +300,19 @@ def read_json(text, where):
         normalizer = (content.get("normalizer") or {"type": None})["type"]
         vocab = model.get("vocab")
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        if model["type"] != "BPE" or model.get("byte_fallback"):
-            refuse(f"its model is {model['type']}, not byte-level BPE")
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+            refuse(f"its model is {model.get('type')}, not byte-level BPE")
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
             if model.get(name):
                 refuse(f"its BPE has a {name}, which is not read")
         if normalizer not in (None, "NFC"):
             refuse(f"the normalizer {normalizer} is not known (NFC is)")
+        for token in content["added_tokens"]:
+            for name in ("lstrip", "rstrip", "single_word"):
+                if token.get(name):
+                    refuse(f"the added token {token['content']!r} has {name}, which is not read")
+        found = [token["content"] for token in content["added_tokens"]
+                 if not token.get("special", True)]
         pattern = pattern_of(pre)
         if pattern is None:
             refuse(f"the pre_tokenizer {json.dumps(pre, ensure_ascii=False)[:200]} is not known: "
@@ -312,4 +332,4 @@ def read_json(text, where):
     ids = sorted([*ranks.values(), *added.values()])
     if ids != list(range(len(ids))):
         refuse("its ids do not run from 0 without gaps")
-    return ranks, added, pattern, normalizer == "NFC"
+    return ranks, added, pattern, normalizer == "NFC", found

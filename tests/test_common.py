@@ -475,3 +475,36 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="shapes"):
         cli.run_main(main, Trained())
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("tokenizer"), lambda c: c.update(tokenizer={"name": "x"}),
+    lambda c: c["model"].update(heads=3), lambda c: c["model"].pop("n_embd"),
+    lambda c: c["weights"].pop("ln_f.weight"), lambda c: c.update(weights=None),
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)})])
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, change):
+    # catches a traceback where a file is of another version, or was written by half
+    tokenizer = load_tokenizer("synthetic")
+    path = tmp_path / "model.pt"
+    model = GPT(GPTConfig(tokenizer.vocab_size, tokenizer.n_tokens, 16, 1, 1, 8))
+    common.save_checkpoint(path, model, "sft", tokenizer, Config(), {})
+    common.load_policy(path, ["sft"], torch.device("cpu"))
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="is damaged, or of another version") as error:
+        common.load_policy(path, ["sft"], torch.device("cpu"))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch):
+    # catches a traceback, and a part of a file that stays behind
+    (tmp_path / "model.pt").write_text("old")
+    def save(content, path):
+        path.write_text("half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match="cannot write .*model.pt: PytorchStreamWriter"):
+        common.save_file({}, tmp_path / "model.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    assert (tmp_path / "model.pt").read_text() == "old"

@@ -83,11 +83,11 @@ PLAIN3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}
 {{- '<|eot_id|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}"""
-CHATS = dict(chatml=CHATML, bare=BARE, headers=HEADERS, plain3=PLAIN3, none=None)
+CHATS = dict(chatml=CHATML, bare=BARE, headers=HEADERS, plain3=PLAIN3, none=None, base3=None)
 SPECIALS = dict(chatml=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                 headers=["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                          "<|eot_id|>", "<|end_of_text|>"], none=["<|endoftext|>"])
-SPECIALS |= dict(bare=SPECIALS["chatml"], plain3=SPECIALS["headers"])
+SPECIALS |= dict(bare=SPECIALS["chatml"], plain3=SPECIALS["headers"], base3=SPECIALS["headers"])
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def into(source, out, *flags):
     return common.load_policy(out, common.POLICIES, CPU)[:2]
 
 
-SIZES = [(2, 4, 2, 8, 24, 40), (3, 2, 1, 16, 48, 64), (1, 3, 3, 4, 24, 12)]
+SIZES = [(2, 4, 2, 8, 24, 40), (3, 2, 1, 16, 48, 64), (1, 3, 3, 32, 96, 12)]
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -235,9 +235,20 @@ def test_spare_rows_and_a_shorter_context(tmp_path):
         own.specials["<|user|>"], *tok("Hi").input_ids, own.specials["<|assistant|>"]]
 
 
-def test_a_model_with_markers_of_its_own_keeps_them(tmp_path):
-    """Would catch: trained rows overwritten by noise when a model comes back."""
-    folder_of(tmp_path / "in", "gpt2", form="none")
+@pytest.mark.parametrize("shape", ["gpt2", "llama3", "of the hub"])
+def test_a_model_with_markers_of_its_own_keeps_them(tmp_path, shape):
+    """Would catch: trained rows overwritten by noise when a model comes back; a base model of
+    another EOS, or one whose files say as little as GPT-2's at the hub."""
+    folder_of(tmp_path / "in", "gpt2", form="base3" if shape == "llama3" else "none",
+              cut="llama3" if shape == "llama3" else "gpt2")
+    path = tmp_path / "in" / "tokenizer.json"
+    if shape == "of the hub":
+        path.write_text(break_json(path.read_text(), lambda c: c["model"].pop("type")))
+        edit(eos_token_id=0)(tmp_path / "in")
+        (tmp_path / "in" / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    if shape == "llama3":  # it begins every text with a token
+        path.write_text(break_json(path.read_text(), lambda c: c.update(
+            post_processor=dict(type="TemplateProcessing", special="<|begin_of_text|>"))))
     ours, tok = into(tmp_path / "in", tmp_path / "one")
     with torch.no_grad():
         ours.wte.weight[tok.specials["<|user|>"]] = 0.5
@@ -246,6 +257,9 @@ def test_a_model_with_markers_of_its_own_keeps_them(tmp_path):
     again, _ = into(tmp_path / "folder", tmp_path / "two")
     n = tok.n_tokens
     assert torch.equal(again.wte.weight[:n], ours.wte.weight[:n])
+    assert _.template == tok.template and _.hash == tok.hash
+    first = tok.encode_prompt("Hi")[0]
+    assert first == tok.specials["<|begin_of_text|>" if shape == "llama3" else "<|user|>"]
 
 
 def test_memory_is_that_of_one_model(tmp_path):
@@ -288,8 +302,30 @@ def test_any_text_has_their_ids(cut, letters):
             assert own.decode(own.encode(text)) == text
 
 
+@pytest.mark.parametrize("letters", [True, False])
+def test_added_tokens_that_are_not_special_are_found_in_text(letters):
+    """Would catch: <think> read as letters."""
+    tok = trained("qwen", "chatml", letters)
+    text = break_json(tok.backend_tokenizer.to_str(), lambda c: c["added_tokens"].extend(
+        dict(id=len(c["model"]["vocab"]) + n, content=t, single_word=False, lstrip=False,
+             rstrip=False, normalized=False, special=False)
+        for n, t in enumerate(("<think>", "</think>"))))
+    other = tokenizers.Tokenizer.from_str(text)
+    own = state_of(text)
+    for text in ("<think>\nthe fox</think> x", "a<think><think>", "<thin k>", "x </think>\x04"):
+        assert own.encode(text) == other.encode(text, add_special_tokens=False).ids
+        assert own.encode_many([text] * 9)[8] == own.encode(text)
+    assert own.specials["<|im_end|>"] not in own.encode("a<|im_end|>")
+
+
+def test_half_a_character_is_no_crash():
+    for letters in (True, False):
+        own = state_of(trained("gpt2", "chatml", letters))
+        assert own.encode("a\ud800b") and own.encode("a\ud800\x04b") != own.encode("ab")
+
+
 def state_of(tok, form="chatml"):
-    text = tok.backend_tokenizer.to_str()
+    text = tok if isinstance(tok, str) else tok.backend_tokenizer.to_str()
     return load_tokenizer({"name": "x", "tokenizer.json": text, "template": TEMPLATES[form]})
 
 
@@ -345,15 +381,22 @@ def test_gpt2s_tokens_on_every_text(tmp_path, texts, monkeypatch):
     assert len(tok) == own.n_tokens
     same_ids(own, tok, texts)
     again = read_json(chat.tokenizer_json(own), "x")
-    assert again[0] == {k: v for k, v in own.encoding._mergeable_ranks.items()}
-    assert (again[1], again[2:]) == (own.specials, (PATTERN, False))
+    assert again == (own.encoding._mergeable_ranks, own.specials, PATTERN, False, [])
 
 
 @needs_real
-def test_smollm2s_tokens_on_every_text(texts):
+def test_smollm2s_tokens_on_every_text(texts, tmp_path):
+    """As the tool writes it, and with the published one's digits, which stand alone."""
     tok = transformers.AutoTokenizer.from_pretrained(REAL)
     own, _ = chat.read_tokenizer(Path(REAL), "x", "auto")
     same_ids(own, tok, texts)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(break_json((Path(REAL) / "tokenizer.json").read_text(), lambda c: c.update(
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[
+            dict(type="Digits", individual_digits=True), dict(c["pre_tokenizer"])]))))
+    own = state_of(path.read_text())
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    same_ids(own, tok, [t for t in texts if any(c.isdigit() for c in t)][:5000])
 
 
 def break_json(text, change):
@@ -376,6 +419,7 @@ def break_json(text, change):
     (lambda c: c["model"]["merges"].pop(), "no merge makes"),
     (lambda c: c["model"]["vocab"].update({"Ġt": 5000}), "no merge makes"),
     (lambda c: c["added_tokens"].pop(), "no merge makes|without gaps"),
+    (lambda c: c["added_tokens"][0].update(rstrip=True), "has rstrip"),
     (lambda c: c.pop("model"), "KeyError"),
     (lambda c: c["model"].update(vocab=[1]), "Error")])
 def test_a_tokenizer_that_we_cannot_be_is_refused(change, message):
@@ -397,23 +441,27 @@ def test_digits_stand_alone():
 # --- templates -----------------------------------------------------------------------------------
 
 
-def dialogues(n=200):
-    """Of one turn and several, with a system prompt, an empty one, and none."""
+def dialogues(n=200, trim=False):
+    """Of one turn and several, with a system prompt, an empty one, and none. trim: the template
+    takes white space off the ends of all texts; else answers have none, which are tokenised apart.
+    """
     rng = random.Random(0)
     words = "It's the quick brown fox 12 <|im_end|> \n über 日本".split(" ")
     text = lambda: " ".join(rng.choices(words, k=rng.randint(1, 6))).strip() or "x"
+    space = lambda: rng.choice(["", "\n", "\n\n ", "  "])
+    answer = lambda: space() + text() + space() if trim else text()
     for i in range(n):
         turns = [dict(role="system", content="" if i % 6 == 1 else text())] if i % 3 else []
         for _ in range(rng.randint(0, 2)):
-            turns += [dict(role="user", content=text()), dict(role="assistant", content=text())]
+            turns += [dict(role="user", content=text()), dict(role="assistant", content=answer())]
         # white space that BPE joins with the newline before it
-        yield [*turns, dict(role="user", content=rng.choice(["", "\n", "\n\n ", "  "]) + text())]
+        yield [*turns, dict(role="user", content=space() + text() + space())]
 
 
 def check_dialogues(own, tok):
     ids = lambda turns, **more: tok.apply_chat_template(
         turns, tokenize=True, return_dict=False, **more)
-    for turns in dialogues():
+    for turns in dialogues(trim=own.template["trim"]):
         if any("<|" in t["content"] for t in turns):  # there a marker in a text is a marker
             turns = [dict(t, content=t["content"].replace("<|", "<")) for t in turns]
         assert own.encode_prompt(turns) == ids(turns, add_generation_prompt=True)
@@ -459,7 +507,20 @@ def test_templates_by_hand():
         "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+def test_a_date_does_not_go_out_again(tmp_path):
+    """Would catch: a folder whose template names another day than the model was trained with."""
+    folder_of(tmp_path / "in", form="headers", cut="llama3")
+    (tmp_path / "in" / "chat_template.jinja").write_text(HEADERS.replace(
+        "today", "' + (strftime_now('%d') if strftime_now is defined else '26 Jul') + '"))
+    _, own = into(tmp_path / "in", tmp_path / "out")
+    out(tmp_path / "out", tmp_path / "folder")
+    tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    check_dialogues(own, tok)
+    assert "26 Jul" in own.decode(own.encode_prompt("Hi"))
+
+
 @pytest.mark.parametrize("source, message", [
+    ("{{ 1 / 0 }}", "division by zero"), ("{{ range(10**9) | list }}", "does not take"),
     ("{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}", "is none of"),
     (CHATML.replace("<|im_end|>\n{% endif", "<|im_end|>{% endif"), "is none of"),
     ("{{ raise_exception('no system') }}", "no system"), ("{% for %}", "does not take")])
@@ -510,6 +571,17 @@ def check_folder(ours, own, folder):
     return model, tok
 
 
+def ends_often(path, model, tok):
+    """Give EOS a fair chance at every position, or nothing could be scored."""
+    head = model.wte if model.config.tied else model.lm_head
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, tok.n_tokens, (8, 20)))
+    with torch.no_grad():
+        mean = model(tokens).mean((0, 1))
+        most = model.logits(model(tokens)).logsumexp(-1).mean()
+        head.weight[tok.eos] = most * mean / mean.square().sum()
+    common.save_checkpoint(path / "model.pt", model, "convert", tok, convert.Config(), {})
+
+
 DEMOS = [dict(prompt=f"The quick {n}", completion=f"brown fox {n} jumps") for n in range(40)]
 PAIRS = [dict(prompt=f"The quick {n}", chosen=f"brown fox {n} jumps", rejected=f"dog {n}")
          for n in range(40)]
@@ -524,7 +596,7 @@ def test_round_trip_through_every_stage(tmp_path, kind, form):
     for name, rows in (("demos", DEMOS), ("pairs", PAIRS), ("sums", SUMS)):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     folder_of(tmp_path / "in", kind, form=form, cut=cut_of(form))
-    into(tmp_path / "in", tmp_path / "start")
+    ends_often(tmp_path / "start", *into(tmp_path / "in", tmp_path / "start"))
     shutil.rmtree(tmp_path / "in")  # the checkpoint has all that it needs
     run = lambda script, *flags: run_script(script, "--max_new_tokens=8", *flags, cwd=tmp_path)
     rl = ("--iterations=1", "--batch_size=4", "--minibatches=1", "--eval_prompts=2")
@@ -534,27 +606,17 @@ def test_round_trip_through_every_stage(tmp_path, kind, form):
              ("ppo", "--init=out/dpo", "--reward_model=out/reward", "--data=pairs.jsonl", *rl),
              ("grpo", "--init=out/ppo", "--data=sums.jsonl", "--k=2", *rl)]
     for stage, *flags in steps:
-        if stage == "reward":  # a random model seldom ends: here it does
-            checkpoint = torch.load(tmp_path / "start" / "model.pt")
         done = run(f"{stage}.py", *flags)
-        if stage == "reward" and "too few to measure the scale" in done.stderr:
-            model, tok, _ = common.load_policy(tmp_path / "start", common.POLICIES, CPU)
-            raw = RewardModel(model.config)
-            raw.gpt.load_state_dict(model.state_dict())
-            raw.head.bias.data.fill_(0.3)
-            raw.shift.fill_(-0.4)
-            raw.scale.fill_(0.7)
-            (tmp_path / "out/reward").mkdir(parents=True, exist_ok=True)
-            common.save_checkpoint(tmp_path / "out/reward/model.pt", raw, "reward", tok,
-                                   convert.Config(), {}, dict(convert=checkpoint["hash"]))
-            continue
         assert done.returncode == 0, done.stderr
     done = run_script("evaluate.py", "--policy=out/grpo", "--reference=out/sft",
                       "--data=sums.jsonl", "--max_new_tokens=8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    out(tmp_path / "out/grpo", tmp_path / "folder")
-    ours, own, _ = common.load_policy(tmp_path / "out/grpo", common.POLICIES, CPU)
-    check_folder(ours, own, tmp_path / "folder")
+    for stage in ("sft", "dpo", "ppo", "grpo"):
+        out(tmp_path / "out" / stage, tmp_path / "folder")
+        ours, own, _ = common.load_policy(tmp_path / "out" / stage, common.POLICIES, CPU)
+        check_folder(ours, own, tmp_path / "folder")
+    out(tmp_path / "out" / "reward", tmp_path / "judge")
+    transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
 
 
 def test_our_own_model_in_other_tools(tmp_path):
@@ -574,11 +636,14 @@ def test_our_own_model_in_other_tools(tmp_path):
             assert own.encode(text) == tok(text).input_ids
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", convert.KINDS)
 def test_a_reward_model_scores_the_same_there(tmp_path, kind):
     """Would catch: shift and scale that are lost, a score read in the padding or before EOS."""
     folder_of(tmp_path / "in", kind, form="none" if kind == "gpt2" else "chatml",
-              cut="qwen" if kind == "qwen2" else "gpt2")
+              cut="qwen" if kind.startswith("qwen") else "gpt2")
+    if kind == "llama":  # a token of this name is there already
+        path = tmp_path / "in" / "tokenizer.json"
+        path.write_text(path.read_text().replace("<|endoftext|>", "<|pad|>"))
     policy, tok = into(tmp_path / "in", tmp_path / "start")
     torch.manual_seed(0)
     model = RewardModel(policy.config)
@@ -587,7 +652,7 @@ def test_a_reward_model_scores_the_same_there(tmp_path, kind):
         buffer.fill_(value)
     (tmp_path / "rm").mkdir()
     common.save_checkpoint(tmp_path / "rm/model.pt", model, "reward", tok, convert.Config(), {})
-    out(tmp_path / "rm", tmp_path / "folder")
+    said = out(tmp_path / "rm", tmp_path / "folder").stdout
     there = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "folder").eval()
     assert there.config.num_labels == 1
@@ -602,8 +667,16 @@ def test_a_reward_model_scores_the_same_there(tmp_path, kind):
                        return_tensors="pt")
     with torch.no_grad():
         found = there(**padded).logits[:, 0].double()
+    if kind == "qwen3":  # its head has no bias, and that is said
+        constant = (0.3 + 1.7) / 0.6
+        assert f"less {constant:.6f}" in said
+        scores = scores - constant
     torch.testing.assert_close(found, scores, atol=1e-4, rtol=1e-4)
     assert scores.std() > 0.05
+    # a dialogue as one would give it: nothing may follow EOS
+    turns = [dict(role="user", content="The quick"), dict(role="assistant", content="fox ")]
+    ids = other.apply_chat_template(turns, return_dict=False)
+    assert ids == rows[0]
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -641,7 +714,23 @@ NORM = "model.layers.1.input_layernorm.weight"
     (edit(attention_bias=True), "attention_bias=True is not supported"),
     (edit(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "scaled by 'yarn'"),
     (edit(rope_scaling=dict(type="linear", factor=2.0)), "scaled by 'linear'"),
+    (edit(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)), "are not supported"),
     (edit(quantization_config=dict(bits=4)), "quantization_config="),
+    (edit(mlp_bias=True), "mlp_bias=True is not supported"),
+    (edit(use_sliding_window=True), "use_sliding_window=True is not supported"),
+    (edit(tie_word_embeddings="no"), "tie_word_embeddings='no' is not supported"),
+    (edit(model_type="gpt2", activation_function="relu"), "activation_function='relu'"),
+    (edit(model_type="gpt2", scale_attn_weights=False), "scale_attn_weights=False"),
+    (edit(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx=True"),
+    (edit(model_type="gpt2", add_cross_attention=True), "add_cross_attention=True"),
+    (edit(max_position_embeddings="big"), "block_size='big': must be a whole number"),
+    (edit(num_attention_heads=0), "n_head=0: must be a whole number"),
+    (edit(hidden_size=24.0), "n_embd=24.0: must be a whole number"),
+    (edit(intermediate_size=-3), "n_hidden=-3: must be a whole number"),
+    (edit(head_dim=-8), "head_dim=-8: must be a whole number"),
+    (edit(rms_norm_eps=...), "'rms_norm_eps' is missing"),
+    (edit(rms_norm_eps=None), "config.json: "),
+    (edit(rope_parameters=7), "config.json: "),
     (edit(num_key_value_heads=3), "n_kv_head=3"),
     (edit(vocab_size=1000), "embed_tokens.weight is torch.float32 of shape"),
     (edit(num_hidden_layers=3), "model.layers.2.input_layernorm.weight, "),
@@ -663,7 +752,15 @@ NORM = "model.layers.1.input_layernorm.weight"
     (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: it does not exist"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
     (lambda f: ((f / "chat_template.jinja").unlink(),
-                (f / "tokenizer_config.json").write_text("{}")), "the eos_token None"),
+                (f / "tokenizer_config.json").write_text("{}")), "the EOS None"),
+    (lambda f: ((f / "chat_template.jinja").unlink(), (f / "tokenizer_config.json").write_text(
+        '{"chat_template": 7}')), "is no text"),
+    (weights(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1})),
+     "lm_head.weight: not part of"),
+    (lambda f: (f / "tokenizer.json").write_text(break_json(
+        (f / "tokenizer.json").read_text(), lambda c: c["added_tokens"].extend(
+            dict(id=len(c["model"]["vocab"]) + n, content=f"<{n}>") for n in range(2)))),
+     "the embedding"),
     (lambda f: (f / "tokenizer_config.json").write_text("x"), "tokenizer_config.json: not JSON")])
 def test_a_broken_folder_is_one_clear_line(tmp_path, change, message):
     folder_of(tmp_path / "in")
@@ -691,13 +788,18 @@ class Evil:
     (["--source=in", "--out=o", "--to=transformers"], "no checkpoint"),
     (["--source=evil", "--out=o"], "pytorch_model.bin cannot be read"),
     (["--source=no/such/folder", "--out=o"], "config.json: it does not exist"),
-    (["--source=mixed", "--out=o", "--to=transformers"], "mixture of dialects")])
+    (["--source=mixed", "--out=o", "--to=transformers"], "mixture of dialects"),
+    (["--source=in", "--out=run", "--overwrite=true"], "holds a run, whose checkpoint"),
+    (["--source=full", "--out=in/config.json", "--overwrite=true", "--to=transformers"],
+     "cannot write in/config.json")])
 def test_bad_flags_are_one_clear_line(tmp_path, flags, message):
     folder_of(tmp_path / "in")
     shutil.copytree(tmp_path / "in", tmp_path / "evil")
     (tmp_path / "evil" / "model.safetensors").unlink()
     torch.save(dict(x=Evil()), tmp_path / "evil" / "pytorch_model.bin")
     own = load_tokenizer("synthetic")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}")
     for name, more in (("full", {}), ("mixed", dict(norm="rms"))):
         (tmp_path / name).mkdir()
         common.save_checkpoint(tmp_path / name / "model.pt", GPT(GPTConfig(
@@ -706,7 +808,7 @@ def test_bad_flags_are_one_clear_line(tmp_path, flags, message):
     done = run_script("convert.py", *flags, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
-    assert [p for p in sorted(tmp_path.rglob("*")) if p.name != "o"] == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_without_safetensors_one_line_says_what_to_install(tmp_path, monkeypatch):
@@ -778,6 +880,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_model_of_the_hub_is_downloaded_once(tmp_path, hub, monkeypatch):
     """Would catch: a part that is taken for the whole, a file fetched again, pickles fetched."""
+    address = os.environ["HF_ENDPOINT"]
     monkeypatch.setenv("HF_TOKEN", "mine")
     convert_it = lambda name: run_script("convert.py", f"--source={name}", "--out=out",
                                          "--overwrite=true", cwd=tmp_path)
@@ -794,6 +897,12 @@ def test_a_model_of_the_hub_is_downloaded_once(tmp_path, hub, monkeypatch):
     path.write_text("{}")
     hub.clear()
     assert convert_it("me/tiny").returncode == 0 and len(hub) == 2  # the damaged file again
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no one listens
+    done = convert_it("me/tiny")
+    assert done.returncode == 0 and "cannot be reached, so the copy in" in done.stdout
+    done = convert_it("me/other")
+    assert done.returncode == 2 and "cannot be read" in done.stderr
+    monkeypatch.setenv("HF_ENDPOINT", address)
     for name, message in (("me/none", "404"), ("me/secret", "HF_TOKEN")):
         done = convert_it(name)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
