@@ -47,6 +47,7 @@ import codecs
 import contextlib
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from itertools import zip_longest
@@ -284,18 +285,21 @@ class Chat:
                             f"with {self.limit} kept for the answer (--max_new_tokens)")
         if len(turns) < before:
             print(f"(dropped the oldest {before - len(turns)} turns: the context is full)")
-        ids, text, end = [], TextStream(self.tokenizer), ""
+        ids, text, stops = [], TextStream(self.tokenizer), []
         print(f"{Path(self.path).name}> ", end="", flush=True)
+        # a flag, not an exception: one that is raised inside a finaliser is lost
+        before_it = signal.signal(signal.SIGINT, lambda *_: stops.append(True))
         try:
             for token in stream(self.model, prompt, self.limit, self.tokenizer.eos,
                                 self.config.temperature, self.config.top_p, self.generator):
                 ids.append(token)
                 print(visible(text.add(token)), end="", flush=True)
-        except KeyboardInterrupt:
-            end = " [stopped]"
+                if stops:
+                    break
+        finally:
+            signal.signal(signal.SIGINT, before_it)
         finished = ids[-1:] == [self.tokenizer.eos]
-        if not finished and not end:
-            end = f" [cut at {self.limit} tokens]"
+        end = "" if finished else " [stopped]" if stops else f" [cut at {self.limit} tokens]"
         print(visible(text.end()) + end)
         answer = dict(ids=ids, text=self.tokenizer.decode(ids), finished=finished)
         self.history = [*turns, dict(role="assistant", content=answer["text"])]

@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def reversed_tokenizer(tokenizer):
     """The same vocabulary in which the texts have other ids: no merge but bytes, and ChatML."""
     ranks = {bytes([b]): 255 - b for b in range(256)}
     specials = {f"<|{name}|>": 256 + n for n, name in enumerate(("im_start", "im_end"))}
-    return Tokenizer("bytes", ranks, specials, TEMPLATES["chatml"])
+    return Tokenizer("bytes", ranks, specials, template=TEMPLATES["chatml"])
 
 
 def test_a_score_is_that_of_the_row_that_the_reward_model_sees(folder, tokenizer):
@@ -187,9 +188,11 @@ def chat(folder, tokenizer, monkeypatch):
 
     def answers(model, prompt, limit, eos, *how):
         chat.asked.append((prompt, limit, how[:2]))
-        yield from tokenizer.encode(chat.says.pop(0))
+        *ids, last = tokenizer.encode(chat.says.pop(0))
+        yield from ids
         if chat.stops:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # it is looked at behind a token
+        yield last
         yield eos
 
     chat.stops = False
