@@ -121,8 +121,8 @@ AUTO = dict(
     ppo=dict(lr=(3e-4, 1e-5, 3e-6), warmup=(5, 5, 10), micro_batch=(32, 8, 4),
              text_length=(64, 256, 512)) | _LENGTHS,
     critic=dict(critic_lr=(3e-4, 1e-5, 3e-6)),  # by the size of the reward model
-    # 7B: 1e-6 of Shao et al. 2024
-    grpo=dict(lr=(3e-4, 1e-5, 1e-6), warmup=(5, 5, 10), micro_batch=(128, 8, 4),
+    # 135M: docs/real.md; 7B: 1e-6 of Shao et al. 2024
+    grpo=dict(lr=(3e-4, 2e-5, 1e-6), warmup=(5, 5, 10), micro_batch=(128, 8, 4),
               text_length=(64, 256, 512)) | _LENGTHS,
     label=_LENGTHS, evaluate=_LENGTHS,
     # dpo.py, by its loss. Small: dpo and ipo from a sweep, the others at a margin of like size
