@@ -42,10 +42,11 @@ import torch
 
 import common
 from cli import note
-from data.chat import (jinja, read_object, read_tokenizer, tokenizer_json, with_tokens)
+from data.chat import jinja, read_object, read_tokenizer, tokenizer_json, with_tokens
 from data.download import fetch_model
-from data.tokenizer import TEMPLATES, load_tokenizer
+from data.tokenizer import TEMPLATES
 from model import GPT, GPTConfig
+from reward import RewardModel
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")
 SURPLUS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # constants, not learned
@@ -223,9 +224,7 @@ class Tensors:
                             f"{str(error).splitlines()[0][:120]}") from None
 
     def names(self, path):
-        content = self.open(path)
-        found = dict(content) if self.ending == "bin" else content
-        return list(found.keys())
+        return list(self.open(path).keys())
 
     def read(self, name):
         """One tensor. The file is opened for it alone: a mapped file counts as memory of ours until
@@ -370,16 +369,16 @@ def write_folder(config, out):
                         "pip install safetensors") from None
     checkpoint = common.load_checkpoint(
         config.source, ("pretrain", "reward", *common.POLICIES))
-    tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    common.check_vocabulary(checkpoint["model"], tokenizer, config.source)
-    size, weights = GPTConfig(**checkpoint["model"]), checkpoint["weights"]
-    kind, pad, is_reward = kind_of(size), tokenizer.eos, checkpoint["stage"] == "reward"
-    rows, extra = size.n_tokens, {}
+    is_reward = checkpoint["stage"] == "reward"
+    model, tokenizer = common.build(RewardModel if is_reward else GPT, checkpoint, config.source,
+                                    torch.device("cpu"))
+    gpt = model.requires_grad_(False).gpt if is_reward else model
+    size, weights = gpt.config, gpt.state_dict()
+    kind, pad, rows, extra = kind_of(size), tokenizer.eos, size.n_tokens, {}
     if is_reward:
-        scale, pad, rows = weights["scale"], tokenizer.pad, size.n_tokens + 1
-        head = weights["head.weight"][0] / scale
-        constant = ((weights["head.bias"] - weights["shift"]) / scale).item()
-        weights = {name[4:]: w for name, w in weights.items() if name.startswith("gpt.")}
+        pad, rows = tokenizer.pad, size.n_tokens + 1
+        head = model.head.weight[0] / model.scale
+        constant = ((model.head.bias - model.shift) / model.scale).item()
         if kind == "qwen3":
             note(f"warning: the head of a qwen3 model has no bias: its scores are ours less "
                  f"{constant:.6f}")

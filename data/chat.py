@@ -9,7 +9,7 @@ import re
 from itertools import pairwise
 
 from cli import UserError
-from data.tokenizer import ROLES, TEMPLATES, byte_letters, load_tokenizer, read_json, template
+from data.tokenizer import LETTERS, ROLES, TEMPLATES, load_tokenizer, read_json, template
 
 # --- in ------------------------------------------------------------------------------------------
 
@@ -176,11 +176,8 @@ def jinja(form, eos=None):
 def tokenizer_json(tokenizer):
     """A tokenizer.json of our own tokenizers, of which tiktoken knows ranks only: the two halves of
     a token are what BPE makes of it without that token itself."""
-    letters = byte_letters()
-    write = lambda token: "".join(letters[b] for b in token)
-    ranks = {token: i for token, i in tokenizer.encoding._mergeable_ranks.items()
-             if i < tokenizer.n_tokens}
-    merges = []
+    write = lambda token: "".join(LETTERS[b] for b in token)
+    ranks, merges = tokenizer.encoding._mergeable_ranks, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:

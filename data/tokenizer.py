@@ -250,15 +250,12 @@ def _with_markers(name, ranks):
 # --- from tokenizer.json -------------------------------------------------------------------------
 
 
-def byte_letters():
-    """{byte: the letter that byte-level vocabularies write for it} (GPT-2): visible ones stand for
-    themselves, the others for those from 256 on."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
-
-
-BYTES = {letter: b for b, letter in byte_letters().items()}
+# {byte: the letter that byte-level vocabularies write for it} (GPT-2): visible ones stand for
+# themselves, the others for those from 256 on
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {b: chr(b) for b in VISIBLE} | {
+    b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in VISIBLE)}
+BYTES = {letter: b for b, letter in LETTERS.items()}
 
 
 def pattern_of(pre):

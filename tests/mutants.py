@@ -1285,7 +1285,7 @@ PRETRAINED = [
            'if isinstance(head[-1], str):', "if False:",
            THEIRS, "-"),
     Mutant("shift_of_the_score_lost", "convert.py",
-           '((weights["head.bias"] - weights["shift"]) / scale).item()', "0.0",
+           '((model.head.bias - model.shift) / model.scale).item()', "0.0",
            "test_pretrained.py::test_a_reward_model_scores_the_same_there", "-"),
     Mutant("learning_rate_of_a_small_model", "common.py",
            "column = sum(model.num_params() > limit for limit in SIZES)", "column = 0",
