@@ -83,14 +83,19 @@ class KVCache:
         self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_kv_head, max_length,
                               config.head_dim, device=device, dtype=dtype)
 
-    def update(self, layer, positions, k, v):
-        """Write k, v (B, H, T, D) at `positions` (B, T); return all slots, (B, H, S, D) each."""
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        rows = torch.arange(positions.size(0), device=positions.device)[:, None]
-        # advanced indices (B, T) first, heads last: the indexed view is (B, T, H, D)
-        keys.transpose(1, 2)[rows, positions] = k.transpose(1, 2).to(keys.dtype)
-        values.transpose(1, 2)[rows, positions] = v.transpose(1, 2).to(values.dtype)
-        return keys, values
+    def move_to(self, positions):
+        """The next tokens stand at `positions` (B, T): where all layers write, what they see."""
+        B, slots = len(positions), torch.arange(self.kv.size(4), device=positions.device)
+        self.places = torch.arange(B, device=positions.device)[:, None], positions
+        # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S)
+        self.mask = slots <= positions[:, None, :, None]
+
+    def update(self, layer, k, v):
+        """Write k, v (B, H, T, D) of one layer; return all of its slots, (B, H, S, D) each."""
+        for slots, new in zip(self.kv[layer], (k, v)):
+            # advanced indices (B, T) first, heads last: the indexed view is (B, T, H, D)
+            slots.transpose(1, 2)[self.places] = new.transpose(1, 2).to(slots.dtype)
+        return self.kv[layer]
 
 
 def norm(config):
@@ -135,7 +140,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.D, config.norm_eps) for _ in range(2))
 
-    def forward(self, x, layer=0, cache=None, positions=None, angles=None):
+    def forward(self, x, layer=0, cache=None, angles=None):
         B, T, _ = x.shape
         sizes = [self.n_head, self.n_kv_head, self.n_kv_head]  # heads of q, k, v: (B, heads, T, D)
         q, k, v = self.c_attn(x).view(B, T, sum(sizes), self.D).transpose(1, 2).split(sizes, dim=1)
@@ -149,12 +154,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
                                                enable_gqa=grouped)
         else:
-            k, v = cache.update(layer, positions, k, v)
-            # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S)
-            slots = torch.arange(k.size(2), device=x.device)
-            mask = slots <= positions[:, None, :, None]
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask,
-                                               enable_gqa=grouped)
+            k, v = cache.update(layer, k, v)
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
+                                               attn_mask=cache.mask, enable_gqa=grouped)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.D))
         return F.dropout(y, self.dropout, self.training)
 
@@ -187,8 +189,8 @@ class Block(nn.Module):
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer=0, cache=None, positions=None, angles=None):
-        x = x + self.attn(self.ln_1(x), layer, cache, positions, angles)
+    def forward(self, x, layer=0, cache=None, angles=None):
+        x = x + self.attn(self.ln_1(x), layer, cache, angles)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -238,10 +240,12 @@ class GPT(nn.Module):
         else:
             x, angles = self.wte(tokens) + self.wpe(positions), None
         x = F.dropout(x, self.config.dropout, self.training)
+        if cache is not None:
+            cache.move_to(positions)
         recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            x = checkpoint(block, x, layer, cache, positions, angles, use_reentrant=False) \
-                if recompute else block(x, layer, cache, positions, angles)
+            x = checkpoint(block, x, layer, cache, angles, use_reentrant=False) \
+                if recompute else block(x, layer, cache, angles)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -265,6 +269,30 @@ def autocast(device):
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def one_launch(fn, *inputs):
+    """fn as a CUDA graph: on a GPU a step of decoding is a thousand kernels, each done before the
+    next one is launched. fn may read and write only tensors that stay where they are.
+
+    Returns a function of inputs of the same shapes; its result is overwritten by the next call.
+    """
+    inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fn(*inputs)  # what libraries allocate at a first call must not be part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fn(*inputs)
+
+    def replay(*values):
+        for x, value in zip(inputs, values):
+            x.copy_(value)
+        graph.replay()
+        return result
+
+    return replay
 
 
 @torch.no_grad()
@@ -312,6 +340,7 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     position = start.clone()  # (B,) where each row's next token goes, right behind its prompt
     done = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # the rows still in the batch, those of the cache
+    forward = None
     for step in range(max_new_tokens):
         logits = model.logits(last)
         if temperature == 0:
@@ -335,10 +364,15 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
             if len(active) == 0:
                 break
             if len(active) <= len(rows) // 2:  # half of the work would be for finished rows
-                rows, cache.kv = rows[active], cache.kv[:, :, active]
+                rows, cache.kv, forward = rows[active], cache.kv[:, :, active], None
         # a finished row repeats its last token in place; nothing reads the result
         current = position[rows] - 1
-        last = model(tokens[rows, current][:, None], cache, current[:, None])[:, 0]
+        inputs = tokens[rows, current][:, None], current[:, None]
+        if forward is None:
+            forward = lambda token, place: model(token, cache, place)[:, 0]
+            if device.type == "cuda":
+                forward = one_launch(forward, *inputs)
+        last = forward(*inputs)
 
     columns = torch.arange(int(position.max()), device=device)
     response_mask = ((columns >= start[:, None]) & (columns < position[:, None])).float()

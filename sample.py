@@ -63,7 +63,7 @@ from data.load import load_prompts
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import all_prompts
 from evaluate import response_rows, sequence_logprobs
-from model import KVCache, autocast
+from model import KVCache, autocast, one_launch
 from reward import load_reward_model
 
 STAGES = ("pretrain", *common.POLICIES)
@@ -103,17 +103,26 @@ def stream(model, prompt, max_new_tokens, eos, temperature=1.0, top_p=1.0, gener
     `generate` does to one row: the same numbers of the generator give the same tokens.
     """
     device, end = model.wte.weight.device, len(prompt) + max_new_tokens
-    cache = KVCache(model.config, 1, end, device, model.wte.weight.dtype)
+    cache = KVCache(model.config, 1, end, device, model.h[0].attn.c_attn.weight.dtype)
+    forward = lambda tokens, places: model(tokens, cache, places)[0, -1]
     tokens = torch.tensor([prompt], device=device)  # first all of it, then one token at a time
     for position in range(len(prompt), end):
         places = torch.arange(position - tokens.shape[1], position, device=device)[None]
         with autocast(device):
-            hidden = model(tokens, cache, places)[0, -1]
+            if device.type == "cuda" and position == len(prompt) + 1:
+                forward = one_launch(forward, tokens, places)
+            hidden = forward(tokens, places)
         token = choose(model.logits(hidden), temperature, top_p, generator)
         yield token
         if token == eos:
             return
         tokens = torch.tensor([[token]], device=device)
+
+
+def load(path, device):
+    """(path, frozen model, its tokenizer, its checkpoint without weights)."""
+    model, *rest = common.load_policy(path, STAGES, device)
+    return path, common.freeze(model), *rest
 
 
 def visible(text):
@@ -210,7 +219,7 @@ def side_by_side(config, device):
     paths = [path.strip() for path in config.models.split(",") if path.strip()]
     if not paths:
         raise UserError(f"--models={config.models}: names no checkpoint")
-    models = [(path, *common.load_policy(path, STAGES, device)[:2]) for path in paths]
+    models = [load(path, device)[:3] for path in paths]
     judge = load_judge(config, device)
     limit = min(answer_limit(config, path, model) for path, model, _ in models)
     texts = read_prompts(config, models, limit)
@@ -265,7 +274,7 @@ class Chat:
         self.load(config.model)
 
     def load(self, path):
-        model, tokenizer, checkpoint = common.load_policy(path, STAGES, self.device)
+        _, model, tokenizer, checkpoint = load(path, self.device)
         self.limit = answer_limit(self.config, path, model)
         self.model, self.tokenizer, self.path = model, tokenizer, path
         print(f"({path}: {checkpoint['stage']}, {model.num_params():,} parameters, a context of "

@@ -71,6 +71,16 @@ def elements_from(records):
     return make_elements(source, groups)[0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu(request):
+    """Exact numbers are those of a CPU: only test_gpu.py uses the GPU of a machine that has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_gpu":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes of their own
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_notes_of_another_test():
     cli.NOTES.clear()

@@ -104,7 +104,7 @@ def block_of(fields):
 def test_block_activations(fields):
     # catches a tensor that autograd keeps and the formula does not: fp32, to the byte
     model, x, angles = block_of(fields)
-    found, _ = saved_bytes(lambda: model.h[0](x, 0, None, None, angles),
+    found, _ = saved_bytes(lambda: model.h[0](x, 0, None, angles),
                            [*model.parameters(), *(angles or ())])
     assert found == 3 * 40 * memory.block_activations(model.config, gpu=False)
 
@@ -114,7 +114,7 @@ def test_block_activations_under_autocast(fields):
     # catches 2 bytes for 4 and the other way round. RMSNorm keeps x / rms on a CPU only
     model, x, angles = block_of(fields)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = saved_bytes(lambda: model.h[0](x, 0, None, None, angles),
+        found, _ = saved_bytes(lambda: model.h[0](x, 0, None, angles),
                                [*model.parameters(), *(angles or ())])
     if model.config.norm == "rms":
         found -= 2 * x.nbytes
