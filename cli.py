@@ -66,15 +66,20 @@ def run_main(main, config):
     with one_line_errors():
         try:
             main(config)
-        except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError of its own for it
-            if "OutOfMemory" not in type(error).__name__ and not isinstance(error, MemoryError) \
-                    and "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
             flags = [f"--{name} (now {as_text(getattr(config, name))})" for name in (
                 "micro_batch", "batch_size", "max_new_tokens") if hasattr(config, name)]
             raise UserError("out of memory: lower " + " or ".join(flags or ["the model's size"]) + (
                 ", or take --checkpointing=true" if hasattr(config, "checkpointing")
                 else "")) from None
+
+
+def out_of_memory(error):
+    """Torch has a RuntimeError for it on a GPU, and another one on a CPU."""
+    return (isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+            or "can't allocate memory" in str(error))
 
 
 @contextlib.contextmanager

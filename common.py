@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import NOTES, UserError, as_text, note
+from cli import NOTES, UserError, as_text, note, out_of_memory
 from data.files import file_hash, is_data, missing
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -330,6 +330,8 @@ def load_file(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises a different error for each way a file can be broken
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path} is not a checkpoint of this project "
                         f"({type(error).__name__})") from None
 
@@ -394,6 +396,8 @@ def build(network, checkpoint, path, device):
         model = network(GPTConfig(**size))
         model.load_state_dict(checkpoint.pop("weights"))  # or they would live as long as the dict
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         why = " ".join(str(error).split())[:150]
         raise UserError(f"{path} is damaged, or of another version of this project: "
                         f"{type(error).__name__}: {why}") from None

@@ -469,6 +469,23 @@ def test_out_of_memory_names_the_flag_to_lower(error, capsys):
     assert "lower the model's size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["torch.load", "GPT.load_state_dict"])
+def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(where, tmp_path, monkeypatch, capsys):
+    tokenizer = load_tokenizer("synthetic")
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens, n_layer=1,
+                          n_head=1, n_embd=8))
+    common.save_checkpoint(tmp_path / "model.pt", model, "sft", tokenizer, cli.Config(), {})
+
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    owner, name = where.split(".")
+    monkeypatch.setattr(dict(torch=torch, GPT=GPT)[owner], name, fail)
+    with pytest.raises(SystemExit):
+        cli.run_main(lambda _: common.load_policy(tmp_path, ("sft",), "cpu"), cli.Config())
+    assert "out of memory" in capsys.readouterr().err
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     def main(config):
         raise RuntimeError("shapes cannot be multiplied")
