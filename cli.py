@@ -168,10 +168,11 @@ def plus_minus(mean, se):
     return f"{mean:.3f}" if se is None or se != se else f"{mean:.3f} ± {se:.3f}"
 
 
-def shorten(text, width):
-    """The text on one line of at most `width` characters."""
+def shorten(text, width, end=False):
+    """The text on one line of at most `width` characters: its beginning, or its end."""
     text = " ".join(text.split())
-    return text if len(text) <= width else text[:width - 3] + "..."
+    cut = "..." + text[3 - width:] if end else text[:width - 3] + "..."
+    return text if len(text) <= width else cut
 
 
 def as_text(value):

@@ -175,8 +175,9 @@ def main(config):
             f"{metrics['eos_rate']:.1%} of samples end, after {metrics['length']:.1f} tokens"
             + (f", gold {plus_minus(metrics['gold'], metrics['gold_se'])}" if "gold" in metrics
                else ""))
-        say(table({"prompt": [shorten(t, 40) for t in texts[:3]], f"sample after epoch {epoch}": [
-            shorten(s["text"], 100) for s in samples[:3]]}) + "\n")
+        say(table({"prompt": [shorten(t, 60, end=True) for t in texts[:3]],  # behind a template
+                   f"sample after epoch {epoch}": [shorten(s["text"], 100)
+                                                   for s in samples[:3]]}) + "\n")
         return metrics
 
     # --- training loop -------------------------------------------------------

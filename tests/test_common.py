@@ -105,6 +105,7 @@ def test_tables_and_cells():
     assert cli.plus_minus(1.5, None) == cli.plus_minus(1.5, float("nan")) == "1.500"
     assert cli.shorten(" two\n lines ", 9) == "two lines"
     assert cli.shorten("x" * 11, 10) == "xxxxxxx..."
+    assert cli.shorten("abcdefghijk", 10, end=True) == "...efghijk"
 
 
 def test_no_bar_without_a_terminal(capsys):
