@@ -10,7 +10,8 @@ A script declares its settings as a dataclass and reads them before it imports w
     CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 Flags are --name=value for these fields and nothing else. The range of a number is part of its type,
-the comment behind a field is its help, a line `# --- name` above some begins a group.
+the comment behind a field is its help, a line `# --- name` above some begins a group. A field of
+the type Words has no flag: it takes the arguments that begin without a dash, as they come.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from tqdm import tqdm
 Number = TypeVar("Number", int, float)
 Positive = Annotated[Number, lambda x: x > 0, "must be above 0"]
 NotNegative = Annotated[Number, lambda x: x >= 0, "must not be negative"]
+Words = tuple[str, ...]
 
 
 NOTES = []  # what `note` said and common.Run has not yet written
@@ -96,10 +98,14 @@ def one_line_errors():
 
 
 def read_flags(config_class, argv):
-    """An instance of the dataclass from --name=value arguments. UserError for any other."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    """An instance of the dataclass from the arguments. UserError for one that fits no field."""
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.type != Words}
+    words = next((f.name for f in dataclasses.fields(config_class) if f.type == Words), None)
     values = {}
     for argument in argv:
+        if words and not argument.startswith("-"):
+            values[words] = (*values.get(words, ()), argument)
+            continue
         match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", argument, re.DOTALL)
         if not match:
             raise UserError(f"cannot read {argument!r}: flags are written --name=value "
@@ -195,7 +201,8 @@ def help_text(config_class):
             elif name in default:  # a field that two classes declare is shown once
                 value = default.pop(name)
                 comment = " ".join(re.sub(r"\n *#", "", comment).split())
-                lines.append(f"  --{name}={as_text(value)}".ljust(38) + comment)
+                shown = f"--{name}={as_text(value)}" if value != () else f"{name.upper()} ..."
+                lines.append(f"  {shown}".ljust(38) + comment)
     if any("=auto" in line for line in lines):
         lines += ["", "auto, without a word beside it: by the size of the model (AUTO in "
                   "common.py); a run prints what it took"]

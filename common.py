@@ -279,11 +279,12 @@ class Run:
                         self.parents)
 
     def finish(self, metrics, then=None):
-        """Write the last row; say where the result is, and then which command to type next."""
+        """Write the last row; say where the result is, what draws the run, what to type next."""
         seconds = round(time.time() - self.start, 1)
         self._write(dict(kind="final", **metrics, seconds=seconds))
         (self.folder / "state.pt").unlink(missing_ok=True)
         print(f"\n{self.stage}: done after {seconds} s, result in {self.folder}"
+              + (f"\ncurves: python plot.py {self.folder}" if "lr" in self.settings else "")
               + (f"\nnext: {then}" if then else ""), flush=True)
 
     def save_state(self, **state):

@@ -8,6 +8,7 @@ best-of-n is the bound log n - (n - 1) / n (Stiennon et al. 2020; exact where no
 
     python studies/frontier.py                 # trains what is missing in out/frontier, then plots
     python studies/frontier.py --workers=2     # two runs side by side, one thread each
+    python studies/frontier.py --table=docs/results.md --out=docs    # only draws an earlier table
 """
 
 import json
@@ -37,6 +38,7 @@ class Config:
     max_new_tokens: Positive[int] = 48
     missing_eos: float = -3.0  # score of a response without EOS
     workers: Positive[int] = 1  # runs side by side; above 1 with one thread each
+    table: str = ""  # draw the table in this file, as in frontier.md, and train nothing
     seed: NotNegative[int] = 1  # of the best-of-n samples
     device: str = "auto"  # "auto", "cpu", "cuda"
 
@@ -181,33 +183,93 @@ def table(rows):
     return "\n".join(lines)
 
 
+def read_table(path):
+    """The rows that `table` wrote into a file, as far as `plot` needs them."""
+    head, rows = table([]).split("\n")[0], []
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        raise UserError(f"--table={path}: no such file") from None
+    if head not in text:
+        raise UserError(f"--table={path}: there is no table in it as this study writes it")
+    for line in text.split(head)[1].strip().split("\n\n")[0].split("\n")[1:]:
+        method, beta, kl, gold, _, win, *_ = [cell.strip() for cell in line.strip("| ").split(" |")]
+        (gold, gold_se), (win, win_se) = ([float(x.strip("%")) for x in cell.split(" ± ")]
+                                          for cell in (gold, win))
+        rows.append(dict(method=method, beta=beta, kl=float(kl), gold=gold, gold_se=gold_se / 1.96,
+                         win=win / 100, win_se=win_se / 196))
+    return rows
+
+
+COLOURS = ("#0072B2", "#000000", "#009E73", "#D55E00")  # Okabe and Ito: also for the colour-blind
+
+
 def plot(rows, path):
     """Gold reward and win rate against sqrt(KL), a line a method; bars are 95% intervals."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for axis, key, label in zip(axes, ("gold", "win"), ("gold reward", "win rate against SFT")):
-        for n, name in enumerate(dict.fromkeys(r["method"] for r in rows)):
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    panels = list(zip(figure.subplots(1, 2), ("gold", "win"),
+                      ("gold reward", "win rate against the SFT model")))
+    colours = dict(zip(dict.fromkeys(r["method"] for r in rows), COLOURS))
+    for axis, key, label in panels:
+        for name, marker in zip(colours, "os^D"):
             part = sorted((r for r in rows if r["method"] == name), key=lambda r: r["kl"])
-            x = [max(r["kl"], 0) ** 0.5 for r in part]
-            axis.errorbar(x, [r[key] for r in part], [1.96 * r[f"{key}_se"] for r in part],
-                          marker="os^D"[n % 4], ms=5, capsize=2, lw=1.2, label=name, color=f"C{n}")
-            for at, r in zip(x, part):  # above right of its point, or below: the lines are close
-                axis.annotate(r["beta"], (at, r[key]), xytext=(4, -11 if n % 2 else 5), fontsize=7,
-                              textcoords="offset points", color=f"C{n}")
-        axis.set_xlabel("sqrt(KL to the SFT model), nats per sequence")
+            axis.errorbar([max(r["kl"], 0) ** 0.5 for r in part], [r[key] for r in part],
+                          [1.96 * r[f"{key}_se"] for r in part], marker=marker, ms=5, capsize=2,
+                          lw=1.2, elinewidth=0.7, label=name, color=colours[name])
         axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].axhline(0.5, color="grey", lw=0.8)
-    axes[0].legend(title="numbers: beta, or n")
-    figure.savefig(path, dpi=110)
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.margins(0.1)
+    panels[1][0].axhline(0.5, color="grey", lw=0.8)
+    figure.supxlabel("square root of the KL to the SFT model (KL in nats per sequence)",
+                     fontsize="medium")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False, title="numbers: beta, or n; bars: 95% intervals over the prompts")
+    figure.draw_without_rendering()  # the layout, which says where a point is in the picture
+    for axis, key, _ in panels:
+        place_labels(axis, [(max(r["kl"], 0) ** 0.5, r[key], str(r["beta"]), colours[r["method"]])
+                            for r in rows])
+    figure.savefig(path, dpi=150)
+
+
+def place_labels(axis, labels, size=8):
+    """Write the text of each label, (x, y, text, colour), beside its point: near, and where it
+    covers least of the lines, bars and points, and no text before it."""
+    from matplotlib.patheffects import withStroke
+    scale = 72 / axis.figure.dpi  # pixels to points, the unit of fonts
+    place = lambda xy: axis.transData.transform(xy) * scale
+    drawn = [line.get_transform().transform(line.get_xydata()) * scale for line in axis.lines
+             if line.get_linestyle() != "None"]
+    drawn += [place(bar) for bars in axis.collections for bar in bars.get_segments()]
+    ink = np.concatenate([start + (end - start) * np.linspace(0, 1, int(math.dist(start, end)) + 2)
+                          [:, None] for path in drawn for start, end in zip(path, path[1:])])
+    markers, boxes = place([label[:2] for label in labels]), []
+    inside = lambda points, middle, half: (np.abs(points - middle) < half).all(-1).sum()
+    for at, (x, y, text, colour) in zip(markers, labels):
+        half = np.array([0.32 * size * len(text), 0.5 * size])  # half the width and height
+
+        def cost(offset, at=at, half=half):
+            return (math.hypot(*offset) + 2 * inside(ink, at + offset, half + 1)
+                    + 50 * inside(markers, at + offset, half + 3)
+                    + 500 * sum(inside(m, at + offset, half + h + 1) for m, h in boxes))
+
+        angles = np.arange(0, 2 * math.pi, math.pi / 12)
+        ways = np.stack([np.cos(angles), np.sin(angles)], 1)
+        offset = min((way * (half + gap) for way in ways for gap in (4, 6, 8, 12)), key=cost)
+        boxes.append((at + offset, half))
+        axis.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=size,
+                      color=colour, ha="center", va="center",
+                      path_effects=[withStroke(linewidth=2, foreground="white")])
 
 
 def main(config):
+    if config.table:
+        plot(read_table(config.table), f"{config.out}/frontier.png")
+        print(f"written: {config.out}/frontier.png")
+        return
     device = common.set_up(config, "frontier")  # refuses a device that is not there before the runs
     for field, stage in (("init", "sft"), ("data", "label"), ("reward_model", "reward")):
         common.ensure_input(config, field, stage)

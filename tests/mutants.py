@@ -1292,7 +1292,26 @@ PRETRAINED = [
            "test_common.py::test_the_size_of_the_model_decides", "-"),
 ]
 
-MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED
+# --- the curves of runs --------------------------------------------------------------------------
+
+PLOT = [
+    Mutant("held_out_loss_in_the_training_curve", "plot.py",
+           'train if row["kind"] == "step" else held_out',
+           'train if row["kind"] != "final" else held_out',
+           "test_plot.py::test_runs_share_the_panels_that_both_have", "-"),
+    Mutant("losses_of_two_units_in_one_panel", "plot.py",
+           'pretrain="token_loss", sft="token_loss", ', 'pretrain="token_loss", ',
+           "test_plot.py::test_runs_share_the_panels_that_both_have", "-"),
+    Mutant("running_mean_of_what_was", "plot.py",
+           "values[i - w:i + w + 1]) / (2 * w + 1)", "values[i - w:i + 1]) / (w + 1)",
+           "test_plot.py::test_a_picture_shows_the_values_of_the_log", "-"),
+    Mutant("characters_of_the_wrong_run", "plot.py",
+           "for symbol, curve, level in reversed(curves):",
+           "for symbol, curve, level in curves:",
+           "test_plot.py::test_characters", "-"),
+]
+
+MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"

@@ -52,6 +52,23 @@ def test_any_argument_is_read_or_refused(argument):
     assert argument.split("=")[0] in ("--out", "--steps", "--lr", "--resume", "--overwrite")
 
 
+@dataclass
+class Folders:
+    folders: cli.Words = ()  # of runs
+    out: str = ""  # a file
+
+
+def test_words_are_what_begins_without_a_dash():
+    # catches words that are lost or taken for another field, a flag for them, one without a value
+    given = ["b", "--out=x", "a=c", ""]
+    assert read_flags(Folders, given) == Folders(("b", "a=c", ""), "x")
+    assert read_flags(Folders, []) == Folders()
+    for bad in ("--folders=x", "-b", "--out"):
+        with pytest.raises(UserError):
+            read_flags(Folders, [bad])
+    assert "\n  FOLDERS ...                         of runs\n  --out= " in cli.help_text(Folders)
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--step=3"], "unknown flag --step: did you mean --steps?"),
     (["--steps=3.5"], "expected a whole number"),
@@ -117,13 +134,17 @@ def test_no_bar_without_a_terminal(capsys):
 
 
 def test_a_run_says_what_it_is_and_what_comes_next(tmp_path, capsys):
-    # catches a flag that was given and is not shown, or one at its default that is
+    # catches a flag that was given and is not shown, or one at its default that is; curves of a
+    # stage that trains nothing
     config = Config(out=str(tmp_path), seed=3)
     run = common.Run("x", config, torch.device("cpu"))
     start = capsys.readouterr().out
     assert f"x: writes to {tmp_path}, runs on cpu; --seed=3\n" == start
     run.finish({}, "python y.py --init=z")
-    assert capsys.readouterr().out.endswith(f"result in {tmp_path}\nnext: python y.py --init=z\n")
+    end = f"result in {tmp_path}\ncurves: python plot.py {tmp_path}\nnext: python y.py --init=z\n"
+    assert capsys.readouterr().out.endswith(end)
+    common.Run("y", cli.Config(out=str(tmp_path / "y")), torch.device("cpu")).finish({})
+    assert "curves" not in capsys.readouterr().out
 
 
 def test_notes_are_kept_in_the_log(tmp_path, capsys):

@@ -72,7 +72,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
          *sorted((ROOT / "data").rglob("*.md"))]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("studies/*.py"), *ROOT.glob("data/*.py")]
 COMMAND = re.compile(r"python (-m data\.\w+|[\w/]+\.py)((?: +(?:--[a-z_]+=(?:\"[^\"]*\"|[^\s`\"]+)|"
-                     r"[a-z]+(?![\w.])))*)")
+                     r"[a-z/]+(?![\w./])))*)")
 
 
 def commands():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cli import UserError
-from conftest import run_script
+from conftest import ROOT, run_script
 from data import batches
 from data.records import question, write_jsonl
 from data.synthetic.facts import FLATTERY
@@ -267,3 +267,31 @@ def test_a_negative_kl_is_said(capsys, kl, se, warns):
     # catches samples and log-probabilities that disagree, in silence
     evaluate.warn_of_negative_kl(kl, se)
     assert (f"warning: measured KL {kl:.3f}" in capsys.readouterr().err) == warns
+
+
+def test_frontier_is_drawn_from_its_table(tmp_path, monkeypatch):
+    # catches columns that are mixed up, labels on top of each other or outside of the picture
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="the picture needs matplotlib")
+    rows = [dict(method=name, beta=beta, kl=1.25 * i, kl_range=[0, 0], gold=0.5 - i, gold_se=0.05,
+                 gold_range=[0.25, 0.5], win=0.625, win_se=0.02, win_range=[0.5, 0.75], length=9.5,
+                 eos_rate=1.0) for i, (name, beta) in enumerate([("best of n", 2), ("PPO", 0.05)])]
+    path = tmp_path / "frontier.md"
+    path.write_text(f"# A page\n\n{frontier.table(rows)}\n\nMore | text\n")
+    for made, row in zip(frontier.read_table(path), rows, strict=True):
+        assert (made["method"], made["beta"]) == (row["method"], str(row["beta"]))
+        for name in ("kl", "gold", "gold_se", "win", "win_se"):
+            assert made[name] == pytest.approx(row[name], abs=0.005)
+    for name, message in (("nothing.md", "no such file"), ("empty.md", "no table in it")):
+        (tmp_path / "empty.md").write_text("| a |\n|---|\n| 1 |\n")
+        with pytest.raises(UserError, match=message):
+            frontier.read_table(tmp_path / name)
+
+    kept = []
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, *_, **__: kept.append(self))
+    frontier.main(frontier.Config(table=str(ROOT / "docs" / "results.md"), out=str(tmp_path)))
+    kept[0].draw_without_rendering()
+    for axis in kept[0].axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert len(boxes) == 17 and all(axis.bbox.containsx(b.x0) and axis.bbox.containsx(b.x1)
+                                        for b in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

@@ -6,6 +6,7 @@ import math
 import cli
 import common
 import label
+import plot
 import pytest
 import torch
 from conftest import run_process, run_script
@@ -125,6 +126,41 @@ def test_dpo_logs_what_one_needs_to_see(chain):
     content = torch.load(folder / "out" / "dpo" / "model.pt", weights_only=True)
     sft = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
     assert content["parents"]["sft"] == sft["hash"]
+
+
+def test_every_run_can_be_drawn(chain):
+    # catches a stage whose log plot.py cannot read, a value that is not the one logged
+    folder, outputs = chain
+    for stage in TINY:
+        drawn = run_script("plot.py", f"out/{stage}", "--text=true", cwd=folder)
+        assert (f"curves: python plot.py out/{stage}\n" in outputs[stage]) == (stage != "label")
+        if stage == "label":
+            assert drawn.returncode == 2 and "no curve to draw" in drawn.stderr
+            continue
+        assert drawn.returncode == 0 and f"out/{stage}: {stage}, " in drawn.stdout, drawn.stderr
+        run, steps = plot.read_run(folder / "out" / stage), rows(folder, stage, "step")
+        for field in set(steps[0]) & plot.FIELDS - {"accuracy", "beta", "score", "kl_loss"}:
+            logged = {r["step"]: r[field] for r in steps if r[field] is not None}
+            assert run.train.get(field, {}) == logged, (stage, field)
+        assert any("loss" in field for field in run.train)
+        final = rows(folder, stage, "final")[0]
+        for field in set(final) & plot.FIELDS - {"accuracy", "beta"}:
+            assert list(run.held_out[field].values())[-1] == final[field], (stage, field)
+    both = run_script("plot.py", *(f"out/{stage}" for stage in TINY), "--text=true", cwd=folder)
+    assert both.returncode == 0 and both.stdout.count("\ngold\n") == 1
+
+
+def test_a_log_is_a_table_of_pandas(chain):
+    # catches a log that pandas cannot read in one line, as docs/log.md says it does
+    pandas = pytest.importorskip("pandas", reason="reads the log as docs/log.md says")
+    for stage in TINY:
+        frame = pandas.read_json(chain[0] / "out" / stage / "log.jsonl", lines=True)
+        for kind in ("step", "validation", "final"):
+            for logged, (_, row) in zip(rows(chain[0], stage, kind),
+                                        frame[frame.kind == kind].iterrows(), strict=True):
+                for field, value in logged.items():
+                    if isinstance(value, int | float):
+                        assert row[field] == pytest.approx(value, rel=1e-9), (stage, field)
 
 
 @pytest.mark.parametrize("flags", [
