@@ -180,11 +180,11 @@ def sequence_logprobs(model, rows, masks, pad, temperature=1.0, bar=None, size=6
         rows, masks, pad, model.wte.weight.device, size, bar)
 
 
-def scores(reward_model, prompt_ids, drawn, pad, config):
-    """The score of each sample, (n,); a cut one is not judged."""
-    found = batches.over_rows(reward_model, *response_rows(prompt_ids, drawn), pad,
-                              next(reward_model.parameters()).device, bar="scores")
-    return np.where([s["finished"] for s in drawn], found, config.missing_eos)
+def scores(reward_model, prompt_ids, drawn, pad, device, missing_eos):
+    """The score of each sample, (n,); a cut one is not judged, but gets missing_eos."""
+    found = batches.over_rows(reward_model, *response_rows(prompt_ids, drawn), pad, device,
+                              bar="scores")
+    return np.where([s["finished"] for s in drawn], found, missing_eos)
 
 
 LABELS = dict(gold="gold, the true reward", score="score of the reward model",
@@ -224,9 +224,9 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     if verifier:
         measured["accuracy"] = each(lambda s, i: s["finished"] and is_right(s["text"], answers[i]))
     if reward_model is not None:
-        score = scores(reward_model, ids, drawn, tokenizer.pad, config)
-        every_score = scores(reward_model, [i for i in ids for _ in range(n)], every,
-                             tokenizer.pad, config)
+        judge = lambda ids, samples: scores(reward_model, ids, samples, tokenizer.pad, device,
+                                            config.missing_eos)
+        score, every_score = judge(ids, drawn), judge([i for i in ids for _ in range(n)], every)
         measured["score"] = every_score[::n], score
     if synthetic:
         measured["gold"] = each(lambda s, i: gold_reward(texts[i], s["text"]))
@@ -398,7 +398,7 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     prompts: as load_prompts returns them; everything: with the embedded data all prompts that are
     held out, for the rates.
     """
-    texts, ids, _ = zip(*prompts)
+    device, (texts, ids, _) = model.wte.weight.device, zip(*prompts)
     cluster = [question(t, everything is not None) for t in texts]
     drawn = ask(model, tokenizer, ids, config, "answers")
     logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
@@ -409,7 +409,8 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
                   eos_rate=np.array([s["finished"] for s in drawn]),
                   repetition=np.array([instruments.repetition(s["ids"]) for s in drawn]))
     if reward_model is not None:
-        values["score"] = scores(reward_model, ids, drawn, tokenizer.pad, config)
+        values["score"] = scores(reward_model, ids, drawn, tokenizer.pad, device,
+                                 config.missing_eos)
     if everything is not None:
         values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
     values = {name: (x, cluster) for name, x in values.items()}
@@ -456,7 +457,7 @@ def best_of_n(reward_model, reference, tokenizer, prompts, config, synthetic):
     n, (texts, ids, _) = config.best_of, zip(*prompts)
     every = ask(reference, tokenizer, ids, config, f"best of {n}", n)
     score = scores(reward_model, [i for i in ids for _ in range(n)], every, tokenizer.pad,
-                   config).reshape(-1, n)
+                   reference.wte.weight.device, config.missing_eos).reshape(-1, n)
     drawn = [every[i * n + k] for i, k in enumerate(score.argmax(1))]
     values = dict(score=score.max(1), length=np.array([len(s["ids"]) for s in drawn], float),
                   eos_rate=np.array([s["finished"] for s in drawn]))
@@ -675,7 +676,7 @@ def select(config, device):
             texts, ids, _ = zip(*prompts)
             cluster = [question(t, config.data == "synthetic") for t in texts]
         drawn = ask(model, tokenizer, ids, config, "answers")
-        score = scores(reward_model, ids, drawn, tokenizer.pad, config)
+        score = scores(reward_model, ids, drawn, tokenizer.pad, device, config.missing_eos)
         row = dict(epoch=int(path.stem[11:]), loss=checkpoint["metrics"]["loss"],
                    score=float(score.mean()), score_se=common.clustered_se(score, cluster))
         if config.data == "synthetic":

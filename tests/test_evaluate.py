@@ -377,13 +377,13 @@ def test_chances_of_choices(folder):
 
 
 def test_best_of_n_takes_the_best(folder, monkeypatch):
-    _, tokenizer, _ = common.load_policy(folder / "sft", ("sft",), "cpu")
+    reference, tokenizer, _ = common.load_policy(folder / "sft", ("sft",), "cpu")
     drawn = [dict(text=f"{i}", ids=[i], finished=True) for i in range(6)]
     monkeypatch.setattr(evaluate, "ask", lambda *_: drawn)
     monkeypatch.setattr(evaluate, "scores", lambda *_: np.array([1.0, 3, 2, 9, 7, 8]))
     config = evaluate.Config(best_of=3)
     prompts = [("a", [1], None), ("b", [2], None)]
-    values, best, _ = evaluate.best_of_n(None, None, tokenizer, prompts, config, False)
+    values, best, _ = evaluate.best_of_n(None, reference, tokenizer, prompts, config, False)
     assert [s["text"] for s in best] == ["1", "3"] and values["score"][0].tolist() == [3, 9]
 
 
