@@ -68,6 +68,7 @@ from data.synthetic.behaviour import four_choices, rates
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
 from data.text import text_rows
+from data.tokenizer import load_tokenizer
 from data.verifier import is_right
 from model import token_logprobs, token_stats
 from reward import load_reward_model
@@ -460,7 +461,8 @@ def best_of_n(reward_model, reference, tokenizer, prompts, config, synthetic):
                    reference.wte.weight.device, config.missing_eos).reshape(-1, n)
     drawn = [every[i * n + k] for i, k in enumerate(score.argmax(1))]
     values = dict(score=score.max(1), length=np.array([len(s["ids"]) for s in drawn], float),
-                  eos_rate=np.array([s["finished"] for s in drawn]))
+                  eos_rate=np.array([s["finished"] for s in drawn]),
+                  kl_bound=np.full(len(texts), math.log(n) - (n - 1) / n))
     if synthetic:
         values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
     cluster = [question(t, synthetic) for t in texts]
@@ -572,8 +574,8 @@ def make_report(config, device):
         checkpoint = common.load_checkpoint(path, STAGES, device)
         parents[path] = checkpoint["hash"]
         room = min(room, checkpoint["model"]["block_size"])
-        if checkpoint["tokenizer"] != tokenizer.state:
-            raise UserError(f"{path} reads other tokens than {config.reference}")
+        common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
+                                    config.reference)
     if config.reward_model:
         reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.reference)
@@ -597,9 +599,6 @@ def make_report(config, device):
             reward_model, reference, tokenizer, prompts, config, not own)
     found = {name: dict(metrics=summary(values), answers=drawn, families=families)
              for name, (values, drawn, families) in measured.items()}
-    if f"best of {config.best_of}" in found:
-        n = config.best_of
-        found[f"best of {n}"]["metrics"]["kl_bound"] = math.log(n) - (n - 1) / n
     by = "score" if own else "gold"
     if by == "gold" or reward_model is not None:
         won = who_wins({name: values[by][0] for name, (values, *_) in measured.items()},
@@ -619,8 +618,7 @@ def make_report(config, device):
     for path, text in words.items():
         say(f"\n{path}: {text}")
     write_report(run.folder, config, found, columns, words, prompts)
-    run.finish({f"{path} {name}": value for path, each in found.items()
-                for name, value in each["metrics"].items()})
+    run.finish(dict(prompts=len(prompts), checkpoints=len(found)))
 
 
 def write_report(folder, config, found, columns, words, prompts):
