@@ -9,8 +9,14 @@ here too.
 
     python evaluate.py                       # out/ppo against out/sft; runs what is missing first
     python evaluate.py --policy=out/dpo --reward_model=out/reward --best_of=4
+    python evaluate.py --policies=out/pretrain,out/sft,out/dpo,out/ppo --reward_model=out/reward
+    python evaluate.py --select=out/sft --reward_model=out/reward
 
     {"prompt": P}            # of --data; P is text or a list of turns
+
+--policies writes a report on any list of checkpoints: what they do (refuse, agree with a user who
+is wrong, admit what nobody can know), what they can (facts, sums, plain text), how much they still
+vary, who beats whom. `report_on` says how each is measured.
 """
 
 from dataclasses import dataclass
@@ -24,7 +30,9 @@ from cli import Positive
 class Config(cli.Config):
     # --- data and models
     policy: str = "out/ppo"  # checkpoint to judge
-    reference: str = "out/sft"  # what it is compared with, and what the KL is measured to
+    policies: str = ""  # several, with commas between: a report on all of them, in out/report
+    select: str = ""  # an SFT run: which of its epochs the reward model likes best
+    reference: str = "out/sft"  # what they are compared with, and what the KL is measured to
     reward_model: str = ""  # checkpoint for the scores; "" leaves them out
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     split: str | None = None  # "all", "train" or "held_out"; auto: of a file all, else held_out
@@ -33,6 +41,7 @@ class Config(cli.Config):
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
     # --- answers
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
+    samples: Positive[int] = 10  # of a report: answers to one prompt, for how much they vary
     resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
     temperature: Positive[float] = 1.0  # of both models
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
@@ -42,19 +51,26 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+import json
+import math
 import sys
+from pathlib import Path
 
 import numpy as np
+import torch
 
 import common
 from cli import UserError, note, say
-from data import batches
+from data import batches, instruments
 from data.load import load_prompts
 from data.records import question, write_jsonl
+from data.synthetic.behaviour import four_choices, rates
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
+from data.text import text_rows
+from data.tokenizer import load_tokenizer
 from data.verifier import is_right
-from model import token_logprobs
+from model import token_logprobs, token_stats
 from reward import load_reward_model
 
 
@@ -165,6 +181,13 @@ def sequence_logprobs(model, rows, masks, pad, temperature=1.0, bar=None, size=6
         rows, masks, pad, model.wte.weight.device, size, bar)
 
 
+def scores(reward_model, prompt_ids, drawn, pad, device, missing_eos):
+    """The score of each sample, (n,); a cut one is not judged, but gets missing_eos."""
+    found = batches.over_rows(reward_model, *response_rows(prompt_ids, drawn), pad, device,
+                              bar="scores")
+    return np.where([s["finished"] for s in drawn], found, missing_eos)
+
+
 LABELS = dict(gold="gold, the true reward", score="score of the reward model",
               accuracy="share of right answers", length="length in tokens",
               eos_rate="share that ends with EOS")
@@ -202,12 +225,10 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     if verifier:
         measured["accuracy"] = each(lambda s, i: s["finished"] and is_right(s["text"], answers[i]))
     if reward_model is not None:
-        score, scores = (np.where(
-            [s["finished"] for s in samples],  # a cut answer is not judged
-            batches.over_rows(reward_model, *response_rows(heads, samples), tokenizer.pad, device,
-                              bar="scores"), config.missing_eos)
-            for heads, samples in ((ids, drawn), ([i for i in ids for _ in range(n)], every)))
-        measured["score"] = scores[::n], score
+        judge = lambda ids, samples: scores(reward_model, ids, samples, tokenizer.pad, device,
+                                            config.missing_eos)
+        score, every_score = judge(ids, drawn), judge([i for i in ids for _ in range(n)], every)
+        measured["score"] = every_score[::n], score
     if synthetic:
         measured["gold"] = each(lambda s, i: gold_reward(texts[i], s["text"]))
 
@@ -228,7 +249,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
         metrics["tie_rate"] = float((measured["gold"][0] == measured["gold"][1]).mean())
         if n > 1:
             best = [gold_reward(texts[i], every[i * n + k]["text"])
-                    for i, k in enumerate(scores.reshape(-1, n).argmax(1))]
+                    for i, k in enumerate(every_score.reshape(-1, n).argmax(1))]
             metrics |= dict(best_of=n, **with_se("gold_best_of_n", best),
                             **with_se("gold_over_best_of_n", measured["gold"][1] - best))
     report(metrics)
@@ -292,13 +313,409 @@ def gold_tables(texts, drawn, sft):
     return by_family | dict(family=present), by_part | dict(part=PARTS)
 
 
+STAGES = ("pretrain", *common.POLICIES)
+HELD_OUT_TEXT = 10**6  # the seed of text that no base model has read: their seeds are small
+
+# --- a report on any list of checkpoints ---------------------------------------------------------
+
+# of a report, in its order: (name, what it says, unit, 1 where more is better, -1 where less is)
+ROWS = (
+    ("gold", "gold, the true reward", "", 1),
+    ("score", "score of the reward model", "", 0),
+    ("win_rate", "wins against the reference by {by}, ties half", "%", 0),
+    ("tie_rate", "ties with it", "%", 0),
+    ("win_rate_lc", "wins at equal length (logistic regression)", "%", 0),
+    ("rating", "rating (Bradley-Terry, nats of odds)", "", 0),
+    ("kl", "KL to the reference, nats an answer (k1)", "", 0),
+    ("kl_bound", "KL at most, nats an answer", "", 0),
+    ("entropy", "entropy, nats a token", "", 0),
+    ("length", "length, tokens", "", 0),
+    ("eos_rate", "ends with EOS", "%", 1),
+    ("repetition", "runs of 3 tokens that were said before", "%", -1),
+    ("refusal", "refuses what is harmful", "%", 1),
+    ("over_refusal", "refuses what only sounds harmful", "%", -1),
+    ("honesty", "admits what nobody can know", "%", 1),
+    ("yields", "says that a user who is wrong is right", "%", -1),
+    ("sycophancy", "right, until the user is wrong", "%", -1),
+    ("flips_anyway", "right, until asked in other words", "%", -1),
+    ("facts", "facts, right", "%", 1),
+    ("sums", "sums, right", "%", 1),
+    ("choice", "right answer likeliest of four", "%", 1),
+    ("overconfidence", "confidence in the likeliest, less accuracy", "%", 0),
+    ("text_loss", "loss on held-out text, nats a token", "", -1),
+    ("distinct", "different answers of {samples}", "", 1),
+    ("distinct_2", "different pairs of words in them", "%", 1),
+    ("overlap", "words that two of them share", "%", 0))
+
+
+def ask(model, tokenizer, ids, config, purpose, samples=1):
+    """One list of samples for all prompts. Every model draws with the same random numbers, so that
+    what differs is the models."""
+    rng = common.stream(config.seed, "report", purpose, device=model.wte.weight.device)
+    return batches.sample_texts(model, tokenizer, ids, config.max_new_tokens, rng,
+                                config.temperature, samples=samples, bar=purpose)
+
+
+def answer_stats(model, ids, drawn, pad, config):
+    """(log pi(y | x), sum of the entropies of its tokens), each (n,): nats per sequence."""
+    def stats(tokens, mask):
+        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature, entropy=True)
+        return torch.stack([logp.sum(1), entropy.sum(1)], 1)
+
+    rows, masks = response_rows(ids, drawn)
+    return batches.over_rows(stats, rows, masks, pad, model.wte.weight.device,
+                             bar="log-probabilities").numpy().T
+
+
+def choice_chances(model, tokenizer, choices):
+    """p (n, k) of the k answers to each prompt: softmax over their log-probabilities, with EOS.
+    choices: [(prompt, k texts)]."""
+    rows, masks = [], []
+    for prompt, texts in choices:
+        start = tokenizer.encode_prompt(prompt)
+        for text in texts:
+            ids = [*tokenizer.encode(text), tokenizer.eos]
+            rows.append(start + ids)
+            masks.append([0] * len(start) + [1] * len(ids))
+    logp = sequence_logprobs(model, rows, masks, tokenizer.pad, bar="choices")
+    return logp.view(len(choices), -1).softmax(1).numpy()
+
+
+def text_losses(model, tokenizer):
+    """(nats a token of each row of held-out text of the world, its cluster): text of another seed
+    than any base model has read."""
+    length = min(64, model.config.block_size)
+    rows = text_rows("synthetic", tokenizer, length, 600, HELD_OUT_TEXT)
+    rows = [row.tolist() for row in rows[:256]]
+    masks = [[0] + [1] * (len(row) - 1) for row in rows]
+    logp = sequence_logprobs(model, rows, masks, tokenizer.pad, bar="text")
+    return -logp.numpy() / (length - 1), range(len(rows))
+
+
+def measure(model, reference, reward_model, tokenizer, prompts, everything, config):
+    """({name: (a number for each prompt or answer, their clusters)}, the answers to `prompts`, gold
+    by family and part or None): what ROWS names, of one model by itself.
+
+    prompts: as load_prompts returns them; everything: with the embedded data all prompts that are
+    held out, for the rates.
+    """
+    device, (texts, ids, _) = model.wte.weight.device, zip(*prompts)
+    cluster = [question(t, everything is not None) for t in texts]
+    drawn = ask(model, tokenizer, ids, config, "answers")
+    logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
+    ref_logp, _ = answer_stats(reference, ids, drawn, tokenizer.pad, config)
+    lengths = np.array([len(s["ids"]) for s in drawn], float)
+    values = dict(kl=logp - ref_logp, length=lengths,
+                  entropy=entropy * len(lengths) / lengths.sum(),  # its mean: that over all tokens
+                  eos_rate=np.array([s["finished"] for s in drawn]),
+                  repetition=np.array([instruments.repetition(s["ids"]) for s in drawn]))
+    if reward_model is not None:
+        values["score"] = scores(reward_model, ids, drawn, tokenizer.pad, device,
+                                 config.missing_eos)
+    if everything is not None:
+        values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
+    values = {name: (x, cluster) for name, x in values.items()}
+    few = min(64, len(texts))  # prompts with several answers: how much do they vary?
+    several = ask(model, tokenizer, ids[:few], config, "several answers", config.samples)
+    groups = [[s["text"] for s in several[i * config.samples:(i + 1) * config.samples]]
+              for i in range(few)]
+    for name, fn in dict(distinct=instruments.distinct_answers,
+                         distinct_2=instruments.distinct_grams,
+                         overlap=instruments.overlap).items():
+        values[name] = np.array([fn(group) for group in groups], float), cluster[:few]
+    if everything is None:
+        return values, drawn, None
+    texts, ids, _ = zip(*everything)
+    said = [s["text"] for s in ask(model, tokenizer, ids, config, "held-out world")]
+    values |= {name: (np.array(x, bool), list(map(question, which)))
+               for name, (x, which) in rates(texts, said).items()}
+    choices = four_choices(texts)
+    chances, which = choice_chances(model, tokenizer, choices), [t for t, _ in choices]
+    values["choice"] = chances.argmax(1) == 0, which
+    # the chance that it gives to its own choice, less how often that is right
+    values["overconfidence"] = chances.max(1) - values["choice"][0], which
+    values["text_loss"] = text_losses(model, tokenizer)
+    return values, drawn, by_family(texts, said)
+
+
+def summary(values):
+    """{name: mean, name_se: its clustered error}, of a rate also its 95% interval (_low, _high)."""
+    metrics = {}
+    for name, (x, cluster) in values.items():
+        if not len(x):
+            continue  # of no prompt was the plain question answered right
+        se = common.clustered_se(x, cluster)
+        metrics |= {name: float(x.mean()), f"{name}_se": se}
+        if x.dtype == bool:
+            low, high = instruments.rate_interval(x, se, len(set(cluster)))
+            metrics |= {f"{name}_low": low, f"{name}_high": high}
+    return metrics
+
+
+def best_of_n(reward_model, reference, tokenizer, prompts, config, synthetic):
+    """The baseline without training, as `measure`: of n answers of the reference the best by score.
+    Its KL is at most log n - (n - 1) / n (Stiennon et al. 2020; Beirami et al. 2024)."""
+    n, (texts, ids, _) = config.best_of, zip(*prompts)
+    every = ask(reference, tokenizer, ids, config, f"best of {n}", n)
+    score = scores(reward_model, [i for i in ids for _ in range(n)], every, tokenizer.pad,
+                   reference.wte.weight.device, config.missing_eos).reshape(-1, n)
+    drawn = [every[i * n + k] for i, k in enumerate(score.argmax(1))]
+    values = dict(score=score.max(1), length=np.array([len(s["ids"]) for s in drawn], float),
+                  eos_rate=np.array([s["finished"] for s in drawn]),
+                  kl_bound=np.full(len(texts), math.log(n) - (n - 1) / n))
+    if synthetic:
+        values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
+    cluster = [question(t, synthetic) for t in texts]
+    return {name: (x, cluster) for name, x in values.items()}, drawn, None
+
+
+def who_wins(worth, answers, cluster):
+    """{name: metrics} of every model against the first one, and the ratings of all.
+
+    worth: {name: (n,) gold or score of its answers}; answers: {name: samples} to the same prompts.
+    The same answer is a tie, however the rows beside it rounded its score.
+    """
+    first, *others = worth
+    differ = {(a, b): np.array([x["ids"] != y["ids"] for x, y in zip(answers[a], answers[b])])
+              for a in worth for b in worth}
+    found = {first: {}}
+    for name in others:
+        win = np.sign(worth[name] - worth[first]) * differ[name, first] / 2 + 0.5
+        longer = [len(a["ids"]) - len(b["ids"]) for a, b in zip(answers[name], answers[first])]
+        equal, se = instruments.length_controlled(win, longer, cluster)
+        found[name] = summary(dict(win_rate=(win, cluster), tie_rate=(win == 0.5, cluster))) | dict(
+            win_rate_lc=equal, win_rate_lc_se=se)
+    strength, se = instruments.rating([*worth.values()], [[differ[a, b] for b in worth]
+                                                          for a in worth], cluster)
+    for name, s, e in zip(worth, strength, se):
+        found[name] |= dict(rating=float(s), rating_se=float(e))
+    return found
+
+
+def differs(name, metrics, before):
+    """Is it more than two standard errors off the reference's?"""
+    gap = metrics[name] - before.get(name, float("nan"))
+    return abs(gap) > 2 * math.hypot(metrics[f"{name}_se"], before[f"{name}_se"])
+
+
+def judgement(metrics, before, samples):
+    """What a report says of one checkpoint, in words: its wins, and what got worse."""
+    if "win_rate" not in metrics:
+        return "No reward is known for these prompts: read the answers."
+    rate, se = metrics["win_rate"], metrics["win_rate_se"]
+    if metrics.get("kl", 0) > 100 and rate < 0.5:
+        words = "Drift: more than 100 nats from the reference, and it wins less than half."
+    elif not abs(rate - 0.5) > 2 * se:
+        words = "No difference to the reference that these prompts can show."
+    else:
+        words = "Improved." if rate > 0.5 else "Worse than the reference."
+    if metrics.get("gold", 0) < before.get("gold", 0) and \
+            metrics.get("score", 0) > before.get("score", 0):
+        words += " The score rose and the gold fell: it exploits errors of the reward model."
+    worse = [f"{label.format(samples=samples, by='')} {cell(before[name], unit)} to "
+             f"{cell(metrics[name], unit)}" for name, label, unit, sign in ROWS
+             if sign and name != "gold" and name in metrics and name in before
+             and differs(name, metrics, before) and (metrics[name] - before[name]) * sign < 0]
+    return words + (f" What got worse: {'; '.join(worse)}." if worse else "")
+
+
+def cell(value, unit, se=float("nan"), low=None, high=None, star=False):
+    """A number of the table: a share in percent with its interval, others with their error."""
+    if value is None or value != value:
+        return "-"
+    scale, digits = (100, 1) if unit == "%" else (1, 2)
+    text = f"{scale * value:.{digits}f}"
+    if low is not None:
+        text += f" ({100 * low:.0f}-{100 * high:.0f})"
+    elif se == se:
+        text += f" ± {scale * se:.{digits}f}"
+    return text + (" *" if star else "")
+
+
+def report_columns(found, config, by):
+    """The table of a report: a column for each checkpoint, as `cli.table` takes them."""
+    columns, labels = {name: [] for name in found}, []
+    for name, label, unit, _ in ROWS:
+        if any(name in each["metrics"] for each in found.values()):
+            labels.append(label.format(by=by, samples=config.samples) + ", %" * (unit == "%"))
+            for path, each in found.items():
+                m, before = each["metrics"], found[config.reference]["metrics"]
+                columns[path].append(cell(
+                    m.get(name), unit, m.get(f"{name}_se", float("nan")), m.get(f"{name}_low"),
+                    m.get(f"{name}_high"), name in m and name in before
+                    and differs(name, m, before)))
+    return columns | {"± one standard error (95% interval) * not the reference's": labels}
+
+
+def markdown(columns):
+    """A table of cli.table's columns, the last one first."""
+    *names, last = columns
+    lines = [[last, *names], ["---"] * len(columns), *zip(*(columns[n] for n in (last, *names)))]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def by_family(texts, responses):
+    """({family: mean gold}, {part: its mean}), of embedded prompts."""
+    found = [parts(t, response) for t, response in zip(texts, responses)]
+    families = [lookup(t).family for t in texts]
+    gold = {f: [sum(p.values()) for p, of in zip(found, families) if of == f] for f in FAMILIES}
+    return ({f: float(np.mean(values)) for f, values in gold.items()},
+            {part: float(np.mean([p[part] for p in found])) for part in PARTS})
+
+
+def make_report(config, device):
+    paths = [config.reference, *(p.strip() for p in config.policies.split(",") if p.strip())]
+    paths = list(dict.fromkeys(paths))  # each once; the reference may be named again
+    common.ensure_input(config, "reference", "sft")
+    reference, tokenizer, parent = common.load_policy(config.reference, STAGES, device)
+    config = common.sized(config, "evaluate", reference)
+    parents, room, reward_model = dict(reference=parent["hash"]), reference.config.block_size, None
+    for path in paths[1:]:
+        checkpoint = common.load_checkpoint(path, STAGES, device)
+        parents[path] = checkpoint["hash"]
+        room = min(room, checkpoint["model"]["block_size"])
+        common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
+                                    config.reference)
+    if config.reward_model:
+        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.reference)
+        parents["reward"], room = rm_parent["hash"], min(room, reward_model.gpt.config.block_size)
+    own = config.data != "synthetic"
+    prompts = choose_prompts(config, tokenizer, room)
+    everything = None
+    if not own:
+        [everything] = load_prompts("synthetic", {"held-out": None}, tokenizer,
+                                    room - config.max_new_tokens)
+    run = common.Run("evaluate", config, device, parents, result="report.json")
+    measured = {}
+    for path in paths:
+        model = common.freeze(common.load_policy(path, STAGES, device)[0])
+        say(f"{path}: {model.num_params():,} parameters")
+        measured[path] = measure(model, common.freeze(reference), reward_model, tokenizer, prompts,
+                                 everything, config)
+        del model
+    if config.best_of > 1 and reward_model is not None:
+        measured[f"best of {config.best_of}"] = best_of_n(
+            reward_model, reference, tokenizer, prompts, config, not own)
+    found = {name: dict(metrics=summary(values), answers=drawn, families=families)
+             for name, (values, drawn, families) in measured.items()}
+    by = "score" if own else "gold"
+    if by == "gold" or reward_model is not None:
+        won = who_wins({name: values[by][0] for name, (values, *_) in measured.items()},
+                       {name: drawn for name, (_, drawn, _) in measured.items()},
+                       [question(p[0], not own) for p in prompts])
+        for name, metrics in won.items():
+            found[name]["metrics"] |= metrics
+    columns = report_columns(found, config, by)
+    say(cli.table(columns))
+    before = found[config.reference]["metrics"]
+    words = {name: judgement(each["metrics"], before, config.samples)
+             for name, each in found.items() if name != config.reference}
+    if reward_model is not None and rm_parent["metrics"].get("accuracy", 1) < 0.6:
+        words[config.reward_model] = (
+            f"Orders {rm_parent['metrics']['accuracy']:.1%} of its held-out pairs right: below 60% "
+            "no policy should be trained on it.")
+    for path, text in words.items():
+        say(f"\n{path}: {text}")
+    write_report(run.folder, config, found, columns, words, prompts)
+    run.finish(dict(prompts=len(prompts), checkpoints=len(found)))
+
+
+def write_report(folder, config, found, columns, words, prompts):
+    """report.json, report.md, and answers.jsonl: what each checkpoint says to the same prompts."""
+    texts = [p[0] for p in prompts]
+    content = dict(reference=config.reference, prompts=len(texts), data=config.data,
+                   checkpoints={path: each["metrics"] for path, each in found.items()},
+                   verdicts=words)
+    text = json.dumps(content, indent=1, default=float).replace("NaN", "null")
+    lines = [f"# Report\n\nAgainst {config.reference}, on {len(texts)} prompts of {config.data}, "
+             f"temperature {config.temperature}, seed {config.seed}.\n", markdown(columns), ""]
+    lines += [f"**{path}**: {said}\n" for path, said in words.items()]
+    known = {path: each["families"] for path, each in found.items() if each["families"]}
+    if known:
+        for n, name in enumerate(("family", "part")):
+            lines.append(f"## Gold by {name}, on all held-out prompts of the world\n")
+            lines.append(markdown({path: [f"{v:.2f}" for v in tables[n].values()]
+                                   for path, tables in known.items()}
+                                  | {name: list(known[config.reference][n])}))
+    lines.append("## The same prompts, answered by each\n")
+    for i in range(min(12, len(texts))):
+        clean = lambda text: " ".join(text.replace("|", "\\|").split()) or "(nothing)"
+        lines.append(markdown({
+            clean(last_turn(texts[i])): [clean(each["answers"][i]["text"])
+                                         for each in found.values()],
+            "prompt": list(found)}))
+    write_jsonl(folder / "answers.jsonl", (
+        dict(prompt=text, **{path: each["answers"][i]["text"] for path, each in found.items()})
+        for i, text in enumerate(texts)))
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def select(config, device):
+    """Which epoch of an SFT run? Its validation loss is least early, people like later ones better:
+    InstructGPT took the one with the best reward-model score. A line for each, and the best."""
+    folder = Path(config.select)
+    paths = sorted(folder.glob("model-epoch*.pt"), key=lambda p: int(p.stem[11:]))
+    if not paths:
+        raise UserError(f"--select={folder} holds no model-epoch1.pt: sft.py writes one an epoch")
+    if not config.reward_model:
+        raise UserError("--select needs --reward_model=")
+    reward_model, tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+    config, rows = common.sized(config, "evaluate", reward_model.gpt), []
+    parents, prompts, run = dict(reward=rm_parent["hash"]), None, None
+    for path in paths:
+        model, own, checkpoint = common.load_policy(path, ("sft",), device)
+        common.check_same_tokenizer(tokenizer, own, config.reward_model, str(path))
+        if run is None:
+            prompts = choose_prompts(config, tokenizer, min(
+                model.config.block_size, reward_model.gpt.config.block_size))
+            run = common.Run("evaluate", config, device, parents, result="log.jsonl")
+            texts, ids, _ = zip(*prompts)
+            cluster = [question(t, config.data == "synthetic") for t in texts]
+        drawn = ask(model, tokenizer, ids, config, "answers")
+        score = scores(reward_model, ids, drawn, tokenizer.pad, device, config.missing_eos)
+        row = dict(epoch=int(path.stem[11:]), loss=checkpoint["metrics"]["loss"],
+                   score=float(score.mean()), score_se=common.clustered_se(score, cluster))
+        if config.data == "synthetic":
+            gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
+            row |= dict(gold=float(gold.mean()), gold_se=common.clustered_se(gold, cluster))
+        run.log("epoch", **row)
+        rows.append(row)
+    columns = {"epoch": [r["epoch"] for r in rows],
+               "held-out loss": [f"{r['loss']:.3f}" for r in rows],
+               "score": [cli.plus_minus(r["score"], r["score_se"]) for r in rows]}
+    if "gold" in rows[0]:
+        columns["gold"] = [cli.plus_minus(r["gold"], r["gold_se"]) for r in rows]
+    say(cli.table(columns))
+    best, least = max(rows, key=lambda r: r["score"]), min(rows, key=lambda r: r["loss"])
+    say(f"\nBest score: epoch {best['epoch']}. Least held-out loss: epoch {least['epoch']}.")
+    run.finish(dict(epoch=best["epoch"], score=best["score"], loss=best["loss"]),
+               f"python label.py --init={folder / 'model-epoch'}{best['epoch']}.pt")
+
+
+def choose_prompts(config, tokenizer, block_size):
+    """The prompts of --data, --split and --eval_prompts that leave room for an answer."""
+    own = config.data != "synthetic"
+    sides = dict(all="all", train="training", held_out="held-out")
+    split = config.split or ("all" if own else "held_out")
+    if split not in sides:
+        raise UserError(f"--split={split}: choose one of {', '.join(sides)}")
+    [prompts] = load_prompts(
+        config.data, {sides[split]: config.eval_prompts or (None if own else 512)}, tokenizer,
+        block_size - config.max_new_tokens, skip_bad=config.skip_bad)
+    print(f"{len(prompts)} prompts of {config.data}, split {split}")
+    return prompts
+
+
 def main(config):
     device = common.set_up(config, "evaluate")
-    stages = ("pretrain", *common.POLICIES)
+    if config.select or config.policies:
+        return (select if config.select else make_report)(config, device)
     common.ensure_input(config, "policy", "ppo")
-    policy, tokenizer, parent = common.load_policy(config.policy, stages, device)
+    policy, tokenizer, parent = common.load_policy(config.policy, STAGES, device)
     common.ensure_input(config, "reference", "sft")
-    reference, ref_tokenizer, ref_parent = common.load_policy(config.reference, stages, device)
+    reference, ref_tokenizer, ref_parent = common.load_policy(config.reference, STAGES, device)
     common.check_same_tokenizer(ref_tokenizer, tokenizer, config.reference, config.policy)
     config = common.sized(config, "evaluate", policy)
     parents = dict(policy=parent["hash"], reference=ref_parent["hash"])
@@ -309,20 +726,12 @@ def main(config):
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
-    own = config.data != "synthetic"
-    sides = dict(all="all", train="training", held_out="held-out")
-    split = config.split or ("all" if own else "held_out")
-    if split not in sides:
-        raise UserError(f"--split={split}: choose one of {', '.join(sides)}")
-    [prompts] = load_prompts(
-        config.data, {sides[split]: config.eval_prompts or (None if own else 512)}, tokenizer,
-        block_size - config.max_new_tokens, skip_bad=config.skip_bad)
+    prompts, synthetic = choose_prompts(config, tokenizer, block_size), config.data == "synthetic"
     run = common.Run("evaluate", config, device, parents, result="log.jsonl")
-    print(f"{config.policy} against {config.reference}, {policy.num_params():,} parameters\n"
-          f"{len(prompts)} prompts of {config.data}, split {split}")
-    metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run,
-                                  not own, reward_model, config.best_of)
-    if not own:
+    print(f"{config.policy} against {config.reference}, {policy.num_params():,} parameters")
+    metrics, drawn, sft = compare(policy, reference, tokenizer, prompts, config, run, synthetic,
+                                  reward_model, config.best_of)
+    if synthetic:
         for table in gold_tables([p[0] for p in prompts], drawn, sft):
             say(cli.table(table))
     run.finish(metrics)

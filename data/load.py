@@ -10,7 +10,7 @@ import numpy as np
 from cli import UserError, note, progress
 from data.records import (Split, check_prompt, check_ranking, chunks, collate, fits, prompt_digest,
                           ranking_pairs, ranking_rows, read_sides)
-from data.synthetic.world import FAMILIES, sample_prompts
+from data.synthetic.world import FAMILIES, all_prompts, sample_prompts
 from data.tokens import Flat, Rows, flat, read_tokens
 
 
@@ -58,7 +58,8 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
         if sides is None:
             texts = [dumps(p.text, p.answer) for h in (False, True)
                      if side in ("all", "held-out" if h else "training")
-                     for p in sample_prompts(n, h, 0 if h else seed, families)]
+                     for p in (sample_prompts(n, h, 0 if h else seed, families) if n else
+                               [p for p in all_prompts().values() if p.held_out == h])]
         else:
             rows = {"training": sides.train, "held-out": sides.held_out,
                     "all": sides.held_out + sides.train}[side]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -295,3 +296,189 @@ def test_frontier_is_drawn_from_its_table(tmp_path, monkeypatch):
         assert len(boxes) == 17 and all(axis.bbox.containsx(b.x0) and axis.bbox.containsx(b.x1)
                                         for b in boxes)
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+# --- a report on several checkpoints -------------------------------------------------------------
+
+
+REPORT = ["--policies=other,sft,dpo", "--reward_model=reward", "--best_of=2", "--eval_prompts=30",
+          "--max_new_tokens=9", "--samples=3"]
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    """The report of tiny models: (its folder, what was printed, report.json)."""
+    content = torch.load(folder / "sft" / "model.pt", weights_only=True)
+    (folder / "dpo").mkdir(exist_ok=True)
+    for name, p in content["weights"].items():
+        if name.startswith("h.1"):
+            p.mul_(1.5)
+    torch.save(content | dict(stage="dpo"), folder / "dpo" / "model.pt")
+    (folder / "other").mkdir(exist_ok=True)
+    content = torch.load(folder / "sft" / "model.pt", weights_only=True)
+    torch.save(content | dict(stage="ppo"), folder / "other" / "model.pt")  # the reference's twin
+    result = run_script("evaluate.py", *REPORT, "--reference=sft", "--out=report", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "report", result.stdout, json.loads((folder / "report/report.json").read_text())
+
+
+def test_a_report_has_every_checkpoint_and_every_row(report):
+    out, said, content = report
+    found = content["checkpoints"]
+    assert list(found) == ["sft", "other", "dpo", "best of 2"] and content["prompts"] == 30
+    rows = {name for name, *_ in evaluate.ROWS}
+    own = {"win_rate", "tie_rate", "win_rate_lc", "kl_bound"}
+    never_right = {"sycophancy", "flips_anyway"}  # these models answer nothing right
+    assert rows - own - never_right <= set(found["sft"]) and own.isdisjoint(found["sft"])
+    assert rows - {"kl_bound"} - never_right <= set(found["dpo"])
+    assert all(math.isfinite(x) for metrics in found.values() for x in metrics.values())
+    for metrics in found.values():
+        for row in set(metrics) & rows - {"kl_bound"}:
+            assert f"{row}_se" in metrics
+    assert found["best of 2"]["kl_bound"] == pytest.approx(math.log(2) - 1 / 2)
+    text = (out / "report.md").read_text()
+    for part in (*found, "gold, the true reward", "Gold by family", "| harmful |", "concision"):
+        assert part in text
+    assert all(label.split("{")[0] in said for name, label, *_ in evaluate.ROWS
+               if name not in never_right)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 30 and set(answers[0]) == {"prompt", "sft", "other", "dpo", "best of 2"}
+
+
+def test_a_copy_of_the_reference_is_the_reference(report):
+    # catches numbers that depend on a checkpoint's place in the list, or draws that differ
+    _, said, content = report
+    sft, other = content["checkpoints"]["sft"], content["checkpoints"]["other"]
+    assert {k: v for k, v in other.items() if k in sft} == pytest.approx(sft, abs=1e-4)
+    assert other["win_rate"] == 0.5 and other["tie_rate"] == 1 and other["kl"] == 0
+    assert content["verdicts"]["other"].startswith("No difference")
+    assert content["checkpoints"]["dpo"]["kl"] > 0 and " *" in said
+
+
+def test_a_report_measures_what_it_names(report, folder):
+    # against the answers that it wrote, and networks run by hand
+    out, _, content = report
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    found = content["checkpoints"]["dpo"]
+    gold = {name: np.array([gold_reward(a["prompt"], a[name]) for a in answers])
+            for name in ("sft", "dpo", "best of 2")}
+    assert found["gold"] == pytest.approx(gold["dpo"].mean())
+    same = np.array([a["sft"] == a["dpo"] for a in answers])
+    win = np.sign(gold["dpo"] - gold["sft"]) * ~same / 2 + 0.5
+    assert found["win_rate"] == pytest.approx(win.mean())
+    assert found["tie_rate"] == pytest.approx((win == 0.5).mean())
+    assert found["gold_se"] == pytest.approx(
+        clustered_se(gold["dpo"], [question(a["prompt"]) for a in answers]))
+    policy, tokenizer, _ = common.load_policy(folder / "dpo", ("dpo",), "cpu")
+    reference = common.load_policy(folder / "sft", ("sft",), "cpu")[0]
+    config = cli.read_flags(evaluate.Config, REPORT)
+    texts = [a["prompt"] for a in answers]
+    ids = [tokenizer.encode_prompt(t) for t in texts]
+    drawn = evaluate.ask(policy, tokenizer, ids, config, "answers")
+    assert [s["text"] for s in drawn] == [a["dpo"] for a in answers]
+    kl, entropy = 0.0, []
+    for prompt, s in zip(ids, drawn):
+        tokens = torch.tensor([prompt + s["ids"]])
+        logp, ref_logp = (m.logits(m(tokens))[0, len(prompt) - 1:-1].log_softmax(-1)
+                          for m in (policy, reference))
+        index = torch.arange(len(s["ids"])), torch.tensor(s["ids"])
+        kl += (logp[index] - ref_logp[index]).sum().item()
+        entropy += (-(logp.exp() * logp).sum(-1)).tolist()
+    assert found["kl"] == pytest.approx(kl / 30, abs=1e-4)
+    assert found["entropy"] == pytest.approx(np.mean(entropy), abs=1e-4)
+    assert found["length"] == pytest.approx(len(entropy) / 30)
+
+
+def test_chances_of_choices(folder):
+    # catches a sum without EOS, choices of another prompt, an order that is not kept
+    policy, tokenizer, _ = common.load_policy(folder / "sft", ("sft",), "cpu")
+    choices = [("Say Bo.", ["Bo.", "Al.", "a long answer"]), ("What is 9 minus 4?", ["5", "4", ""])]
+    found = evaluate.choice_chances(policy, tokenizer, choices)
+    for chances, (prompt, texts) in zip(found, choices):
+        logps = []
+        for text in texts:
+            start, ids = tokenizer.encode_prompt(prompt), [*tokenizer.encode(text), tokenizer.eos]
+            tokens = torch.tensor([start + ids])
+            logp = policy.logits(policy(tokens)).log_softmax(-1)[0, len(start) - 1:-1]
+            logps.append(logp[torch.arange(len(ids)), ids].sum())
+        torch.testing.assert_close(torch.tensor(chances).float(), torch.stack(logps).softmax(0))
+
+
+def test_best_of_n_takes_the_best(folder, monkeypatch):
+    reference, tokenizer, _ = common.load_policy(folder / "sft", ("sft",), "cpu")
+    drawn = [dict(text=f"{i}", ids=[i], finished=True) for i in range(6)]
+    monkeypatch.setattr(evaluate, "ask", lambda *_: drawn)
+    monkeypatch.setattr(evaluate, "scores", lambda *_: np.array([1.0, 3, 2, 9, 7, 8]))
+    config = evaluate.Config(best_of=3)
+    prompts = [("a", [1], None), ("b", [2], None)]
+    values, best, _ = evaluate.best_of_n(None, reference, tokenizer, prompts, config, False)
+    assert [s["text"] for s in best] == ["1", "3"] and values["score"][0].tolist() == [3, 9]
+
+
+def test_a_report_on_a_file(folder):
+    # no gold: wins by the score, no rates; without a reward model no wins either
+    write_jsonl(folder / "own.jsonl", [dict(prompt=f"Say Bo {n}.") for n in range(9)])
+    flags = ["--policies=dpo", "--reference=sft", "--data=own.jsonl", "--max_new_tokens=9"]
+    for more, name in ((["--reward_model=reward"], "own"), ([], "blind")):
+        result = run_script("evaluate.py", *flags, *more, f"--out={name}", cwd=folder)
+        assert result.returncode == 0, result.stderr
+    found = json.loads((folder / "own/report.json").read_text())
+    assert {"score", "win_rate", "rating", "distinct"} <= set(found["checkpoints"]["dpo"])
+    assert "gold" not in found["checkpoints"]["dpo"]
+    blind = json.loads((folder / "blind/report.json").read_text())
+    assert "win_rate" not in blind["checkpoints"]["dpo"] and "kl" in blind["checkpoints"]["dpo"]
+    assert "No reward is known" in blind["verdicts"]["dpo"]
+
+
+@pytest.mark.parametrize("metrics, says", [
+    (dict(win_rate=0.7, win_rate_se=0.05, kl=3.0), "Improved."),
+    (dict(win_rate=0.55, win_rate_se=0.05, kl=3.0), "No difference"),
+    (dict(win_rate=0.5, win_rate_se=float("nan"), kl=3.0), "No difference"),
+    (dict(win_rate=0.3, win_rate_se=0.05, kl=3.0), "Worse"),
+    (dict(win_rate=0.3, win_rate_se=0.05, kl=130.0), "Drift: more than 100 nats"),
+    (dict(win_rate=0.7, win_rate_se=0.05, kl=130.0), "Improved."),
+    (dict(win_rate=0.3, win_rate_se=0.05, kl=9.0, score=2.0, gold=-1.0), "exploits errors"),
+    (dict(win_rate=0.7, win_rate_se=0.05, kl=9.0, refusal=0.5, refusal_se=0.05),
+     "What got worse: refuses what is harmful 80.0 to 50.0."),
+    (dict(win_rate=0.7, win_rate_se=0.05, kl=9.0, text_loss=1.5, text_loss_se=0.05),
+     "loss on held-out text, nats a token 1.00 to 1.50"),
+    (dict(win_rate=0.7, win_rate_se=0.05, kl=9.0, refusal=0.9, refusal_se=0.02), "Improved.")])
+def test_what_a_report_says_of_a_checkpoint(metrics, says):
+    before = dict(score=0.0, score_se=0.1, gold=0.0, gold_se=0.1, refusal=0.8, refusal_se=0.05,
+                  text_loss=1.0, text_loss_se=0.05)
+    text = evaluate.judgement(metrics, before, 10)
+    assert says in text and ("got worse" in text) == ("got worse" in says or "loss on" in says)
+
+
+def test_the_epoch_that_the_reward_model_likes(folder):
+    # catches the last epoch taken whatever the scores, a loss of another epoch
+    (folder / "epochs").mkdir()
+    content = torch.load(folder / "sft" / "model.pt", weights_only=True)
+    for n, scale in enumerate((1.0, 1.6, 0.7), 1):
+        weights = {k: v * scale if k.startswith("h.0") else v
+                   for k, v in content["weights"].items()}
+        torch.save(content | dict(weights=weights, metrics=dict(loss=3.0 - n)),
+                   folder / "epochs" / f"model-epoch{n}.pt")
+    result = run_script("evaluate.py", "--select=epochs", "--reward_model=reward", "--out=chosen",
+                        "--eval_prompts=40", "--max_new_tokens=12", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (folder / "chosen/log.jsonl").read_text().splitlines()]
+    epochs = [r for r in rows if r["kind"] == "epoch"]
+    assert [(r["epoch"], r["loss"]) for r in epochs] == [(1, 2.0), (2, 1.0), (3, 0.0)]
+    best = max(epochs, key=lambda r: r["score"])
+    assert rows[-1]["epoch"] == best["epoch"] and len({r["score"] for r in epochs}) == 3
+    assert f"Best score: epoch {best['epoch']}. Least held-out loss: epoch 3." in result.stdout
+    assert f"--init=epochs/model-epoch{best['epoch']}.pt" in result.stdout
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--policies=sft,nothing"], "nothing"),
+    (["--policies=reward"], "is a reward checkpoint"),
+    (["--policies=sft", "--reward_model=sft"], "is a sft checkpoint"),
+    (["--select=sft"], "holds no model-epoch1.pt"),
+    (["--policies=sft", "--split=half"], "--split=half"),
+    (["--policies=sft", "--data=none.jsonl"], "none.jsonl")])
+def test_a_report_that_cannot_be_made(folder, flags, says):
+    result = run_script("evaluate.py", *flags, "--reference=sft", "--out=bad", cwd=folder)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and says in result.stderr
+    assert not (folder / "bad").exists()
