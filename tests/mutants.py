@@ -1292,7 +1292,72 @@ PRETRAINED = [
            "test_common.py::test_the_size_of_the_model_decides", "-"),
 ]
 
-MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED
+# --- sets to evaluate on --------------------------------------------------------------------------
+
+SETS = [
+    Mutant("typographic_quotes_hide_refusals", "data/refusal.py",
+           "plain(text).casefold()", "text.casefold()",
+           "test_sets.py::test_refusals", "refusal lists with straight apostrophes alone"),
+    Mutant("quoted_refusals_count", "data/refusal.py",
+           "QUOTED.sub('\"\"', plain(text).casefold())", "plain(text).casefold()",
+           "test_sets.py::test_answers_that_do_not_refuse", "-"),
+    Mutant("idioms_are_refusals", "data/refusal.py",
+           "any(not HARMLESS.match(part, found.end()) for found in DECLINES.finditer(part))",
+           "DECLINES.search(part)",
+           "test_sets.py::test_answers_that_do_not_refuse",
+           "refusal lists that are searched for anywhere: \"I cannot\" of \"I cannot stress\""),
+    Mutant("a_refusal_anywhere_counts", "data/refusal.py",
+           'if re.search(r"\\w", part)][:SENTENCES]', 'if re.search(r"\\w", part)]',
+           "test_sets.py::test_answers_that_do_not_refuse", "-"),
+    Mutant("safe_and_unsafe_swapped", "data/xstest.py",
+           'dict(safe="comply", unsafe="refuse")', 'dict(safe="refuse", unsafe="comply")',
+           "test_sets.py::test_xstest_convert", "-"),
+    Mutant("request_without_its_context", "data/harmbench.py",
+           "if context else behavior", "if False else behavior",
+           "test_sets.py::test_harmbench_convert",
+           "HarmBench's contextual behaviours asked without their context"),
+    Mutant("right_choice_always_first", "data/truthfulqa.py",
+           "    random.Random(f\"{seed} {question}\").shuffle(choices)\n", "",
+           "test_sets.py::test_the_right_choice_stands_anywhere",
+           "TruthfulQA's mc1_targets: the right choice stands first in all"),
+    Mutant("answers_called_right_and_wrong", "data/truthfulqa.py",
+           'different(wrong.split(";"), but=right)', 'different(wrong.split(";"))',
+           "test_sets.py::test_truthfulqa_convert", "-"),
+    Mutant("opposite_label_under_the_same_name", "data/anthropic_evals.py",
+           'f"no-{kind}" if kind in AGAINST', "kind if kind in AGAINST",
+           "test_sets.py::test_anthropic_files",
+           "anthropics/evals: human-written survival-instinct, whose match is to be shut down"),
+    Mutant("index_of_a_choice_as_the_answer", "data/records.py",
+           'if "choices" in record:\n        _fail(where, "\'answer\' is one', 'if False:\n        '
+           '_fail(where, "\'answer\' is one',
+           "test_sets.py::test_an_index_is_no_answer_to_check", "-"),
+    Mutant("index_from_the_end", "data/records.py",
+           "type(i) is int and 0 <= i < len(choices)", "type(i) is int and i < len(choices)",
+           "test_sets.py::test_bad_evaluations", "-"),
+    Mutant("choices_without_eos", "data/choices.py",
+           "(choice, 1), (tokenizer.eos, 1)]", "(choice, 1), (tokenizer.eos, 0)]",
+           "test_choices.py::test_choice_logprobs_by_hand test_choices.py::"
+           "test_choices_are_scored_as_whole_answers", "-"),
+    Mutant("opinion_not_asked", "data/choices.py",
+           "tokenizer.prompt_pieces(record[field])", 'tokenizer.prompt_pieces(record["prompt"])',
+           "test_choices.py::test_choice_logprobs_by_hand", "-"),
+    Mutant("ties_go_to_the_first_choice", "data/choices.py",
+           "best = np.flatnonzero(x == x.max())", "best = [x.argmax()]",
+           "test_choices.py::test_chosen_by_hand", "-"),
+    Mutant("softmax_underflows", "data/choices.py",
+           "np.exp(x - x.max())", "np.exp(x)",
+           "test_choices.py::test_chosen_by_hand", "-"),
+    Mutant("equal_confidence_cut_apart", "data/choices.py",
+           "numbers = (first + last) * bins // (2 * len(right))",
+           "numbers = np.argsort(np.argsort(confidence, kind=\"stable\")) * bins // len(right)",
+           "test_choices.py::test_equal_confidence_is_one_bin", "-"),
+    Mutant("mean_over_bins", "data/choices.py",
+           'abs(t["confidence"] - t["accuracy"]) * t["n"] for t in table) / len(right)',
+           'abs(t["confidence"] - t["accuracy"]) for t in table) / len(table)',
+           "test_choices.py::test_calibration_by_hand", "-"),
+]
+
+MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + SETS
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"
