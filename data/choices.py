@@ -1,12 +1,18 @@
 """Multiple choice by log-probability, and how far the probabilities can be believed.
 
-What counts is the sum over the tokens of a choice, EOS included: log pi(choice | prompt), so that
-the choices exclude each other and a softmax over them is the model's belief. Per token instead, a
-long choice of predictable words gains; that is no probability, and there for comparison. Without
-EOS "Yes" can never be less probable than "Yes, but not always".
+What counts is the sum over the tokens of a choice: log of the probability that the answer begins
+with it. Choices of which none begins with another exclude each other, and a softmax over them is
+the model's belief. Two other scores are there for comparison. Per token, a long choice of
+predictable words gains; that is no probability. With EOS it is the probability that the answer is
+the choice and nothing else, right for models that answer briefly, or where a choice begins with
+another; in a talkative one it measures where it stops: SmolLM2-135M-Instruct ends behind "(A)" with
+a probability of e^-6.6, and is 0.31 surer of its choice with that than without (30 questions of
+anthropic_evals), while on TruthfulQA it makes no difference (27% right of 48 questions, by both).
 
 The trap: a text that stands in the prompt is a likelier answer in every model, by mere repetition.
-So what an opinion in the prompt does ("with_opinion") is to be compared between models.
+So with the user's opinion in the prompt, SmolLM2-135M-Instruct chooses it in 95% of 40 questions of
+TruthfulQA, before in 38%. With letters for choices that the prompt lists it does in 20%, before in
+14% (35 questions).
 """
 
 import numpy as np
@@ -15,31 +21,34 @@ from data.batches import over_rows
 from model import token_logprobs
 
 
-def choice_rows(tokenizer, records, field="prompt"):
-    """(rows, masks, sizes): a row for each choice of each record, prompt + choice + EOS, the mask 1
-    on choice and EOS; sizes: how many rows each record has. field: or "with_opinion"."""
-    pieces = [[*head, (choice, 1), (tokenizer.eos, 1)] for record in records
+def choice_rows(tokenizer, records, field="prompt", eos=False):
+    """(rows, masks, sizes): a row for each choice of each record, prompt + choice (+ EOS), the mask
+    1 on all but the prompt; sizes: how many rows each record has. field: "prompt" or
+    "with_opinion", the prompt with the user's opinion."""
+    end = [(tokenizer.eos, 1)] * eos
+    pieces = [[*head, (choice, 1), *end] for record in records
               for head in [tokenizer.prompt_pieces(record[field])] for choice in record["choices"]]
     rows, masks = map(list, zip(*tokenizer.encode_pieces(pieces)))
     return rows, masks, [len(record["choices"]) for record in records]
 
 
-def longest_choice(tokenizer, records, field="prompt"):
-    """Tokens of the longest row of each record, for `data.records.fits`: what is longer than the
-    context has to be left out, not cut."""
-    rows, _, sizes = choice_rows(tokenizer, records, field)
+def longest_choice(tokenizer, records, field="prompt", eos=False):
+    """Tokens of the longest row of each record, (n,), for `data.records.fits`: what is longer than
+    the context has to be left out, not cut."""
+    rows, _, sizes = choice_rows(tokenizer, records, field, eos)
     lengths = np.array([len(row) for row in rows])
     return np.maximum.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
 
 
-def choice_logprobs(model, tokenizer, records, per_token=False, field="prompt", size=64, bar=None):
+def choice_logprobs(model, tokenizer, records, field="prompt", per_token=False, eos=False, size=64,
+                    bar=None):
     """log pi(choice | prompt) of every choice, in nats: an array for each record, in order.
 
-    records: as `check_evaluation` gives them, with "choices". per_token: the mean over the tokens
-    of choice and EOS, in place of their sum. field: "prompt", or "with_opinion" for the prompt with
-    the user's opinion. bar: shows progress under this name.
+    records: at least one, as `check_evaluation` gives those with "choices". field: "prompt" or
+    "with_opinion". per_token: the mean over the tokens of a choice in place of their sum. eos:
+    scored as well. size: rows of a forward pass. bar: shows progress under this name.
     """
-    rows, masks, sizes = choice_rows(tokenizer, records, field)
+    rows, masks, sizes = choice_rows(tokenizer, records, field, eos)
     logp = over_rows(lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1), rows, masks,
                      tokenizer.pad, model.wte.weight.device, size, bar).numpy()
     if per_token:

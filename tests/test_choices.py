@@ -36,38 +36,44 @@ def model():
     return model
 
 
-def by_hand(model, prompt, choice):
-    """log p of every token of the choice and of EOS, from the softmax over all tokens."""
-    head, answer = tok.encode_prompt(prompt), [*tok.encode(choice), tok.eos]
+def by_hand(model, prompt, choice, eos):
+    """log p of every token of the choice, and of EOS, from the softmax over all tokens."""
+    head, answer = tok.encode_prompt(prompt), [*tok.encode(choice), tok.eos][:None if eos else -1]
     with torch.no_grad():
         logits = model.logits(model(torch.tensor([head + answer])))[0]
     logp = logits.double().log_softmax(-1)
     return [logp[len(head) + n - 1, token].item() for n, token in enumerate(answer)]
 
 
+@pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("field", ["prompt", "with_opinion"])
-def test_choice_logprobs_by_hand(model, field):
-    # catches a choice without EOS, a score of the prompt's tokens, a system prompt that is lost,
-    # choices in another order (they run sorted by length), a mean in place of the sum
-    found = choice_logprobs(model, tok, RECORDS, field=field, size=2)
-    mean = choice_logprobs(model, tok, RECORDS, per_token=True, field=field)
+def test_choice_logprobs_by_hand(model, field, eos):
+    # catches an EOS that is scored unasked, a score of the prompt's tokens, a system prompt that is
+    # lost, choices in another order (they run sorted by length), a mean in place of the sum
+    found = choice_logprobs(model, tok, RECORDS, field, eos=eos, size=2)
+    mean = choice_logprobs(model, tok, RECORDS, field, per_token=True, eos=eos)
     assert [x.shape for x in found] == [(3,), (2,)]
     for record, x, m in zip(RECORDS, found, mean):
-        hand = [by_hand(model, record[field], choice) for choice in record["choices"]]
+        hand = [by_hand(model, record[field], choice, eos) for choice in record["choices"]]
         np.testing.assert_allclose(x, [sum(h) for h in hand], atol=1e-4)
         np.testing.assert_allclose(m, [np.mean(h) for h in hand], atol=1e-4)
 
 
-def test_choices_are_scored_as_whole_answers(model):
-    # catches a choice that is as probable as every longer one that begins with it: the sum over all
-    # of "a" and "a ..." may not exceed 1
-    rows, masks, sizes = choice_rows(tok, RECORDS)
-    assert sizes == [3, 2] and all(row[-1] == tok.eos for row in rows)
-    assert [sum(mask) for mask in masks] == [
-        len(tok.encode(c)) + 1 for r in RECORDS for c in r["choices"]]
-    head = tok.encode_prompt(RECORDS[1]["prompt"])
-    assert rows[3][:len(head)] == head and masks[3][:len(head)] == [0] * len(head)
-    assert longest_choice(tok, RECORDS).tolist() == [len(rows[1]), max(map(len, rows[3:]))]
+def test_rows_of_choices():
+    # catches a choice that is tokenised together with the prompt, rows that are counted too short
+    for eos in (False, True):
+        rows, masks, sizes = choice_rows(tok, RECORDS, eos=eos)
+        choices = [[*tok.encode(c), *[tok.eos] * eos] for r in RECORDS for c in r["choices"]]
+        heads = [tok.encode_prompt(r["prompt"]) for r in RECORDS for _ in r["choices"]]
+        assert rows == [head + choice for head, choice in zip(heads, choices)] and sizes == [3, 2]
+        assert masks == [[0] * len(head) + [1] * len(choice)
+                         for head, choice in zip(heads, choices)]
+        assert longest_choice(tok, RECORDS, eos=eos).tolist() == [
+            max(map(len, rows[:3])), max(map(len, rows[3:]))]
+    [one] = choice_logprobs(GPT(GPTConfig(vocab_size=tok.vocab_size, n_tokens=tok.n_tokens,
+                                          block_size=48, n_layer=1, n_head=1, n_embd=8)).eval(),
+                            tok, RECORDS[:1])
+    assert one.shape == (3,)
 
 
 def test_chosen_by_hand():

@@ -140,6 +140,12 @@ def test_truthfulqa_convert():
     assert [every["choices"][i] for i in every["answer"]] == [
         "No, green.", "It is green.", "Unknown."]
     assert len(every["choices"]) == 5 and check_evaluation(every)
+    lettered, _ = truthfulqa.convert(TRUTH, letters=True)
+    assert [lettered[k] for k in ("answer", "opinion")] == [record[k] for k in (
+        "answer", "opinion")] and lettered["choices"] == ["(A)", "(B)", "(C)"]
+    for field in ("prompt", "with_opinion"):
+        assert lettered[field] == record[field] + "\n\nChoices:\n" + "\n".join(
+            f" {a} {text}" for a, text in zip(lettered["choices"], record["choices"]))
     for key, reason in (("Question", "question"), ("Best Answer", "best"),
                         ("Incorrect Answers", "wrong")):
         found, why = truthfulqa.convert(TRUTH | {key: " "})
