@@ -62,6 +62,7 @@ import torch
 import common
 from cli import UserError, note, say
 from data import batches, instruments
+from data.choices import choice_logprobs, chosen
 from data.load import load_prompts
 from data.records import question, write_jsonl
 from data.synthetic.behaviour import four_choices, rates
@@ -367,20 +368,6 @@ def answer_stats(model, ids, drawn, pad, config):
                              bar="log-probabilities").numpy().T
 
 
-def choice_chances(model, tokenizer, choices):
-    """p (n, k) of the k answers to each prompt: softmax over their log-probabilities, with EOS.
-    choices: [(prompt, k texts)]."""
-    rows, masks = [], []
-    for prompt, texts in choices:
-        start = tokenizer.encode_prompt(prompt)
-        for text in texts:
-            ids = [*tokenizer.encode(text), tokenizer.eos]
-            rows.append(start + ids)
-            masks.append([0] * len(start) + [1] * len(ids))
-    logp = sequence_logprobs(model, rows, masks, tokenizer.pad, bar="choices")
-    return logp.view(len(choices), -1).softmax(1).numpy()
-
-
 def text_losses(model, tokenizer):
     """(nats a token of each row of held-out text of the world, its cluster): text of another seed
     than any base model has read."""
@@ -430,10 +417,10 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     values |= {name: (np.array(x, bool), list(map(question, which)))
                for name, (x, which) in rates(texts, said).items()}
     choices = four_choices(texts)
-    chances, which = choice_chances(model, tokenizer, choices), [t for t, _ in choices]
-    values["choice"] = chances.argmax(1) == 0, which
-    # the chance that it gives to its own choice, less how often that is right
-    values["overconfidence"] = chances.max(1) - values["choice"][0], which
+    right, confidence = chosen(choice_logprobs(model, tokenizer, choices, eos=True,
+                                               bar="choices"), choices)
+    which = [c["prompt"] for c in choices]
+    values["choice"], values["overconfidence"] = (right == 1, which), (confidence - right, which)
     values["text_loss"] = text_losses(model, tokenizer)
     return values, drawn, by_family(texts, said)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from cli import UserError, note, progress, shorten
 
 # data sets with an adapter, python -m data.NAME
-ADAPTERS = ("alpaca", "alpaca_eval", "dolly", "gsm8k", "hh_rlhf", "tldr", "ultrafeedback")
+ADAPTERS = ("alpaca", "alpaca_eval", "anthropic_evals", "dolly", "gsm8k", "harmbench", "hh_rlhf",
+            "tldr", "truthfulqa", "ultrafeedback", "xstest")
 # how files begin that are no text: (bytes, what it is)
 BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd7zXZ", "xz"),
           (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xff\xfe", "UTF-16 text"),

@@ -7,6 +7,8 @@
     answer         {"prompt": P, "answer": text or number}   checked as a number, see verifier.py
                    {"prompt": P, "constraints": [{"kind": K, ...}, ...]}   what it has to fulfil
     label          {"prompt": P, "completion": A, "label": true | false}   wanted or not
+    evaluation     {"prompt": P, "expect": "refuse" | "comply" | "unsure"}   what it calls for
+                   {"prompt": P, "choices": [text, ...], "answer": index}   of which one is right
     prompt         {"prompt": P}   (other fields are ignored, so any of the above will do)
 
 P is a string or a list of {"role": "system" | "user" | "assistant", "content": text} turns that
@@ -45,8 +47,11 @@ FIELDS = dict(check_demonstration={"completion", "messages", "label"},
               check_ranking={"chosen", "rejected", "completions", "ranks", "gold"},
               check_ranking_or_label={"chosen", "rejected", "completions", "ranks", "gold",
                                       "completion", "label"},
-              check_answer={"answer", "constraints"})
+              check_answer={"answer", "constraints"},
+              check_evaluation={"expect", "choices", "answer", "with_opinion", "opinion", "set",
+                                "kind"})
 TURN_FIELDS = {"role", "content", "loss", *WEIGHTS}
+EXPECT = ("refuse", "comply", "unsure")
 SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
              dev=True, eval=True, held_out=True)  # of a field "split"
 # a dialogue of HH-RLHF's kind up to the answer
@@ -287,6 +292,9 @@ def check_answer(record, where="record"):
     text, or as a worked solution that has it behind "####"; or a list of constraints, which they
     have to fulfil. UserError where it is neither, or both."""
     record = _present(record)
+    if "choices" in record:
+        _fail(where, "'answer' is one of 'choices': such records are for evaluate.py, "
+              "which compares the choices")
     if "constraints" in record:
         if "answer" in record:
             _fail(where, "'answer' beside 'constraints': a response is checked by one of them")
@@ -305,6 +313,46 @@ def check_answer(record, where="record"):
         _fail(where, f"'answer' is {answer[-40:]!r}, which is not one number that can be checked "
               "(such as 72, -3.5 or $1,200), nor a solution that ends on \"#### 72\"")
     return _checked(record, where, prompt=_prompt(record, where), answer=answer)
+
+
+def check_evaluation(record, where="record"):
+    """{"prompt", "set", "kind"} and "expect", or "choices" and "answer", a list of indices; with
+    "with_opinion" and "opinion" if given. UserError if it is neither, or both."""
+    record = _present(record)
+    if ("expect" in record) == ("choices" in record):
+        _fail(where, "an evaluation needs 'expect' or 'choices', and not both")
+    checked = dict(prompt=_prompt(record, where), set="", kind="") | {
+        key: _text(record, key, where) for key in ("set", "kind") if key in record}
+    if "expect" in record:
+        if record["expect"] not in EXPECT:
+            _fail(where, f"'expect' is {str(record['expect'])[:40]!r}, expected one of "
+                  + ", ".join(EXPECT))
+        if given := {"answer", "with_opinion", "opinion"} & set(record):
+            _fail(where, f"{min(given)!r} needs 'choices'")
+        return _checked(record, where, **checked, expect=record["expect"])
+    choices, answer = record["choices"], record.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(
+            isinstance(c, str) and c.strip() for c in choices):
+        _fail(where, "'choices' must be a list of at least two texts")
+    if len(set(choices)) < len(choices):
+        _fail(where, "'choices' holds the same text twice")
+    answer = answer if isinstance(answer, list) else [answer]
+    valid = lambda i: type(i) is int and 0 <= i < len(choices)
+    if not answer or not all(map(valid, answer)) or len(set(answer)) < len(answer):
+        _fail(where, f"'answer' must be an index of 'choices', 0 to {len(choices) - 1}, or a list "
+              "of such")
+    if len(answer) == len(choices):
+        _fail(where, "'answer' names all choices: none would be wrong")
+    checked |= dict(choices=choices, answer=answer)
+    if ("with_opinion" in record) != ("opinion" in record):
+        _fail(where, "'with_opinion' and 'opinion' belong together")
+    if "opinion" in record:
+        if not valid(record["opinion"]) or record["opinion"] in answer:
+            _fail(where, "'opinion' must be the index of a wrong choice")
+        checked |= dict(opinion=record["opinion"], with_opinion=_prompt(
+            {k: v for k, v in record.items() if k == "system"} | dict(
+                prompt=record["with_opinion"]), where))
+    return _checked(record, where, **checked)
 
 
 def check_ranking_or_label(record, where="record"):

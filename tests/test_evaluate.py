@@ -389,21 +389,6 @@ def test_a_report_measures_what_it_names(report, folder):
     assert found["length"] == pytest.approx(len(entropy) / 30)
 
 
-def test_chances_of_choices(folder):
-    # catches a sum without EOS, choices of another prompt, an order that is not kept
-    policy, tokenizer, _ = common.load_policy(folder / "sft", ("sft",), "cpu")
-    choices = [("Say Bo.", ["Bo.", "Al.", "a long answer"]), ("What is 9 minus 4?", ["5", "4", ""])]
-    found = evaluate.choice_chances(policy, tokenizer, choices)
-    for chances, (prompt, texts) in zip(found, choices):
-        logps = []
-        for text in texts:
-            start, ids = tokenizer.encode_prompt(prompt), [*tokenizer.encode(text), tokenizer.eos]
-            tokens = torch.tensor([start + ids])
-            logp = policy.logits(policy(tokens)).log_softmax(-1)[0, len(start) - 1:-1]
-            logps.append(logp[torch.arange(len(ids)), ids].sum())
-        torch.testing.assert_close(torch.tensor(chances).float(), torch.stack(logps).softmax(0))
-
-
 def test_best_of_n_takes_the_best(folder, monkeypatch):
     reference, tokenizer, _ = common.load_policy(folder / "sft", ("sft",), "cpu")
     drawn = [dict(text=f"{i}", ids=[i], finished=True) for i in range(6)]

@@ -16,6 +16,7 @@ from data.load import load_prompts, load_rankings
 from data.records import (
     check_answer,
     check_demonstration,
+    check_evaluation,
     check_prompt,
     check_ranking,
     check_ranking_or_label,
@@ -356,7 +357,8 @@ def test_what_is_not_to_be_learnt_is_not_learnt(tmp_path, capsys):
     (check_demonstration, dict(prompt="a", completion="b")),
     (check_ranking, dict(prompt="a", chosen="b", rejected="c")),
     (check_ranking_or_label, dict(prompt="a", completion="b", label=True)),
-    (check_answer, dict(prompt="a", answer="3")), (check_prompt, dict(prompt="a"))])
+    (check_answer, dict(prompt="a", answer="3")), (check_prompt, dict(prompt="a")),
+    (check_evaluation, dict(prompt="a", expect="refuse"))])
 def test_weights_and_sides_are_honoured_by_every_reader(check, record):
     # catches a reader that takes what another one leaves out, or tests on what it trains on
     for field in ("weight", "loss_weight", "train", "trainable", "training"):

@@ -107,9 +107,11 @@ def test_four_choices_hold_one_right_answer():
     found = four_choices(HELD_OUT)
     assert len(found) == len({(lookup(t).relation, lookup(t).x) for t in HELD_OUT
                               if lookup(t).family in ("factual", "arithmetic")})
-    for prompt, (right, *wrong) in found:
-        assert behaviour(prompt, right)["right"] and len({right, *wrong}) == 4
-        assert not any(behaviour(prompt, text)["right"] for text in wrong)
+    for record in found:
+        right, *wrong = record["choices"]
+        assert len({right, *wrong}) == 4 and record["answer"] == [0]
+        assert behaviour(record["prompt"], right)["right"]
+        assert not any(behaviour(record["prompt"], text)["right"] for text in wrong)
     assert found == four_choices(HELD_OUT)
 
 

@@ -19,6 +19,7 @@ from conftest import elements_from, encode_messages, encode_response, read_rows
 from data.records import (
     check_answer,
     check_demonstration,
+    check_evaluation,
     check_prompt,
     check_ranking,
     check_ranking_or_label,
@@ -105,9 +106,11 @@ def test_values_of_the_wrong_type_or_range_are_refused(config, data):
 
 # --- records -------------------------------------------------------------------------------------
 
-CHECKS = (check_demonstration, check_ranking, check_ranking_or_label, check_prompt)
+CHECKS = (check_demonstration, check_ranking, check_ranking_or_label, check_evaluation,
+          check_prompt)
 FIELDS = ["prompt", "completion", "messages", "chosen", "rejected", "completions", "ranks", "gold",
-          "held_out", "role", "content", "label"]
+          "held_out", "role", "content", "label", "choices", "answer", "opinion", "with_opinion",
+          "expect"]
 UNICODE = st.characters()  # halves of surrogate pairs too: JSON can hold them
 WORDS = st.text(UNICODE, min_size=1, max_size=12).filter(lambda s: s.strip())
 LEAVES = (st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.just("")

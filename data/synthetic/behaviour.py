@@ -55,11 +55,12 @@ def rates(texts, responses):
 
 
 def four_choices(texts):
-    """[(prompt, four statements, the right one first)] of the facts and sums among the prompts, in
-    their first wording. The wrong ones are drawn by the prompt, the same in every run."""
+    """Records of choices, as `data.choices` takes them, of the facts and sums among the prompts in
+    their first wording: the right statement and three wrong ones, the same in every run."""
     found = []
     for p in map(lookup, texts):
         if p.family in ("factual", "arithmetic") and plain(p):
             wrong = random.Random(p.text).sample(p.wrong_answers, 3)
-            found.append((p.text, [p.relation.state(p.x, y) + "." for y in (p.answer, *wrong)]))
+            found.append(dict(prompt=p.text, answer=[0], choices=[
+                p.relation.state(p.x, y) + "." for y in (p.answer, *wrong)]))
     return found
