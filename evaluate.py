@@ -10,6 +10,7 @@ here too.
     python evaluate.py                       # out/ppo against out/sft; runs what is missing first
     python evaluate.py --policy=out/dpo --reward_model=out/reward --best_of=4
     python evaluate.py --policies=out/pretrain,out/sft,out/dpo,out/ppo --reward_model=out/reward
+    python evaluate.py --policies=out/ppo --sets=out/data/xstest.jsonl    # refusals, choices
     python evaluate.py --select=out/sft --reward_model=out/reward
 
     {"prompt": P}            # of --data; P is text or a list of turns
@@ -19,7 +20,7 @@ is wrong, admit what nobody can know), what they can (facts, sums, plain text), 
 vary, who beats whom. `report_on` says how each is measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import cli
@@ -30,13 +31,14 @@ from cli import Positive
 class Config(cli.Config):
     # --- data and models
     policy: str = "out/ppo"  # checkpoint to judge
-    policies: str = ""  # several, with commas between: a report on all of them, in out/report
+    policies: str = ""  # several, with commas between: a report on all of them
     select: str = ""  # an SFT run: which of its epochs the reward model likes best
     reference: str = "out/sft"  # what they are compared with, and what the KL is measured to
     reward_model: str = ""  # checkpoint for the scores; "" leaves them out
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     split: str | None = None  # "all", "train" or "held_out"; auto: of a file all, else held_out
-    out: str = "out/evaluate"  # output folder: log.jsonl, and every answer in answers.jsonl
+    out: str = "out/evaluate"  # log.jsonl, every answer in answers.jsonl; a report: out/report
+    sets: str = ""  # of a report: files of evaluations (docs/data.md), with commas between
     eval_prompts: Positive[int] | None = None  # at most so many; auto: of a file all, else 512
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
     # --- answers
@@ -65,6 +67,7 @@ from data import batches, instruments
 from data.choices import choice_logprobs, chosen
 from data.load import load_prompts
 from data.records import question, write_jsonl
+from data.sets import load_sets, measure_set, set_rows
 from data.synthetic.behaviour import four_choices, rates
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
@@ -480,12 +483,15 @@ def who_wins(worth, answers, cluster):
 
 
 def differs(name, metrics, before):
-    """Is it more than two standard errors off the reference's?"""
+    """Is it more than two standard errors off the reference's? Of a rate that is 0 or 1 everywhere,
+    where the error is 0, the width of its interval stands for it."""
+    error = lambda m: max(m[f"{name}_se"], (m.get(f"{name}_high", 0) - m.get(f"{name}_low", 0))
+                          / (2 * 1.96))
     gap = metrics[name] - before.get(name, float("nan"))
-    return abs(gap) > 2 * math.hypot(metrics[f"{name}_se"], before[f"{name}_se"])
+    return abs(gap) > 2 * math.hypot(error(metrics), error(before))
 
 
-def judgement(metrics, before, samples):
+def judgement(metrics, before, samples, rows=ROWS):
     """What a report says of one checkpoint, in words: its wins, and what got worse."""
     if "win_rate" not in metrics:
         return "No reward is known for these prompts: read the answers."
@@ -500,7 +506,7 @@ def judgement(metrics, before, samples):
             metrics.get("score", 0) > before.get("score", 0):
         words += " The score rose and the gold fell: it exploits errors of the reward model."
     worse = [f"{label.format(samples=samples, by='')} {cell(before[name], unit)} to "
-             f"{cell(metrics[name], unit)}" for name, label, unit, sign in ROWS
+             f"{cell(metrics[name], unit)}" for name, label, unit, sign in rows
              if sign and name != "gold" and name in metrics and name in before
              and differs(name, metrics, before) and (metrics[name] - before[name]) * sign < 0]
     return words + (f" What got worse: {'; '.join(worse)}." if worse else "")
@@ -519,10 +525,10 @@ def cell(value, unit, se=float("nan"), low=None, high=None, star=False):
     return text + (" *" if star else "")
 
 
-def report_columns(found, config, by):
+def report_columns(found, config, by, rows=ROWS):
     """The table of a report: a column for each checkpoint, as `cli.table` takes them."""
     columns, labels = {name: [] for name in found}, []
-    for name, label, unit, _ in ROWS:
+    for name, label, unit, _ in rows:
         if any(name in each["metrics"] for each in found.values()):
             labels.append(label.format(by=by, samples=config.samples) + ", %" * (unit == "%"))
             for path, each in found.items():
@@ -573,6 +579,8 @@ def make_report(config, device):
     if not own:
         [everything] = load_prompts("synthetic", {"held-out": None}, tokenizer,
                                     room - config.max_new_tokens)
+    sets = load_sets(config.sets, tokenizer, room, config.max_new_tokens, config.skip_bad)
+    rows = sum((set_rows(name, choices) for name, (*_, choices) in sets.items()), ROWS)
     run = common.Run("evaluate", config, device, parents, result="report.json")
     measured = {}
     for path in paths:
@@ -580,6 +588,9 @@ def make_report(config, device):
         say(f"{path}: {model.num_params():,} parameters")
         measured[path] = measure(model, common.freeze(reference), reward_model, tokenizer, prompts,
                                  everything, config)
+        for name, (judged, ids, choices) in sets.items():
+            said = ask(model, tokenizer, ids, config, name) if ids else []
+            measured[path][0].update(measure_set(name, judged, said, choices, model, tokenizer))
         del model
     if config.best_of > 1 and reward_model is not None:
         measured[f"best of {config.best_of}"] = best_of_n(
@@ -593,10 +604,10 @@ def make_report(config, device):
                        [question(p[0], not own) for p in prompts])
         for name, metrics in won.items():
             found[name]["metrics"] |= metrics
-    columns = report_columns(found, config, by)
+    columns = report_columns(found, config, by, rows)
     say(cli.table(columns))
     before = found[config.reference]["metrics"]
-    words = {name: judgement(each["metrics"], before, config.samples)
+    words = {name: judgement(each["metrics"], before, config.samples, rows)
              for name, each in found.items() if name != config.reference}
     if reward_model is not None and rm_parent["metrics"].get("accuracy", 1) < 0.6:
         words[config.reward_model] = (
@@ -698,6 +709,8 @@ def choose_prompts(config, tokenizer, block_size):
 def main(config):
     device = common.set_up(config, "evaluate")
     if config.select or config.policies:
+        if config.out == Config.out:
+            config = replace(config, out="out/select" if config.select else "out/report")
         return (select if config.select else make_report)(config, device)
     common.ensure_input(config, "policy", "ppo")
     policy, tokenizer, parent = common.load_policy(config.policy, STAGES, device)
