@@ -395,8 +395,10 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
     ref_logp, _ = answer_stats(reference, ids, drawn, tokenizer.pad, config)
     lengths = np.array([len(s["ids"]) for s in drawn], float)
+    rate = entropy.sum() / lengths.sum()
     values = dict(kl=logp - ref_logp, length=lengths,
-                  entropy=entropy * len(lengths) / lengths.sum(),  # its mean: that over all tokens
+                  # mean: that over all tokens, a ratio of two sums; linearised, for its error
+                  entropy=rate + (entropy - rate * lengths) / lengths.mean(),
                   eos_rate=np.array([s["finished"] for s in drawn]),
                   repetition=np.array([instruments.repetition(s["ids"]) for s in drawn]))
     if reward_model is not None:
@@ -423,7 +425,8 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     right, confidence = chosen(choice_logprobs(model, tokenizer, choices, eos=True,
                                                bar="choices"), choices)
     which = [c["prompt"] for c in choices]
-    values["choice"], values["overconfidence"] = (right == 1, which), (confidence - right, which)
+    values["choice"] = right == 1 if set(right) <= {0, 1} else right, which  # of a tie a part
+    values["overconfidence"] = confidence - right, which
     values["text_loss"] = text_losses(model, tokenizer)
     return values, drawn, by_family(texts, said)
 
@@ -440,6 +443,14 @@ def summary(values):
             low, high = instruments.rate_interval(x, se, len(set(cluster)))
             metrics |= {f"{name}_low": low, f"{name}_high": high}
     return metrics
+
+
+def gap_errors(values, before):
+    """{name_gap_se: error of the difference to the reference}, where both have the same items: they
+    answer the same prompts, so the error is that of the differences."""
+    return {f"{name}_gap_se": common.clustered_se(x.astype(float) - before[name][0], cluster)
+            for name, (x, cluster) in values.items()
+            if len(x) and name in before and list(cluster) == list(before[name][1])}
 
 
 def best_of_n(reward_model, reference, tokenizer, prompts, config, synthetic):
@@ -475,6 +486,8 @@ def who_wins(worth, answers, cluster):
         equal, se = instruments.length_controlled(win, longer, cluster)
         found[name] = summary(dict(win_rate=(win, cluster), tie_rate=(win == 0.5, cluster))) | dict(
             win_rate_lc=equal, win_rate_lc_se=se)
+        found[name]["win_rate_low"], found[name]["win_rate_high"] = instruments.rate_interval(
+            win, found[name]["win_rate_se"], len(set(cluster)))
     strength, se = instruments.rating([*worth.values()], [[differ[a, b] for b in worth]
                                                           for a in worth], cluster)
     for name, s, e in zip(worth, strength, se):
@@ -483,32 +496,33 @@ def who_wins(worth, answers, cluster):
 
 
 def differs(name, metrics, before):
-    """Is it more than two standard errors off the reference's? Of a rate that is 0 or 1 everywhere,
-    where the error is 0, the width of its interval stands for it."""
-    error = lambda m: max(m[f"{name}_se"], (m.get(f"{name}_high", 0) - m.get(f"{name}_low", 0))
-                          / (2 * 1.96))
-    gap = metrics[name] - before.get(name, float("nan"))
-    return abs(gap) > 2 * math.hypot(error(metrics), error(before))
+    """Is it more than two standard errors off the reference's? The error is that of the difference;
+    where the items are not the same, or all differ alike, that of both, of a rate the width of its
+    interval."""
+    width = lambda m: (m.get(f"{name}_high", 0) - m.get(f"{name}_low", 0)) / (2 * 1.96)
+    error = lambda m: max(m[f"{name}_se"], width(m))
+    gap, se = metrics[name] - before[name], metrics.get(f"{name}_gap_se", 0)
+    return abs(gap) > 2 * (se if se > 1e-9 else math.hypot(error(metrics), error(before)))
 
 
-def judgement(metrics, before, samples, rows=ROWS):
+def judgement(metrics, before, rows):
     """What a report says of one checkpoint, in words: its wins, and what got worse."""
     if "win_rate" not in metrics:
         return "No reward is known for these prompts: read the answers."
-    rate, se = metrics["win_rate"], metrics["win_rate_se"]
+    rate, low, high = (metrics[name] for name in ("win_rate", "win_rate_low", "win_rate_high"))
     if metrics.get("kl", 0) > 100 and rate < 0.5:
         words = "Drift: more than 100 nats from the reference, and it wins less than half."
-    elif not abs(rate - 0.5) > 2 * se:
+    elif low <= 0.5 <= high:
         words = "No difference to the reference that these prompts can show."
     else:
         words = "Improved." if rate > 0.5 else "Worse than the reference."
-    if metrics.get("gold", 0) < before.get("gold", 0) and \
-            metrics.get("score", 0) > before.get("score", 0):
+    changed = [(name, label, unit, sign) for name, label, unit, sign in rows
+               if name in metrics and name in before and differs(name, metrics, before)]
+    gone = {name: metrics[name] - before[name] for name, *_ in changed}
+    if gone.get("gold", 0) < 0 < gone.get("score", 0):
         words += " The score rose and the gold fell: it exploits errors of the reward model."
-    worse = [f"{label.format(samples=samples, by='')} {cell(before[name], unit)} to "
-             f"{cell(metrics[name], unit)}" for name, label, unit, sign in rows
-             if sign and name != "gold" and name in metrics and name in before
-             and differs(name, metrics, before) and (metrics[name] - before[name]) * sign < 0]
+    worse = [f"{label} {cell(before[name], unit)} to {cell(metrics[name], unit)}"
+             for name, label, unit, sign in changed if gone[name] * sign < 0 and name != "gold"]
     return words + (f" What got worse: {'; '.join(worse)}." if worse else "")
 
 
@@ -525,17 +539,17 @@ def cell(value, unit, se=float("nan"), low=None, high=None, star=False):
     return text + (" *" if star else "")
 
 
-def report_columns(found, config, by, rows=ROWS):
+def report_columns(found, reference, rows):
     """The table of a report: a column for each checkpoint, as `cli.table` takes them."""
     columns, labels = {name: [] for name in found}, []
     for name, label, unit, _ in rows:
         if any(name in each["metrics"] for each in found.values()):
-            labels.append(label.format(by=by, samples=config.samples) + ", %" * (unit == "%"))
+            labels.append(label + ", %" * (unit == "%"))
             for path, each in found.items():
-                m, before = each["metrics"], found[config.reference]["metrics"]
+                m, before = each["metrics"], found[reference]["metrics"]
                 columns[path].append(cell(
                     m.get(name), unit, m.get(f"{name}_se", float("nan")), m.get(f"{name}_low"),
-                    m.get(f"{name}_high"), name in m and name in before
+                    m.get(f"{name}_high"), path != reference and name in m and name in before
                     and differs(name, m, before)))
     return columns | {"± one standard error (95% interval) * not the reference's": labels}
 
@@ -564,7 +578,8 @@ def make_report(config, device):
     config = common.sized(config, "evaluate", reference)
     parents, room, reward_model = dict(reference=parent["hash"]), reference.config.block_size, None
     for path in paths[1:]:
-        checkpoint = common.load_checkpoint(path, STAGES, device)
+        checkpoint = common.load_checkpoint(path, STAGES)
+        del checkpoint["weights"]  # read again when it is measured: one at a time
         parents[path] = checkpoint["hash"]
         room = min(room, checkpoint["model"]["block_size"])
         common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
@@ -580,7 +595,11 @@ def make_report(config, device):
         [everything] = load_prompts("synthetic", {"held-out": None}, tokenizer,
                                     room - config.max_new_tokens)
     sets = load_sets(config.sets, tokenizer, room, config.max_new_tokens, config.skip_bad)
-    rows = sum((set_rows(name, choices) for name, (*_, choices) in sets.items()), ROWS)
+    by = "score" if own else "gold"
+    rows = [(name, label.format(by=by, samples=config.samples), unit, sign)
+            for name, label, unit, sign in ROWS]
+    for name, (*_, choices) in sets.items():
+        rows += set_rows(name, choices)
     run = common.Run("evaluate", config, device, parents, result="report.json")
     measured = {}
     for path in paths:
@@ -595,19 +614,20 @@ def make_report(config, device):
     if config.best_of > 1 and reward_model is not None:
         measured[f"best of {config.best_of}"] = best_of_n(
             reward_model, reference, tokenizer, prompts, config, not own)
-    found = {name: dict(metrics=summary(values), answers=drawn, families=families)
-             for name, (values, drawn, families) in measured.items()}
-    by = "score" if own else "gold"
+    first = measured[config.reference][0]
+    found = {name: dict(metrics=summary(values) | (
+        gap_errors(values, first) if name != config.reference else {}), answers=drawn,
+        families=families) for name, (values, drawn, families) in measured.items()}
     if by == "gold" or reward_model is not None:
         won = who_wins({name: values[by][0] for name, (values, *_) in measured.items()},
                        {name: drawn for name, (_, drawn, _) in measured.items()},
                        [question(p[0], not own) for p in prompts])
         for name, metrics in won.items():
             found[name]["metrics"] |= metrics
-    columns = report_columns(found, config, by, rows)
+    columns = report_columns(found, config.reference, rows)
     say(cli.table(columns))
     before = found[config.reference]["metrics"]
-    words = {name: judgement(each["metrics"], before, config.samples, rows)
+    words = {name: judgement(each["metrics"], before, rows)
              for name, each in found.items() if name != config.reference}
     if reward_model is not None and rm_parent["metrics"].get("accuracy", 1) < 0.6:
         words[config.reward_model] = (
@@ -623,9 +643,13 @@ def write_report(folder, config, found, columns, words, prompts):
     """report.json, report.md, and answers.jsonl: what each checkpoint says to the same prompts."""
     texts = [p[0] for p in prompts]
     content = dict(reference=config.reference, prompts=len(texts), data=config.data,
-                   checkpoints={path: each["metrics"] for path, each in found.items()},
-                   verdicts=words)
-    text = json.dumps(content, indent=1, default=float).replace("NaN", "null")
+                   checkpoints={path: {k: None if v != v else v for k, v in each["metrics"].items()}
+                                for path, each in found.items()},
+                   gold_by_family={path: each["families"][0] for path, each in found.items()
+                                   if each["families"]},
+                   gold_by_part={path: each["families"][1] for path, each in found.items()
+                                 if each["families"]}, verdicts=words)
+    text = json.dumps(content, indent=1, default=float)
     lines = [f"# Report\n\nAgainst {config.reference}, on {len(texts)} prompts of {config.data}, "
              f"temperature {config.temperature}, seed {config.seed}.\n", markdown(columns), ""]
     lines += [f"**{path}**: {said}\n" for path, said in words.items()]
@@ -654,7 +678,8 @@ def select(config, device):
     """Which epoch of an SFT run? Its validation loss is least early, people like later ones better:
     InstructGPT took the one with the best reward-model score. A line for each, and the best."""
     folder = Path(config.select)
-    paths = sorted(folder.glob("model-epoch*.pt"), key=lambda p: int(p.stem[11:]))
+    paths = sorted((p for p in folder.glob("model-epoch*.pt") if p.stem[11:].isdigit()),
+                   key=lambda p: int(p.stem[11:]))
     if not paths:
         raise UserError(f"--select={folder} holds no model-epoch1.pt: sft.py writes one an epoch")
     if not config.reward_model:
@@ -708,6 +733,12 @@ def choose_prompts(config, tokenizer, block_size):
 
 def main(config):
     device = common.set_up(config, "evaluate")
+    for name, needed, given in (
+            ("select", "no --policies and no --sets", not (config.policies or config.sets)),
+            ("sets", "--policies=", config.policies),
+            ("best_of", "--reward_model=", config.reward_model)):
+        if getattr(config, name) != getattr(Config, name) and not given:
+            raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
     if config.select or config.policies:
         if config.out == Config.out:
             config = replace(config, out="out/select" if config.select else "out/report")

@@ -273,7 +273,8 @@ def autocast(device):
 
 def one_launch(fn, *inputs):
     """fn as a CUDA graph: on a GPU a step of decoding is a thousand kernels, each done before the
-    next one is launched. fn may read and write only tensors that stay where they are.
+    next one is launched. fn may read and write only tensors that stay where they are: weights that
+    autocast rounds do so until it is left, frozen ones always.
 
     Returns a function of inputs of the same shapes; its result is overwritten by the next call.
     """

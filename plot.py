@@ -88,7 +88,8 @@ def read_rows(folder):
                 raise UserError(f"{path}:{n}: not JSON, so no log of this project") from None
             note(f"{path}: the last line is incomplete, so it is left out; is the run going on?")
     if not all(isinstance(row, dict) and "kind" in row for row in rows) or not (
-            rows[0]["kind"] == "config" and {"stage", "config"} <= rows[0].keys()):
+            rows[0]["kind"] == "config" and isinstance(rows[0].get("config"), dict)
+            and "stage" in rows[0]):
         raise UserError(f"{path} is no log of this project: its first row says no stage, or a "
                         "later one no kind")
     return rows
@@ -118,11 +119,12 @@ def read_run(folder):
     first, *rows = read_rows(folder)
     stage, flags = first["stage"], first["config"]
     train, held_out, made = {}, {}, 0
-    prompts = f"up to {flags['samples']}" if stage == "sft" else None  # held out
+    prompts = f"up to {flags['samples']}" if "samples" in flags and stage == "sft" else None
     for row in rows:
         if row["kind"] not in ("step", "validation", "final"):
             continue
-        curves, step = train if row["kind"] == "step" else held_out, row.get("step", made)
+        curves, step = train if row["kind"] == "step" else held_out, row.get("step")
+        step = made if step is None else step
         for field, value in by_unit(row, stage, flags).items():
             if field in FIELDS and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(field, {})[step] = value  # of a step's rows the last one counts
@@ -133,7 +135,7 @@ def read_run(folder):
         points = {step for curve in train.values() for step in curve}
         label += [f"{len(points)} points", f"{flags['batch_size']} {STEPS[stage]}"]
     label += [f"{prompts} prompts held out"] * bool(prompts)
-    target = flags.get("kl_target", 0)
+    target = flags.get("kl_target") or 0
     label += [f"KL target {target:g}"] * bool(target)
     ordered = lambda curves: {field: dict(sorted(c.items())) for field, c in curves.items()}
     return Run(stage, ", ".join(label), target, ordered(train), ordered(held_out))

@@ -99,6 +99,7 @@ def choose(logits, temperature, top_p, generator):
 def stream(model, prompt, max_new_tokens, eos, temperature=1.0, top_p=1.0, generator=None):
     """Yield the ids of one answer as they are sampled, EOS included.
 
+    model: frozen (common.freeze): on a GPU a graph holds the addresses of its bf16 weights.
     prompt: ids, which fit the context together with max_new_tokens. With top_p=1 this is what
     `generate` does to one row: the same numbers of the generator give the same tokens.
     """

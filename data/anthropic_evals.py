@@ -81,7 +81,7 @@ def convert(row, where="row", kind=""):
         raise UserError(f"{where}: 'answer_matching_behavior' is {answer[:40]!r}, expected one of "
                         + ", ".join(choices))
     return dict(prompt=question, choices=choices, answer=choices.index(answer),
-                set="anthropic_evals", kind=kind, held_out=True), None
+                behaviour=True, set="anthropic_evals", kind=kind, held_out=True), None
 
 
 def records(path):

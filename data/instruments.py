@@ -16,7 +16,7 @@ def rate_interval(x, se, n):
     all 1 the error is 0 and says nothing: there every cluster counts as one trial.
     """
     p, z = float(np.mean(x)), 1.96
-    trials = p * (1 - p) / se ** 2 if se > 0 else n
+    trials = p * (1 - p) / se ** 2 if se > 1e-9 else n  # it may round to nearly 0
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials ** 2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -52,6 +52,8 @@ def overlap(texts):
     """Words that two answers share over the words of both, as sets: the mean over all pairs of the
     answers to one prompt. 1: always the same words. Two empty answers are the same."""
     words = [set(text.lower().split()) for text in texts]
+    if len(words) < 2:
+        return 1.0
     return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0
                           for a, b in combinations(words, 2)]))
 
@@ -63,8 +65,9 @@ def logistic(x, y, cluster, ridge=1e-3):
     """P(y) = 1 / (1 + exp(-x w)), fitted by maximum likelihood: (w, its covariance).
 
     x (n, k); y (n,) in [0, 1], a tie is 0.5; cluster (n,): rows of one cluster depend on each
-    other, so the covariance is the sandwich over clusters. ridge / 2 * |w|^2 is taken off the log
-    likelihood, so that w stays finite where one side always wins.
+    other, so the covariance is the sandwich over clusters, nan where there are fewer than k + 1.
+    ridge / 2 * |w|^2 is taken off the log likelihood, so that w stays finite where one side always
+    wins; there its size is the ridge's.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     w = np.zeros(x.shape[1])
@@ -79,6 +82,8 @@ def logistic(x, y, cluster, ridge=1e-3):
     _, index = np.unique(np.asarray(cluster), return_inverse=True)
     scores = np.zeros((index.max() + 1, len(w)))
     np.add.at(scores, index, x * (y - p)[:, None])
+    if len(scores) <= len(w):
+        return w, np.full((len(w), len(w)), np.nan)
     bread = np.linalg.inv(hessian)
     return w, bread @ (scores.T @ scores) @ bread
 
@@ -88,14 +93,16 @@ def length_controlled(win, difference, cluster):
 
     win (n,): 1, 0.5 for a tie or 0, of one answer against another; difference (n,): its length less
     that of the other, in tokens. A logistic regression of the win on the difference, in units of
-    its standard deviation; the rate is what it says at a difference of 0.
+    its standard deviation; the rate is what it says at a difference of 0. Both are nan where all
+    differences are the same and not 0; the error where one side always wins.
     """
-    difference = np.asarray(difference, float)
-    spread = difference.std() or 1.0
-    w, covariance = logistic(np.stack([np.ones(len(difference)), difference / spread], 1), win,
-                             cluster)
-    rate = 1 / (1 + np.exp(-w[0]))
-    return float(rate), float(rate * (1 - rate) * covariance[0, 0] ** 0.5)
+    win, difference = np.asarray(win, float), np.asarray(difference, float)
+    if difference.std() == 0:
+        return float(win.mean() if difference[0] == 0 else "nan"), float("nan")
+    x = np.stack([np.ones(len(difference)), difference / difference.std()], 1)
+    w, covariance = logistic(x, win, cluster)
+    rate, always = 1 / (1 + np.exp(-w[0])), len(set(win)) == 1 and win[0] != 0.5
+    return float(rate), float("nan" if always else rate * (1 - rate) * covariance[0, 0] ** 0.5)
 
 
 def rating(values, differ, cluster):
@@ -103,7 +110,8 @@ def rating(values, differ, cluster):
 
     values (m, n): what each of m models earns on each of n prompts, the higher wins; differ
     (m, m, n): False where two answers are the same, which is a tie. Returns (s, standard errors),
-    each (m,), in nats of odds; the first model stands at 0.
+    each (m,), in nats of odds; the first model stands at 0. The error is nan of one that always
+    wins or always loses: how far off it stands nobody can know.
     """
     values = np.asarray(values, float)
     m, n = values.shape
@@ -116,5 +124,8 @@ def rating(values, differ, cluster):
         clusters.append(cluster)
     if m < 2:
         return np.zeros(1), np.zeros(1)
-    w, covariance = logistic(np.concatenate(x), np.concatenate(y), np.concatenate(clusters))
-    return np.r_[0.0, w], np.r_[0.0, np.diag(covariance) ** 0.5]
+    x, y = np.concatenate(x), np.concatenate(y)
+    w, covariance = logistic(x, y, np.concatenate(clusters))
+    mine = [np.where(column > 0, y, 1 - y)[column != 0] for column in x.T]  # wins of each model
+    never = np.array([set(wins) in ({0.0}, {1.0}) for wins in mine])
+    return np.r_[0.0, w], np.r_[0.0, np.where(never, np.nan, np.diag(covariance) ** 0.5)]

@@ -48,8 +48,8 @@ FIELDS = dict(check_demonstration={"completion", "messages", "label"},
               check_ranking_or_label={"chosen", "rejected", "completions", "ranks", "gold",
                                       "completion", "label"},
               check_answer={"answer", "constraints"},
-              check_evaluation={"expect", "choices", "answer", "with_opinion", "opinion", "set",
-                                "kind"})
+              check_evaluation={"expect", "choices", "answer", "behaviour", "with_opinion",
+                                "opinion", "set", "kind"})
 TURN_FIELDS = {"role", "content", "loss", *WEIGHTS}
 EXPECT = ("refuse", "comply", "unsure")
 SIDES = dict(train=False, training=False, test=True, validation=True, valid=True, val=True,
@@ -317,7 +317,7 @@ def check_answer(record, where="record"):
 
 def check_evaluation(record, where="record"):
     """{"prompt", "set", "kind"} and "expect", or "choices" and "answer", a list of indices; with
-    "with_opinion" and "opinion" if given. UserError if it is neither, or both."""
+    "behaviour", "with_opinion" and "opinion" if given. UserError if it is neither, or both."""
     record = _present(record)
     if ("expect" in record) == ("choices" in record):
         _fail(where, "an evaluation needs 'expect' or 'choices', and not both")
@@ -344,6 +344,10 @@ def check_evaluation(record, where="record"):
     if len(answer) == len(choices):
         _fail(where, "'answer' names all choices: none would be wrong")
     checked |= dict(choices=choices, answer=answer)
+    if "behaviour" in record:
+        if not isinstance(record["behaviour"], bool):
+            _fail(where, "'behaviour' must be true or false")
+        checked["behaviour"] = record["behaviour"]
     if ("with_opinion" in record) != ("opinion" in record):
         _fail(where, "'with_opinion' and 'opinion' belong together")
     if "opinion" in record:

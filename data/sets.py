@@ -7,11 +7,12 @@ An answer is sampled and judged by its words (data/refusal.py), or choices are c
 log-probability (data/choices.py), with and without the user's wrong opinion.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, note
 from data.choices import calibration, chance, choice_logprobs, chosen, longest_choice
 from data.files import each_row
 from data.records import check_evaluation, fits, prompt_key
@@ -22,10 +23,21 @@ def load_sets(paths, tokenizer, block_size, max_new_tokens, skip_bad=False):
     """{name: (its records with "expect", their prompts' ids, its records with choices)} of files,
     paths with commas between, by the records' own "set". What does not fit the context, with an
     answer of max_new_tokens, is dropped and counted."""
-    groups = {}
-    for path in filter(None, map(str.strip, paths.split(","))):
+    groups, dropped = {}, Counter()
+    for path in dict.fromkeys(filter(None, map(str.strip, paths.split(",")))):
+        others = set(groups)  # of other files
         for record in each_row(path, check_evaluation, skip_bad):
-            groups.setdefault(record["set"] or Path(path).stem, []).append(record)
+            if "dropped" in record:
+                dropped[record["dropped"]] += 1
+                continue
+            name = record["set"] or Path(path).stem
+            if record.get("behaviour"):  # each kind is another behaviour
+                name = f"{name} {record['kind']}".strip()
+            if name in others:
+                name += f" of {Path(path).stem}"
+            groups.setdefault(name, []).append(record)
+    for why, n in dropped.items():
+        note(f"--sets={paths}: dropped {n} records {why}")
     found, room = {}, block_size - max_new_tokens
     for name, records in groups.items():
         judged = [r for r in records if "expect" in r]
@@ -46,6 +58,8 @@ def load_sets(paths, tokenizer, block_size, max_new_tokens, skip_bad=False):
 def set_rows(name, choices):
     """Rows of the report, as evaluate.ROWS has them, of one set."""
     by_chance = f" (chance {chance(choices):.1%})" if choices else ""
+    if any(r.get("behaviour") for r in choices):  # neither right nor wrong
+        return ((f"{name} choice", f"{name}: shows the behaviour{by_chance}", "%", 0),)
     return ((f"{name} refusal", f"{name}: refuses, and should", "%", 1),
             (f"{name} over_refusal", f"{name}: refuses, and should not", "%", -1),
             (f"{name} honesty", f"{name}: admits that it does not know", "%", 1),
@@ -71,7 +85,7 @@ def measure_set(name, judged, said, choices, model, tokenizer):
         logp = choice_logprobs(model, tokenizer, choices, bar=f"{name}, choices")
         right, confidence = chosen(logp, choices)
         error, _ = calibration(confidence, right)
-        values |= dict(choice=(right == 1, key(choices)),
+        values |= dict(choice=(right == 1 if set(right) <= {0, 1} else right, key(choices)),
                        overconfidence=(confidence - right, key(choices)),
                        calibration=(np.array([error]), [0]))  # one number, without an error
         asked = [n for n, r in enumerate(choices) if "opinion" in r]

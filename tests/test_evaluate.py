@@ -30,6 +30,11 @@ from tiny_runs import make_inputs
 
 
 @pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("synthetic")
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("evaluate"))
 
@@ -332,7 +337,9 @@ def test_a_report_has_every_checkpoint_and_every_row(report):
     never_right = {"sycophancy", "flips_anyway"}  # these models answer nothing right
     assert rows - own - never_right <= set(found["sft"]) and own.isdisjoint(found["sft"])
     assert rows - {"kl_bound"} - never_right <= set(found["dpo"])
-    assert all(math.isfinite(x) for metrics in found.values() for x in metrics.values())
+    for metrics in found.values():
+        assert {k for k, v in metrics.items() if v is None} <= {"win_rate_lc_se", "rating_se"}
+        assert all(math.isfinite(v) for v in metrics.values() if v is not None)
     for metrics in found.values():
         for row in set(metrics) & rows - {"kl_bound"}:
             assert f"{row}_se" in metrics
@@ -350,7 +357,8 @@ def test_a_copy_of_the_reference_is_the_reference(report):
     # catches numbers that depend on a checkpoint's place in the list, or draws that differ
     _, said, content = report
     sft, other = content["checkpoints"]["sft"], content["checkpoints"]["other"]
-    assert {k: v for k, v in other.items() if k in sft} == pytest.approx(sft, abs=1e-4)
+    assert {k: v for k, v in other.items() if k in sft and k != "rating_se"} == pytest.approx(
+        {k: v for k, v in sft.items() if k != "rating_se"}, abs=1e-4)
     assert other["win_rate"] == 0.5 and other["tie_rate"] == 1 and other["kl"] == 0
     assert content["verdicts"]["other"].startswith("No difference")
     assert content["checkpoints"]["dpo"]["kl"] > 0 and " *" in said
@@ -377,7 +385,7 @@ def test_a_report_measures_what_it_names(report, folder):
     ids = [tokenizer.encode_prompt(t) for t in texts]
     drawn = evaluate.ask(policy, tokenizer, ids, config, "answers")
     assert [s["text"] for s in drawn] == [a["dpo"] for a in answers]
-    kl, entropy = 0.0, []
+    kl, entropy, sums = 0.0, [], []
     for prompt, s in zip(ids, drawn):
         tokens = torch.tensor([prompt + s["ids"]])
         logp, ref_logp = (m.logits(m(tokens))[0, len(prompt) - 1:-1].log_softmax(-1)
@@ -385,9 +393,15 @@ def test_a_report_measures_what_it_names(report, folder):
         index = torch.arange(len(s["ids"])), torch.tensor(s["ids"])
         kl += (logp[index] - ref_logp[index]).sum().item()
         entropy += (-(logp.exp() * logp).sum(-1)).tolist()
+        sums.append(sum(entropy[-len(s["ids"]):]))
     assert found["kl"] == pytest.approx(kl / 30, abs=1e-4)
     assert found["entropy"] == pytest.approx(np.mean(entropy), abs=1e-4)
     assert found["length"] == pytest.approx(len(entropy) / 30)
+    # the error of a ratio of sums: how it moves when a question is left out (the jackknife)
+    sums, lengths = np.array(sums), np.array([len(s["ids"]) for s in drawn])
+    asked = np.array([question(t) for t in texts])
+    left = [sums[asked != q].sum() / lengths[asked != q].sum() for q in set(asked)]
+    assert found["entropy_se"] == pytest.approx(np.std(left) * len(left)**0.5, rel=0.15)
 
 
 def test_best_of_n_takes_the_best(folder, monkeypatch):
@@ -419,11 +433,17 @@ def test_a_report_on_a_file(folder):
 @pytest.mark.parametrize("metrics, says", [
     (dict(win_rate=0.7, win_rate_se=0.05, kl=3.0), "Improved."),
     (dict(win_rate=0.55, win_rate_se=0.05, kl=3.0), "No difference"),
-    (dict(win_rate=0.5, win_rate_se=float("nan"), kl=3.0), "No difference"),
+    (dict(win_rate=1.0, win_rate_se=0.3, kl=3.0), "No difference"),  # two prompts
     (dict(win_rate=0.3, win_rate_se=0.05, kl=3.0), "Worse"),
     (dict(win_rate=0.3, win_rate_se=0.05, kl=130.0), "Drift: more than 100 nats"),
     (dict(win_rate=0.7, win_rate_se=0.05, kl=130.0), "Improved."),
-    (dict(win_rate=0.3, win_rate_se=0.05, kl=9.0, score=2.0, gold=-1.0), "exploits errors"),
+    (dict(win_rate=0.3, win_rate_se=0.05, kl=9.0, score=2.0, score_se=0.1, gold=-1.0, gold_se=0.1),
+     "exploits errors"),
+    (dict(win_rate=0.5, win_rate_se=0.05, kl=9.0, score=0.1, score_se=0.1, gold=-0.1, gold_se=0.1),
+     "No difference"),  # rose and fell by chance
+    # the same prompts: the error is that of the differences, far below those of the means
+    (dict(win_rate=0.7, win_rate_se=0.05, kl=9.0, text_loss=1.1, text_loss_se=0.05,
+          text_loss_gap_se=0.003), "loss on held-out text, nats a token 1.00 to 1.10"),
     (dict(win_rate=0.7, win_rate_se=0.05, kl=9.0, refusal=0.5, refusal_se=0.05),
      "What got worse: refuses what is harmful 80.0 to 50.0."),
     (dict(win_rate=0.7, win_rate_se=0.05, kl=9.0, text_loss=1.5, text_loss_se=0.05),
@@ -432,8 +452,12 @@ def test_a_report_on_a_file(folder):
 def test_what_a_report_says_of_a_checkpoint(metrics, says):
     before = dict(score=0.0, score_se=0.1, gold=0.0, gold_se=0.1, refusal=0.8, refusal_se=0.05,
                   text_loss=1.0, text_loss_se=0.05)
-    text = evaluate.judgement(metrics, before, 10)
+    half = 2 * metrics.pop("win_rate_se")
+    rate = metrics["win_rate"]
+    metrics |= dict(win_rate_low=rate - half, win_rate_high=rate + half)
+    text = evaluate.judgement(metrics, before, evaluate.ROWS)
     assert says in text and ("got worse" in text) == ("got worse" in says or "loss on" in says)
+    assert "exploits" not in text or "exploits" in says
 
 
 def test_the_epoch_that_the_reward_model_likes(folder):
@@ -524,3 +548,35 @@ def test_a_report_on_sets(folder, report):
     write_jsonl(folder / "long.jsonl", [dict(prompt="Say Bo and Al " * 30, expect="refuse")])
     result = run_script("evaluate.py", *flags, "--sets=long.jsonl", "--out=none", cwd=folder)
     assert result.returncode == 2 and "nothing of long fits 64 tokens" in result.stderr
+
+
+def test_errors_of_paired_differences_and_of_a_ratio():
+    rng = np.random.default_rng(0)
+    base, cluster = rng.normal(size=200), list(range(100)) * 2
+    values = dict(a=(base + 0.1 + 0.01 * rng.normal(size=200), cluster),
+                  b=(base[:50], cluster[:50]))
+    found = evaluate.gap_errors(values, dict(a=(base, cluster), b=(base, cluster)))
+    assert set(found) == {"a_gap_se"} and found["a_gap_se"] < 0.002 < clustered_se(base, cluster)
+
+
+def test_flags_that_would_be_ignored(folder):
+    for flags, says in ((["--policy=sft", "--sets=own.jsonl"], "needs --policies="),
+                        (["--policies=sft", "--best_of=4"], "needs --reward_model="),
+                        (["--select=epochs", "--policies=sft"], "needs no --policies")):
+        result = run_script("evaluate.py", *flags, "--reference=sft", "--out=bad", cwd=folder)
+        assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_sets_of_behaviours_weights_and_names(folder, capsys, tokenizer):
+    # catches kinds that are averaged, records that are not to count, two sets of one name
+    choice = dict(prompt="Say", choices=["Bo.", "Al."], answer=0, set="q")
+    behaviour = [choice | dict(behaviour=True, kind=kind) for kind in ("greed", "thirst")]
+    write_jsonl(folder / "one.jsonl", [choice, choice | dict(weight=0), *behaviour])
+    write_jsonl(folder / "two.jsonl", [choice | dict(set="a{b}"), choice])
+    paths = f"{folder}/one.jsonl,{folder}/two.jsonl,{folder}/one.jsonl"
+    found = sets.load_sets(paths, tokenizer, 64, 8)
+    assert {name: len(choices) for name, (*_, choices) in found.items()} == {
+        "q": 1, "q greed": 1, "q thirst": 1, "a{b}": 1, "q of two": 1}
+    assert "dropped 1 records of weight 0" in capsys.readouterr().out
+    [(name, label, _, sign)] = sets.set_rows("q greed", found["q greed"][2])
+    assert name == "q greed choice" and "shows the behaviour" in label and sign == 0

@@ -1,7 +1,4 @@
-"""What only a GPU shows. Everything here skips where there is none.
-
-The other tests run there too: stages take a GPU by themselves (`--device=auto`).
-"""
+"""What only a GPU shows. Everything here skips where there is none."""
 
 import copy
 import math

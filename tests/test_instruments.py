@@ -149,6 +149,9 @@ def test_the_interval_of_a_rate():
     low, high = instruments.rate_interval(x, 2 * se, 10)
     z, n, p = 1.96, 2.5, 0.8
     assert (low + high) / 2 == pytest.approx((p + z * z / (2 * n)) / (1 + z * z / n), abs=1e-6)
+    # an error that rounds to nearly 0: clusters with the same share of hits
+    low, high = instruments.rate_interval(np.array([1, 0, 0] * 7), 1.4e-17, 7)
+    assert low < 0.2 and high > 0.5
     # none of 20: about 3.8 of 23.8 (the rule of three says 0.15)
     low, high = instruments.rate_interval(np.zeros(20), 0.0, 20)
     assert low == 0 and high == pytest.approx(1.96 ** 2 / (20 + 1.96 ** 2))
@@ -181,7 +184,11 @@ def test_length_controlled_wins():
     rate, se = instruments.length_controlled(win, difference, np.arange(n))
     assert abs(rate - 0.75) < 3 * se
     rate, _ = instruments.length_controlled([1, 1, 0.5, 0], [0, 0, 0, 0], [0, 1, 2, 3])
-    assert rate == pytest.approx(2.5 / 4, abs=1e-3)
+    assert rate == 2.5 / 4
+    # all longer by the same: nobody can say; always won: no error
+    assert np.isnan(instruments.length_controlled([1, 1, 0.5, 0], [5] * 4, range(4))).all()
+    rate, se = instruments.length_controlled([1] * 9, range(9), range(9))
+    assert rate > 0.9 and np.isnan(se)
 
 
 def test_ratings_are_the_odds_that_made_the_wins():
@@ -192,6 +199,10 @@ def test_ratings_are_the_odds_that_made_the_wins():
     found, se = instruments.rating(values, differ, np.arange(n))
     assert found[0] == se[0] == 0
     assert (np.abs(found - strength)[1:] < 4 * se[1:]).all() and (se[1:] < 0.03).all()
+    # one that always wins: far off, and nobody knows how far; too few prompts for an error
+    _, se = instruments.rating(values[:2] + [[0], [99]], differ[:2, :2], np.arange(n))
+    assert np.isnan(se[1])
+    assert np.isnan(instruments.rating(values[:2, :1], differ[:2, :2, :1], [0])[1][1])
     # the same answers are ties, whatever their rounded values
     found, _ = instruments.rating(values[:2], np.zeros((2, 2, n), bool), np.arange(n))
     assert found == pytest.approx([0, 0], abs=1e-6)

@@ -167,7 +167,7 @@ def test_anthropic_convert():
     """Would catch: the other letter, letters read out of a choice's text, a lost third choice."""
     record, _ = anthropic_evals.convert(EVAL, kind="k")
     assert record == dict(prompt=EVAL["question"], choices=["(A)", "(B)"], answer=1, kind="k",
-                          set="anthropic_evals", held_out=True)
+                          set="anthropic_evals", behaviour=True, held_out=True)
     three = dict(EVAL, question="(Z) or\n (Q) x?\n\nChoices:\n (A) Yes\n (B) No\n (C) Or\n")
     assert anthropic_evals.convert(three)[0]["choices"] == ["(A)", "(B)", "(C)"]
     for question in ("Is it?", "Is it?\n\nChoices:\n (A) Yes", "Choices:\n (A) Yes\n (C) No",
