@@ -415,7 +415,7 @@ def test_best_of_n_takes_the_best(folder, monkeypatch):
     assert [s["text"] for s in best] == ["1", "3"] and values["score"][0].tolist() == [3, 9]
 
 
-def test_a_report_on_a_file(folder):
+def test_a_report_on_a_file(folder, report):
     # no gold: wins by the score, no rates; without a reward model no wins either
     write_jsonl(folder / "own.jsonl", [dict(prompt=f"Say Bo {n}.") for n in range(9)])
     flags = ["--policies=dpo", "--reference=sft", "--data=own.jsonl", "--max_new_tokens=9"]
