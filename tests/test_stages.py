@@ -122,7 +122,7 @@ def test_dpo_logs_what_one_needs_to_see(chain):
             "margin", "chosen_logp", "rejected_logp", "gold", "gold_sft", "gold_win_rate",
             "tie_rate", "kl", "kl_se", "length", "eos_rate"} <= set(final)
     assert final["loss"] == end["loss"] and "first minibatch: |log ratio|" in outputs["dpo"]
-    assert len(list((folder / "out" / "reference_logps").iterdir())) == 1
+    assert list((folder / "out" / "reference_logps").iterdir())  # one, and those of later tests
     content = torch.load(folder / "out" / "dpo" / "model.pt", weights_only=True)
     sft = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
     assert content["parents"]["sft"] == sft["hash"]
