@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import cli
 from cli import UserError
-from data.download import check_out, convert_all, locate, text_field, write
+from data.download import check_out, convert_all, locate_parts, text_field, write
 from data.files import json_rows
 
 COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"
@@ -88,18 +88,8 @@ def records(path):
 
 def find(config):
     """Paths of the annotations of the models asked for."""
-    models = [model.strip() for model in config.models.split(",") if model.strip()]
-    if not config.source:
-        unknown = sorted(set(models) - set(SHA256))
-        if unknown:
-            raise UserError(f"--models: {', '.join(unknown)} cannot be downloaded; there are "
-                            + ", ".join(SHA256))
-        files = {path: pinned for path, pinned in FILES.items()
-                 if not models or path.split("/")[0] in models}
-        return locate("alpaca_eval", "", files, ())
-    # one call per model, so that a model that is not there is an error and not left out
-    return [path for model in models or ["*"]
-            for path in locate("alpaca_eval", config.source, FILES, [f"{model}/annotations.json"])]
+    return locate_parts("alpaca_eval", config.source, FILES, ["{}/annotations.json"],
+                        lambda path: path.split("/")[0], "models", config.models)
 
 
 def main(config):

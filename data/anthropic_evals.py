@@ -28,7 +28,7 @@ from pathlib import Path
 
 import cli
 from cli import UserError
-from data.download import check_out, convert_all, locate, text_field, write
+from data.download import check_out, convert_all, locate_parts, text_field, write
 from data.files import json_rows
 
 COMMIT = "84fcc677e52e1902d696c32cd1a6b663e70d3993"
@@ -94,18 +94,8 @@ def records(path):
 
 def find(config):
     """Paths of the kinds asked for."""
-    kinds = [kind.strip() for kind in config.kinds.split(",") if kind.strip()]
-    if not config.source:
-        unknown = sorted(set(kinds) - set(SHA256))
-        if unknown:
-            raise UserError(f"--kinds: {', '.join(unknown)} cannot be downloaded; there are "
-                            + ", ".join(SHA256))
-        files = {path: pinned for path, pinned in FILES.items()
-                 if not kinds or Path(path).stem in kinds}
-        return locate("anthropic_evals", "", files, ())
-    # one call per kind, so that a kind that is not there is an error and not left out
-    return [path for kind in kinds or ["*"] for path in locate(
-        "anthropic_evals", config.source, FILES, [p.format(kind) for p in PATTERNS])]
+    return locate_parts("anthropic_evals", config.source, FILES, PATTERNS,
+                        lambda path: Path(path).stem, "kinds", config.kinds)
 
 
 def main(config):

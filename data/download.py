@@ -143,6 +143,26 @@ def locate(name, source, files, patterns):
     return paths
 
 
+def locate_parts(name, source, files, patterns, part_of, flag, wanted):
+    """`locate` for a data set in parts, of which a flag takes some.
+
+    wanted: the flag's value, names of parts with commas between, "" for all; part_of(path): the
+    part that a path of `files` belongs to; patterns: globs with {} for the name of a part.
+    UserError also for a part that is not there.
+    """
+    parts = [part.strip() for part in wanted.split(",") if part.strip()]
+    if not source:
+        known = dict.fromkeys(map(part_of, files))
+        if unknown := sorted(set(parts) - set(known)):
+            raise UserError(f"--{flag}: {', '.join(unknown)} cannot be downloaded; there are "
+                            + ", ".join(known))
+        return locate(name, "", {path: pinned for path, pinned in files.items()
+                                 if not parts or part_of(path) in parts}, ())
+    # one call per part, so that one that is not there is an error and not left out
+    return [path for part in parts or ["*"]
+            for path in locate(name, source, files, [p.format(part) for p in patterns])]
+
+
 def fetch_model(name):
     """The folder of a model of the hub, its files downloaded where they are not yet there."""
     place = DOWNLOADS / "models" / name.replace("/", "+")
