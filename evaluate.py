@@ -17,7 +17,7 @@ here too.
 
 --policies writes a report on any list of checkpoints: what they do (refuse, agree with a user who
 is wrong, admit what nobody can know), what they can (facts, sums, plain text), how much they still
-vary, who beats whom. `report_on` says how each is measured.
+vary, who beats whom. docs/report.md says how each is measured.
 """
 
 from dataclasses import dataclass, replace
@@ -56,6 +56,8 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import json
 import math
 import sys
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -206,8 +208,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     synthetic: the prompts are the embedded ones, so that there is a gold reward. verifier: they
     have answers, and right is what `is_right` says. With a reward model also the scores, and on
     embedded prompts with best_of = n > 1 the best of n samples of the reference by that model.
-    Logs and prints what it found, and
-    writes every answer to answers.jsonl. Returns (metrics, the policy's samples, the reference's).
+    Logs and prints what it found, and writes every answer to answers.jsonl. Returns (metrics, the
+    policy's samples, the reference's).
     """
     policy.eval()
     n, device = best_of if synthetic and reward_model is not None else 1, run.device
@@ -303,25 +305,31 @@ def verdict(metrics):
     return words
 
 
+def by_family(texts, responses):
+    """({family: mean gold}, {part: its mean}), of embedded prompts."""
+    found = [parts(t, response) for t, response in zip(texts, responses)]
+    gold, families = np.array([sum(p.values()) for p in found]), np.array(families_of(texts))
+    return ({f: float(gold[families == f].mean()) for f in FAMILIES if f in families},
+            {part: float(np.mean([p[part] for p in found])) for part in PARTS})
+
+
+def families_of(texts):
+    return [lookup(t).family for t in texts]
+
+
 def gold_tables(texts, drawn, sft):
     """Mean gold reward by prompt family and by part, as columns for `cli.table`."""
-    families = np.array([lookup(t).family for t in texts])
-    scored = [[parts(t, s["text"]) for t, s in zip(texts, samples)] for samples in (drawn, sft)]
-    total = [np.array([sum(p.values()) for p in side]) for side in scored]
-    present = [f for f in FAMILIES if (families == f).any()]
-    by_family = dict(prompts=[int((families == f).sum()) for f in present])
-    by_part = {}
-    for name, side, gold in zip(("policy", "reference"), scored, total):
-        by_family[name] = [float(gold[families == f].mean()) for f in present]
-        by_part[name] = [float(np.mean([p[part] for p in side])) for part in PARTS]
-    return by_family | dict(family=present), by_part | dict(part=PARTS)
+    policy, reference = (by_family(texts, [s["text"] for s in side]) for side in (drawn, sft))
+    count = Counter(families_of(texts))
+    columns = lambda n: dict(policy=[*policy[n].values()], reference=[*reference[n].values()])
+    return (dict(prompts=[count[f] for f in policy[0]]) | columns(0) | dict(family=[*policy[0]]),
+            columns(1) | dict(part=PARTS))
 
-
-STAGES = ("pretrain", *common.POLICIES)
-HELD_OUT_TEXT = 10**6  # the seed of text that no base model has read: their seeds are small
 
 # --- a report on any list of checkpoints ---------------------------------------------------------
 
+STAGES = ("pretrain", *common.POLICIES)
+HELD_OUT_TEXT = 10**6  # the seed of text that no base model has read: their seeds are small
 # of a report, in its order: (name, what it says, unit, 1 where more is better, -1 where less is)
 ROWS = (
     ("gold", "gold, the true reward", "", 1),
@@ -371,12 +379,16 @@ def answer_stats(model, ids, drawn, pad, config):
                              bar="log-probabilities").numpy().T
 
 
+@cache  # every checkpoint reads the same
+def held_out_text(tokenizer, length):
+    return text_rows("synthetic", tokenizer, length, 600, HELD_OUT_TEXT)[:256].tolist()
+
+
 def text_losses(model, tokenizer):
     """(nats a token of each row of held-out text of the world, its cluster): text of another seed
     than any base model has read."""
     length = min(64, model.config.block_size)
-    rows = text_rows("synthetic", tokenizer, length, 600, HELD_OUT_TEXT)
-    rows = [row.tolist() for row in rows[:256]]
+    rows = held_out_text(tokenizer, length)
     masks = [[0] + [1] * (len(row) - 1) for row in rows]
     logp = sequence_logprobs(model, rows, masks, tokenizer.pad, bar="text")
     return -logp.numpy() / (length - 1), range(len(rows))
@@ -393,7 +405,8 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     cluster = [question(t, everything is not None) for t in texts]
     drawn = ask(model, tokenizer, ids, config, "answers")
     logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
-    ref_logp, _ = answer_stats(reference, ids, drawn, tokenizer.pad, config)
+    ref_logp = sequence_logprobs(reference, *response_rows(ids, drawn), tokenizer.pad,
+                                 config.temperature, "KL").numpy()
     lengths = np.array([len(s["ids"]) for s in drawn], float)
     rate = entropy.sum() / lengths.sum()
     values = dict(kl=logp - ref_logp, length=lengths,
@@ -425,8 +438,7 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     right, confidence = chosen(choice_logprobs(model, tokenizer, choices, eos=True,
                                                bar="choices"), choices)
     which = [c["prompt"] for c in choices]
-    values["choice"] = right == 1 if set(right) <= {0, 1} else right, which  # of a tie a part
-    values["overconfidence"] = confidence - right, which
+    values |= dict(choice=(right, which), overconfidence=(confidence - right, which))
     values["text_loss"] = text_losses(model, tokenizer)
     return values, drawn, by_family(texts, said)
 
@@ -561,15 +573,6 @@ def markdown(columns):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def by_family(texts, responses):
-    """({family: mean gold}, {part: its mean}), of embedded prompts."""
-    found = [parts(t, response) for t, response in zip(texts, responses)]
-    families = [lookup(t).family for t in texts]
-    gold = {f: [sum(p.values()) for p, of in zip(found, families) if of == f] for f in FAMILIES}
-    return ({f: float(np.mean(values)) for f, values in gold.items()},
-            {part: float(np.mean([p[part] for p in found])) for part in PARTS})
-
-
 def make_report(config, device):
     paths = [config.reference, *(p.strip() for p in config.policies.split(",") if p.strip())]
     paths = list(dict.fromkeys(paths))  # each once; the reference may be named again
@@ -601,12 +604,13 @@ def make_report(config, device):
     for name, (*_, choices) in sets.items():
         rows += set_rows(name, choices)
     run = common.Run("evaluate", config, device, parents, result="report.json")
+    common.freeze(reference)
     measured = {}
     for path in paths:
         model = common.freeze(common.load_policy(path, STAGES, device)[0])
         say(f"{path}: {model.num_params():,} parameters")
-        measured[path] = measure(model, common.freeze(reference), reward_model, tokenizer, prompts,
-                                 everything, config)
+        measured[path] = measure(model, reference, reward_model, tokenizer, prompts, everything,
+                                 config)
         for name, (judged, ids, choices) in sets.items():
             said = ask(model, tokenizer, ids, config, name) if ids else []
             measured[path][0].update(measure_set(name, judged, said, choices, model, tokenizer))
@@ -697,12 +701,12 @@ def select(config, device):
             texts, ids, _ = zip(*prompts)
             cluster = [question(t, config.data == "synthetic") for t in texts]
         drawn = ask(model, tokenizer, ids, config, "answers")
-        score = scores(reward_model, ids, drawn, tokenizer.pad, device, config.missing_eos)
-        row = dict(epoch=int(path.stem[11:]), loss=checkpoint["metrics"]["loss"],
-                   score=float(score.mean()), score_se=common.clustered_se(score, cluster))
+        values = dict(score=scores(reward_model, ids, drawn, tokenizer.pad, device,
+                                   config.missing_eos))
         if config.data == "synthetic":
-            gold = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
-            row |= dict(gold=float(gold.mean()), gold_se=common.clustered_se(gold, cluster))
+            values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
+        row = dict(epoch=int(path.stem[11:]), loss=checkpoint["metrics"]["loss"],
+                   **summary({name: (x, cluster) for name, x in values.items()}))
         run.log("epoch", **row)
         rows.append(row)
     columns = {"epoch": [r["epoch"] for r in rows],

@@ -65,13 +65,14 @@ def beliefs(logprobs):
 def chosen(logprobs, records):
     """(right, confidence), arrays (n,): whether the choice of the highest log-probability is one of
     the answers, and its share of the softmax. Of equal ones each counts its part: who likes all the
-    same is right as often as chance."""
+    same is right as often as chance. Without ties `right` is of type bool, as rates are."""
     right, confidence = [], []
     for x, p, record in zip(logprobs, beliefs(logprobs), records):
         best = np.flatnonzero(x == x.max())
         right.append(np.isin(best, record["answer"]).mean())
         confidence.append(p.max())
-    return np.array(right), np.array(confidence)
+    right = np.array(right)
+    return right.astype(bool) if set(right) <= {0, 1} else right, np.array(confidence)
 
 
 def chance(records):

@@ -85,7 +85,7 @@ def measure_set(name, judged, said, choices, model, tokenizer):
         logp = choice_logprobs(model, tokenizer, choices, bar=f"{name}, choices")
         right, confidence = chosen(logp, choices)
         error, _ = calibration(confidence, right)
-        values |= dict(choice=(right == 1 if set(right) <= {0, 1} else right, key(choices)),
+        values |= dict(choice=(right, key(choices)),
                        overconfidence=(confidence - right, key(choices)),
                        calibration=(np.array([error]), [0]))  # one number, without an error
         asked = [n for n, r in enumerate(choices) if "opinion" in r]
