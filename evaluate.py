@@ -55,6 +55,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import json
 import math
+import subprocess
 import sys
 from collections import Counter
 from functools import cache
@@ -603,7 +604,7 @@ def make_report(config, device):
             for name, label, unit, sign in ROWS]
     for name, (*_, choices) in sets.items():
         rows += set_rows(name, choices)
-    run = common.Run("evaluate", config, device, parents, result="report.json")
+    run = common.Run("evaluate", config, device, parents, result="report.md")
     common.freeze(reference)
     measured = {}
     for path in paths:
@@ -639,12 +640,13 @@ def make_report(config, device):
             "no policy should be trained on it.")
     for path, text in words.items():
         say(f"\n{path}: {text}")
-    write_report(run.folder, config, found, columns, words, prompts)
+    write_report(run.folder, config, found, columns, rows, words, prompts)
     run.finish(dict(prompts=len(prompts), checkpoints=len(found)))
 
 
-def write_report(folder, config, found, columns, words, prompts):
-    """report.json, report.md, and answers.jsonl: what each checkpoint says to the same prompts."""
+def write_report(folder, config, found, columns, rows, words, prompts):
+    """report.json, report.md, its picture where matplotlib is there, and answers.jsonl: what each
+    checkpoint says to the same prompts."""
     texts = [p[0] for p in prompts]
     content = dict(reference=config.reference, prompts=len(texts), data=config.data,
                    checkpoints={path: {k: None if v != v else v for k, v in each["metrics"].items()}
@@ -652,11 +654,21 @@ def write_report(folder, config, found, columns, words, prompts):
                    gold_by_family={path: each["families"][0] for path, each in found.items()
                                    if each["families"]},
                    gold_by_part={path: each["families"][1] for path, each in found.items()
-                                 if each["families"]}, verdicts=words)
-    text = json.dumps(content, indent=1, default=float)
+                                 if each["families"]}, verdicts=words,
+                   rows={name: dict(label=label, unit=unit, better=better)
+                         for name, label, unit, better in rows})
+    (folder / "report.json").write_text(json.dumps(content, indent=1, default=float) + "\n",
+                                        encoding="utf-8")
+    # a program of its own: it stands on a higher floor, and matplotlib may not be there
+    drawn = subprocess.run([sys.executable, str(common.ROOT / "plot.py"), str(folder)],
+                           capture_output=True, text=True)
+    if drawn.returncode:
+        note("no picture of the report: " + "".join(drawn.stderr.splitlines()[-1:]))
     lines = [f"# Report\n\nAgainst {config.reference}, on {len(texts)} prompts of {config.data}, "
              f"temperature {config.temperature}, seed {config.seed}.\n", markdown(columns), ""]
     lines += [f"**{path}**: {said}\n" for path, said in words.items()]
+    lines += ["![rates, rewards and numbers of each checkpoint](report.png)\n"
+              ] * (drawn.returncode == 0)
     known = {path: each["families"] for path, each in found.items() if each["families"]}
     if known:
         for n, name in enumerate(("family", "part")):
@@ -675,7 +687,6 @@ def write_report(folder, config, found, columns, words, prompts):
         dict(prompt=text, **{path: each["answers"][i]["text"] for path, each in found.items()})
         for i, text in enumerate(texts)))
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
 
 
 def select(config, device):

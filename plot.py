@@ -3,6 +3,7 @@
     python plot.py out/ppo                           # writes out/ppo/curves.png
     python plot.py out/ppo out/grpo --out=both.png   # the same quantity of both in one panel
     python plot.py out/ppo --text=true               # characters in the terminal, no matplotlib
+    python plot.py out/report                        # evaluate.py's report: out/report/report.png
 
 A run may be of any stage, and may still be going on. Where it has only a final figure and another
 run has a curve, it is a level (label.py, evaluate.py). docs/log.md defines every quantity.
@@ -18,7 +19,7 @@ from cli import UserError, Words, note
 class Config:
     # --- what to draw, and where
     folders: Words = ()  # of runs: out/ppo, or several
-    out: str = ""  # picture to write; "" is curves.png in the first folder
+    out: str = ""  # picture to write; "" is curves.png in the first folder, of a report report.png
     text: bool = False  # characters in the terminal instead
 
 
@@ -170,15 +171,20 @@ def smooth(values):
 # --- a picture -----------------------------------------------------------------------------------
 
 
-def picture(runs):
-    """A matplotlib Figure: a panel for each quantity, a colour for each run."""
+def matplotlib():
     try:
         from matplotlib.figure import Figure  # no pyplot: no window, no state
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError:
         raise UserError("a picture needs matplotlib: pip install matplotlib; --text=true draws "
                         "without it") from None
+    return Figure, Line2D
+
+
+def picture(runs):
+    """A matplotlib Figure: a panel for each quantity, a colour for each run."""
+    Figure, Line2D = matplotlib()
+    from matplotlib.ticker import LogLocator, NullLocator
     panels = panels_of(runs)
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
@@ -222,6 +228,90 @@ def draw(axis, train, held_out, colour, style):
     axis.plot(steps, smooth(values), color=colour, lw=1.5, ls=style, marker="." * (len(steps) == 1))
     axis.plot(list(held_out), list(held_out.values()), color=colour, lw=0.6, ls=style, marker="o",
               ms=4, mfc="white" if style == "-" else colour)
+
+
+# --- the picture of a report ---------------------------------------------------------------------
+
+NUMBERS = ("distinct", "text_loss", "entropy", "length")  # not rates: each has its own axis
+
+
+def read_report(folder):
+    """The report.json that evaluate.py wrote into a folder, or None."""
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        report["checkpoints"], report["rows"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no report of evaluate.py") from None
+    return report
+
+
+def report_picture(report):
+    """A matplotlib Figure of a report: reward against KL, what each checkpoint does, as rates with
+    their intervals, and some numbers. Bars are 95% intervals."""
+    Figure, Line2D = matplotlib()
+    found = dict(zip(report["checkpoints"], COLOURS))
+    metrics = report["checkpoints"]
+    rates = [(name, row["label"]) for name, row in report["rows"].items()
+             if any(f"{name}_low" in m for m in metrics.values())]
+    numbers = [(name, report["rows"][name]["label"]) for name in NUMBERS
+               if any(m.get(name) is not None for m in metrics.values())]
+    height = max(4.8, 0.24 * len(rates) * (1 + len(found) / 5), 2.4 + 0.9 * len(numbers))
+    figure = Figure(figsize=(9.6, height), layout="constrained")
+    grid = figure.add_gridspec(len(numbers) + 3, 2, width_ratios=(1, 1.15))
+    against_kl(figure.add_subplot(grid[:3, 0]), metrics, found)
+    for n, (name, label) in enumerate(numbers):
+        axis = figure.add_subplot(grid[3 + n, 0])
+        dots(axis, metrics, found, [(name, "")], 1)
+        axis.set_title(label, fontsize=8, loc="left", pad=2)
+        axis.set_yticks([])
+    axis = figure.add_subplot(grid[:, 1])
+    dots(axis, metrics, found, rates, 100)
+    axis.set_xlabel("share in %", fontsize=8)
+    axis.set_xlim(-3, 103)
+    handles = [Line2D([], [], color=colour, marker="o", ls="", ms=5, label=name)
+               for name, colour in found.items()]
+    figure.legend(handles=handles, loc="outside upper left", fontsize=8, title_fontsize=8,
+                  frameon=False, alignment="left", ncols=4, title="bars: 95% intervals")
+    return figure
+
+
+def against_kl(axis, metrics, colours):
+    """Gold (full) and score (hollow) of each checkpoint against the root of its KL."""
+    axis.set_xlabel("square root of the KL to the reference (of nats an answer)", fontsize=8)
+    drawn = set()
+    for path, m in metrics.items():
+        kl = m.get("kl", m.get("kl_bound"))
+        for name, face in (("gold", colours[path]), ("score", "white")):
+            if m.get(name) is not None and kl is not None:
+                axis.errorbar(max(kl, 0) ** 0.5, m[name], 1.96 * (m.get(f"{name}_se") or 0),
+                              color=colours[path], marker="o", ms=6, mfc=face, capsize=2, lw=1)
+                drawn.add(name)
+    said = dict(gold="gold (full)", score="score (hollow)")
+    axis.set_ylabel(" and ".join(said[n] for n in said if n in drawn) or "reward", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25, lw=0.6)
+
+
+def dots(axis, metrics, colours, rows, scale):
+    """A line for each row, (name, label), with a dot and an interval for each checkpoint."""
+    for y, (name, _) in enumerate(rows):
+        for n, (path, m) in enumerate(metrics.items()):
+            if m.get(name) is None:
+                continue
+            se = 1.96 * (m.get(f"{name}_se") or 0)
+            low, high = m.get(f"{name}_low", m[name] - se), m.get(f"{name}_high", m[name] + se)
+            at = y + 0.7 * ((n + 0.5) / len(metrics) - 0.5)
+            axis.plot([scale * low, scale * high], [at, at], color=colours[path], lw=1.2)
+            axis.plot(scale * m[name], at, "o", color=colours[path], ms=4)
+    axis.set_yticks(range(len(rows)), [label for _, label in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="x", alpha=0.25, lw=0.6)
+    for y in range(1, len(rows)):
+        axis.axhline(y - 0.5, color="grey", lw=0.3)
 
 
 # --- characters ----------------------------------------------------------------------------------
@@ -274,12 +364,21 @@ def main(config):
         raise UserError("name the folder of a run: python plot.py out/ppo")
     if len(config.folders) > len(COLOURS):
         raise UserError(f"{len(config.folders)} runs: at most {len(COLOURS)} can be told apart")
-    runs = [read_run(folder) for folder in config.folders]
+    report = read_report(config.folders[0])
+    if report and (config.text or len(config.folders) > 1):
+        raise UserError(f"{config.folders[0]} holds a report, which is drawn alone; as text it is "
+                        f"{config.folders[0]}/report.md")
+    if report and len(report["checkpoints"]) > len(COLOURS):
+        raise UserError(f"{config.folders[0]}: {len(report['checkpoints'])} checkpoints, of which "
+                        f"at most {len(COLOURS)} can be told apart")
+    if not report:
+        runs = [read_run(folder) for folder in config.folders]
     if config.text:
         print(as_characters(runs, shutil.get_terminal_size().columns))
         return
-    path = Path(config.out or f"{config.folders[0]}/curves.png")
-    figure = picture(runs)
+    name = "report.png" if report else "curves.png"
+    path = Path(config.out or f"{config.folders[0]}/{name}")
+    figure = report_picture(report) if report else picture(runs)
     try:
         figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # no such folder; a format that it does not know
