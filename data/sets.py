@@ -49,9 +49,10 @@ def load_sets(paths, tokenizer, block_size, max_new_tokens, skip_bad=False):
                 r if field in r else r | {field: r["prompt"]} for r in choices], field)
                 for field in ("prompt", "with_opinion")))
             choices = [choices[n] for n in fits(f"{name}, choices", lengths, block_size)]
-        if len(kept) + len(choices) == 0:
-            raise UserError(f"--sets={paths}: nothing of {name} fits {block_size} tokens")
-        found[name] = [judged[n] for n in kept], [ids[n] for n in kept], choices
+        if len(kept) + len(choices):  # else `fits` has said that nothing is left
+            found[name] = [judged[n] for n in kept], [ids[n] for n in kept], choices
+    if groups and not found:
+        raise UserError(f"--sets={paths}: nothing of it fits {block_size} tokens")
     return found
 
 
