@@ -28,6 +28,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import json
 import math
 import shutil
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,10 +261,12 @@ def report_picture(report):
                if any(m.get(name) is not None for m in metrics.values())]
     height = max(4.8, 0.24 * len(rates) * (1 + len(found) / 5), 2.4 + 0.9 * len(numbers))
     figure = Figure(figsize=(9.6, height), layout="constrained")
-    grid = figure.add_gridspec(len(numbers) + 3, 2, width_ratios=(1, 1.15))
-    against_kl(figure.add_subplot(grid[:3, 0]), metrics, found)
-    for n, (name, label) in enumerate(numbers):
-        axis = figure.add_subplot(grid[3 + n, 0])
+    tall = (3, *[1] * len(numbers))  # of the panels on the left; below them nothing
+    grid = figure.add_gridspec(len(tall) + 1, 2, width_ratios=(1, 1.15),
+                               height_ratios=(*tall, max(0.01, height / 0.9 - sum(tall))))
+    against_kl(figure.add_subplot(grid[0, 0]), metrics, found)
+    for n, (name, label) in enumerate(numbers, 1):
+        axis = figure.add_subplot(grid[n, 0])
         dots(axis, metrics, found, [(name, "")], 1)
         axis.set_title(label, fontsize=8, loc="left", pad=2)
         axis.set_yticks([])
@@ -306,7 +309,7 @@ def dots(axis, metrics, colours, rows, scale):
             at = y + 0.7 * ((n + 0.5) / len(metrics) - 0.5)
             axis.plot([scale * low, scale * high], [at, at], color=colours[path], lw=1.2)
             axis.plot(scale * m[name], at, "o", color=colours[path], ms=4)
-    axis.set_yticks(range(len(rows)), [label for _, label in rows])
+    axis.set_yticks(range(len(rows)), [textwrap.fill(label, 40) for _, label in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
     axis.grid(axis="x", alpha=0.25, lw=0.6)

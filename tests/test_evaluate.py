@@ -1,9 +1,11 @@
 """The instruments, and the study that puts them on one picture."""
 
+import importlib.util
 import itertools
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import cli
@@ -26,6 +28,7 @@ from common import clustered_se
 from data.load import load_prompts
 from evaluate import gold_tables, verdict
 from studies import frontier
+from studies import instruments as instruments_study
 from tiny_runs import make_inputs
 
 
@@ -349,8 +352,25 @@ def test_a_report_has_every_checkpoint_and_every_row(report):
         assert part in text
     assert all(label.split("{")[0] in said for name, label, *_ in evaluate.ROWS
                if name not in never_right)
+    assert [*content["rows"]] == [name for name, *_ in evaluate.ROWS]
+    assert content["rows"]["distinct"] == dict(label="different answers of 3", unit="", better=1)
+    if importlib.util.find_spec("matplotlib"):
+        assert "](report.png)" in text and (out / "report.png").read_bytes()[1:4] == b"PNG"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 30 and set(answers[0]) == {"prompt", "sft", "other", "dpo", "best of 2"}
+
+
+def test_a_report_without_its_picture(folder, report, monkeypatch, capsys):
+    # catches a report that is lost where matplotlib is missing, and a picture that is not there
+    failed = subprocess.CompletedProcess([], 2, "", "plot.py: error: a picture needs matplotlib\n")
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda *_, **__: failed)
+    found = {name: dict(metrics=m, answers=[dict(text="Yes.")], families=None)
+             for name, m in report[2]["checkpoints"].items()}
+    (folder / "bare").mkdir(exist_ok=True)
+    evaluate.write_report(folder / "bare", evaluate.Config(reference="sft"), found,
+                          dict(sft=["1"], row=["gold"]), evaluate.ROWS, {}, [("Is it?", [1], None)])
+    assert "no picture of the report: plot.py: error: a picture needs" in capsys.readouterr().out
+    assert "report.png" not in (folder / "bare" / "report.md").read_text()
 
 
 def test_a_copy_of_the_reference_is_the_reference(report):
@@ -547,7 +567,11 @@ def test_a_report_on_sets(folder, report):
     assert content["dpo"]["mine over_refusal"] == 0 and "sets refusal" in content["dpo"]
     write_jsonl(folder / "long.jsonl", [dict(prompt="Say Bo and Al " * 30, expect="refuse")])
     result = run_script("evaluate.py", *flags, "--sets=long.jsonl", "--out=none", cwd=folder)
-    assert result.returncode == 2 and "nothing of long fits 64 tokens" in result.stderr
+    assert result.returncode == 2 and "nothing of it fits 64 tokens" in result.stderr
+    write_jsonl(folder / "long.jsonl", [dict(prompt="Say Bo and Al " * 30, expect="refuse"),
+                                        dict(records[0], set="short")])
+    found = sets.load_sets(str(folder / "long.jsonl"), tokenizer, 64, 12)  # the rest is measured
+    assert list(found) == ["short"] and len(found["short"][0]) == 1
 
 
 def test_errors_of_paired_differences_and_of_a_ratio():
@@ -580,3 +604,103 @@ def test_sets_of_behaviours_weights_and_names(folder, capsys, tokenizer):
     assert "dropped 1 records of weight 0" in capsys.readouterr().out
     [(name, label, _, sign)] = sets.set_rows("q greed", found["q greed"][2])
     assert name == "q greed choice" and "shows the behaviour" in label and sign == 0
+
+
+# --- the study that asks whether the instruments tell the stages apart ---------------------------
+
+
+def test_the_pipeline_of_a_seed(tmp_path, monkeypatch):
+    # catches a stage that starts from another seed's run, or is trained again
+    made = []
+
+    def fake(stage, *flags):
+        flags = dict(f.removeprefix("--").split("=") for f in flags)
+        made.append((stage, flags))
+        out = Path(flags["out"])
+        out.mkdir(parents=True)
+        (out / "report.json").write_text(json.dumps(dict(rows={}, checkpoints=dict.fromkeys(
+            [flags.get("reference"), *flags.get("policies", "").split(","), "best of 4"], {}))))
+        for name in ("report.md",) if stage == "evaluate" else ("model.pt", "card.json"):
+            (out / name).touch()
+
+    monkeypatch.setattr(instruments_study, "run", fake)
+    (tmp_path / "7" / "sft").mkdir(parents=True)
+    (tmp_path / "7" / "sft" / "model.pt").touch()
+    config = instruments_study.Config(best_of=4, eval_prompts=9)
+    for _ in range(2):  # the second time everything is there
+        report = instruments_study.pipeline(tmp_path / "7", 7, config)
+        assert list(report["checkpoints"]) == ["sft", "pretrain", "dpo", "ppo", "grpo", "best of 4"]
+    at, label = f"{tmp_path}/7", f"{tmp_path}/7/label/rankings.jsonl"
+    base = lambda stage: dict(seed="7", out=f"{at}/{stage}")
+    rest = [("pretrain", base("pretrain")), ("label", base("label") | dict(init=f"{at}/sft")),
+            ("reward", base("reward") | dict(init=f"{at}/sft", data=label)),
+            ("dpo", base("dpo") | dict(init=f"{at}/sft", data=label,
+                                       reference_cache=f"{at}/reference_logps")),
+            ("ppo", base("ppo") | dict(init=f"{at}/sft", reward_model=f"{at}/reward")),
+            ("grpo", base("grpo") | dict(init=f"{at}/sft"))]
+    assert made[:-1] == rest
+    assert made[-1] == ("evaluate", dict(
+        policies=",".join(f"{at}/{p}" for p in ("pretrain", "dpo", "ppo", "grpo")),
+        reference=f"{at}/sft", reward_model=f"{at}/reward", best_of="4", eval_prompts="9",
+        out=f"{at}/report"))
+    config.best_of = 8
+    with pytest.raises(UserError, match="7/report is one of other checkpoints: delete it"):
+        instruments_study.pipeline(tmp_path / "7", 7, config)
+
+
+def test_what_tells_two_checkpoints_apart():
+    # catches a difference within the errors, in some seeds only, or with another sign
+    seed = lambda x, se, **rate: dict(x=x, x_se=se, **rate)
+    apart = lambda a, b: instruments_study.apart(a, b, "x")
+    two = [seed(1.0, 0.1), seed(1.1, 0.1)]
+    assert apart(two, [seed(0.7, 0.1), seed(0.8, 0.1)]) is True  # 0.3 of 2 * 0.141
+    assert apart(two, [seed(0.73, 0.1), seed(0.8, 0.1)]) is False
+    assert apart(two, [seed(0.7, 0.1), seed(1.5, 0.1)]) is False  # the other way
+    assert apart(two, [seed(0.7, 0.1), seed(None, 0.1)]) is False
+    assert apart(two, [seed(0.7, None, x_low=0.65, x_high=0.75)] * 2) is True
+    assert apart(two, [seed(0.7, 0.0, x_low=0.4, x_high=1.0)] * 2) is False  # a wide interval
+
+
+def test_the_table_of_the_instruments():
+    m = lambda x, rate: dict(x=x, x_se=0.5, rate=rate, rate_low=rate - 0.1, rate_high=rate + 0.2)
+    rows = dict(x=dict(label="an x", unit=""), rate=dict(label="a rate", unit="%"),
+                none=dict(label="nothing", unit=""))
+    reports = [dict(rows=rows, checkpoints=dict(sft=m(1 + i, 0.5), pretrain=m(9 + i, 0.5 + i / 10)))
+               for i in range(2)]
+    assert instruments_study.tables(reports) == """\
+| mean of 2 seeds (their 95% intervals reach from, to) | sft | pretrain |
+|---|---|---|
+| an x | 1.50 (0.02 to 2.98) | 9.50 (8.02 to 10.98) |
+| a rate, % | 50 (40 to 70) | 55 (40 to 80) |
+
+| these two | are told apart, in every seed, by | and not by |
+|---|---|---|
+| sft, pretrain | x | rate |
+"""
+
+
+def test_the_instruments_of_tiny_runs(folder, monkeypatch):
+    # the whole study at reduced size: only the training is left out
+    monkeypatch.chdir(folder)
+    content = torch.load("sft/model.pt", weights_only=True)
+    for stage, (result, _) in instruments_study.STAGES.items():
+        target = Path("runs/s1") / stage
+        target.mkdir(parents=True)
+        if stage == "reward":
+            (target / result).write_bytes(Path("reward/model.pt").read_bytes())
+        elif stage != "label":
+            torch.save(content | dict(stage=stage), target / result)
+        else:
+            (target / result).touch()
+
+    def run(stage, *flags):
+        done = run_script(f"{stage}.py", *flags, "--max_new_tokens=8", "--samples=2", cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(instruments_study, "run", run)
+    instruments_study.main(instruments_study.Config(
+        runs="runs/s{seed}", seeds=1, best_of=2, eval_prompts=12, out="study"))
+    text = Path("study/instruments.md").read_text()
+    assert text.count("\n| ") > 25 and "| sft, pretrain |  | gold, score," in text  # one model
+    with pytest.raises(UserError, match="write {seed} where the seed stands"):
+        instruments_study.main(instruments_study.Config(runs="runs/s1"))

@@ -134,6 +134,83 @@ def test_rows_that_repeat_and_numbers_that_are_missing(tmp_path):
     assert run.train["score"] == {0: 1.0, 2: 3.0} and "3 points" in run.label
 
 
+REPORT = dict(rows={name: dict(label=label, unit=unit) for name, label, unit in (
+    ("gold", "gold, the true reward", ""), ("refusal", "refuses what is harmful", "%"),
+    ("sums", "sums, right", "%"), ("distinct", "different answers of 10", ""))}, checkpoints={
+        "sft": dict(gold=-0.5, gold_se=0.1, score=0.25, kl=0.0, refusal=0.5, refusal_low=0.4,
+                    refusal_high=0.7, sums=0.25, sums_low=0.2, sums_high=0.3, distinct=9.0,
+                    distinct_se=0.5),
+        "ppo": dict(gold=1.5, gold_se=0.2, score=None, kl=4.0, refusal=0.875, refusal_low=0.8,
+                    refusal_high=0.9, sums=None, distinct=5.0, distinct_se=None),
+        "best of 4": dict(gold=0.5, gold_se=0.2, kl_bound=0.64)})
+
+
+def test_a_picture_of_a_report():
+    # catches a share that is not in percent, an interval of another row or checkpoint, KL for its
+    # root, a missing number drawn as 0
+    pytest.importorskip("matplotlib", reason="a picture needs it")
+    figure = plot.report_picture(REPORT)
+    rewards, distinct, rates = figure.axes
+    sft, ppo, best = plot.COLOURS[:3]
+    points = {(line.get_color(), line.get_markerfacecolor()): (*line.get_xdata(), *line.get_ydata())
+              for line in rewards.lines if line.get_marker() == "o"}
+    assert points == {(sft, sft): (0, -0.5), (sft, "white"): (0, 0.25), (ppo, ppo): (2, 1.5),
+                      (best, best): (pytest.approx(0.8), 0.5)}
+    ends = [bar for bars in rewards.collections for segment in bars.get_segments()
+            for bar in [segment[:, 1].tolist()] if bar[0] != bar[1]]
+    assert ends == [pytest.approx(v) for v in ([-0.696, -0.304], [1.108, 1.892], [0.108, 0.892])]
+    dots = lambda axis, marker: [(line.get_color(), *line.get_xdata()) for line in axis.lines
+                                 if line.get_marker() == marker and line.get_color() != "grey"]
+    assert dots(rates, "o") == [(sft, 50), (ppo, 87.5), (sft, 25)]
+    assert dots(rates, "None") == [(sft, pytest.approx(40), 70), (ppo, 80, 90), (sft, 20, 30)]
+    assert [t.get_text() for t in rates.get_yticklabels()] == ["refuses what is harmful",
+                                                               "sums, right"]
+    heights = [line.get_ydata()[0] for line in rates.lines if line.get_marker() == "o"]
+    assert -0.5 < heights[0] < heights[1] < 0.5 < heights[2] < 1.5
+    assert dots(distinct, "o") == [(sft, 9), (ppo, 5)]
+    assert dots(distinct, "None") == [(sft, pytest.approx(8.02), pytest.approx(9.98)), (ppo, 5, 5)]
+    assert distinct.get_title("left") == "different answers of 10"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["sft", "ppo", "best of 4"]
+
+
+@pytest.mark.parametrize("rows, checkpoints", [(2, 2), (12, 6), (30, 7)])
+def test_nothing_overlaps_in_a_report(rows, checkpoints):
+    # catches names of rows that run into each other or out of the picture, a legend over a panel
+    pytest.importorskip("matplotlib", reason="a picture needs it")
+    names = [f"r{i}" for i in range(rows)] + [*plot.NUMBERS]
+    metrics = {n: 0.5 for n in names} | {f"r{i}_low": 0.4 for i in range(rows)} | dict(
+        kl=2.0, gold=1.0)
+    figure = plot.report_picture(dict(
+        rows={n: dict(label="a row whose name is as long as the longest one, %", unit="%")
+              for n in names}, checkpoints={f"out/a_checkpoint_{i}": metrics | {
+                  f"r{i}_high": 0.6 for i in range(rows)} for i in range(checkpoints)}))
+    figure.draw_without_rendering()
+    boxes = [figure.legends[0].get_window_extent(), *(a.get_tightbbox() for a in figure.axes)]
+    assert len(boxes) == 3 + len(plot.NUMBERS)
+    assert all(b.x0 > -1 and b.x1 < figure.bbox.x1 + 1 and b.y0 > -1 for b in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    labels = [t.get_window_extent() for t in figure.axes[-1].get_yticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
+
+
+@pytest.mark.parametrize("report, flags, message", [
+    ("{", (), "report.json is no report of evaluate.py"),
+    ("[1]", (), "report.json is no report of evaluate.py"),
+    ('{"checkpoints": {}}', (), "report.json is no report of evaluate.py"),
+    (json.dumps(REPORT), ("--text=true",), "as text it is r/report.md"),
+    (json.dumps(REPORT), ("r",), "holds a report, which is drawn alone"),
+    (json.dumps(dict(rows={}, checkpoints=dict.fromkeys("abcdefgh", {}))), (),
+     "8 checkpoints, of which at most 7 can be told apart"),
+])
+def test_a_report_that_cannot_be_drawn(tmp_path, report, flags, message):
+    # catches tracebacks
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "report.json").write_text(report)
+    done = run_script("plot.py", "r", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "r" / "report.png").exists()
+
+
 def test_losses_of_dpo_by_their_unit():
     # catches squared nats in the panel of nats
     name = lambda loss: plot.by_unit(dict(kind="step", loss=1.0), "dpo", dict(loss=loss)).keys()
