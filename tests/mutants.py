@@ -1354,6 +1354,19 @@ PLOT = [
            "for symbol, curve, level in reversed(curves):",
            "for symbol, curve, level in curves:",
            "test_plot.py::test_characters", "-"),
+    Mutant("reward_against_kl_and_not_its_root", "plot.py",
+           "axis.errorbar(max(kl, 0) ** 0.5, m[name]", "axis.errorbar(max(kl, 0), m[name]",
+           "test_plot.py::test_a_picture_of_a_report", "-"),
+    Mutant("a_standard_error_for_an_interval", "plot.py",
+           "m.get(f\"{name}_low\", m[name] - se), m.get(f\"{name}_high\", m[name] + se)",
+           "m[name] - se, m[name] + se",
+           "test_plot.py::test_a_picture_of_a_report", "-"),
+    Mutant("told_apart_in_one_seed", "studies/instruments.py",
+           "return len(ways) == 1 and 0 not in ways", "return ways != {0}",
+           "test_evaluate.py::test_what_tells_two_checkpoints_apart", "-"),
+    Mutant("a_seed_with_another_seeds_reference", "studies/instruments.py",
+           'f"--seed={seed}", f"--out', 'f"--seed=1", f"--out',
+           "test_evaluate.py::test_the_pipeline_of_a_seed", "-"),
 ]
 
 # --- sets to evaluate on --------------------------------------------------------------------------
