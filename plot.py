@@ -261,9 +261,9 @@ def report_picture(report):
                if any(m.get(name) is not None for m in metrics.values())]
     height = max(4.8, 0.24 * len(rates) * (1 + len(found) / 5), 2.4 + 0.9 * len(numbers))
     figure = Figure(figsize=(9.6, height), layout="constrained")
-    tall = (3, *[1] * len(numbers))  # of the panels on the left; below them nothing
+    tall = (4, *[1] * len(numbers))  # of the panels on the left; below them nothing
     grid = figure.add_gridspec(len(tall) + 1, 2, width_ratios=(1, 1.15),
-                               height_ratios=(*tall, max(0.01, height / 0.9 - sum(tall))))
+                               height_ratios=(*tall, max(0.01, height / 0.8 - sum(tall))))
     against_kl(figure.add_subplot(grid[0, 0]), metrics, found)
     for n, (name, label) in enumerate(numbers, 1):
         axis = figure.add_subplot(grid[n, 0])
@@ -293,7 +293,7 @@ def against_kl(axis, metrics, colours):
                               color=colours[path], marker="o", ms=6, mfc=face, capsize=2, lw=1)
                 drawn.add(name)
     said = dict(gold="gold (full)", score="score (hollow)")
-    axis.set_ylabel(" and ".join(said[n] for n in said if n in drawn) or "reward", fontsize=8)
+    axis.set_ylabel(",\n".join(said[n] for n in said if n in drawn) or "reward", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25, lw=0.6)
 

@@ -13,6 +13,7 @@ import common
 import dpo
 import evaluate
 import numpy as np
+import plot
 import pytest
 import torch
 from cli import UserError
@@ -701,6 +702,8 @@ def test_the_instruments_of_tiny_runs(folder, monkeypatch):
     instruments_study.main(instruments_study.Config(
         runs="runs/s{seed}", seeds=1, best_of=2, eval_prompts=12, out="study"))
     text = Path("study/instruments.md").read_text()
+    drawn = plot.read_report("study")["checkpoints"]
+    assert list(drawn) == ["sft", "pretrain", "dpo", "ppo", "grpo", "best of 2"]
     assert text.count("\n| ") > 25 and "| sft, pretrain |  | gold, score," in text  # one model
     with pytest.raises(UserError, match="write {seed} where the seed stands"):
         instruments_study.main(instruments_study.Config(runs="runs/s1"))
