@@ -176,7 +176,7 @@ class Session:
                  and e["item"] not in repeated]
         # one falls at random into each stretch of 1 / repeat questions
         due = len(repeated) + random.Random(f"{self.seed} repeat {len(repeated)}").random()
-        first = rng.choice(again) if again and self.repeat * len(self.stack) >= due else None
+        first = rng.choice(again) if again and self.repeat * (len(self.stack) + 1) > due else None
         if first:
             item = first["item"]
         prompt, completions = self.items[item]["prompt"], self.items[item]["completions"]
@@ -295,7 +295,8 @@ def visible(text):
 def read_ranks(line, k):
     """The ranks of answers 1 to k of a line such as "2=1 3", best first. ValueError says what is
     wrong with it."""
-    groups = [group.split("=") for group in re.split(r"[\s,>]+", re.sub(r"\s*=\s*", "=", line))]
+    groups = [group.split("=")
+              for group in re.split(r"[\s,>]+", re.sub(r"\s*=\s*", "=", line)) if group]
     named = [part for group in groups for part in group]
     for part in named:
         if not re.fullmatch("[1-9]", part) or int(part) > k:

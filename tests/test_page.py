@@ -660,7 +660,8 @@ def screenshots(*paths):
     print({text: gold_reward(prompt, text) for text in answers})
     # 12 earlier ones, so that there is something in the progress bar
     items = make_items(11, 3) + [dict(prompt=prompt, completions=answers)] + make_items(28, 3)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)  # the page shows the folder as it is named
         session = Session(items, "out/label")
         while session.question()["item"] != 11 or session.question()["repeat"]:
             # the same each time, but for a slip in a later repetition
