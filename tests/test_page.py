@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
@@ -299,22 +301,23 @@ def test_bad_port(tmp_path):
 # --- a browser -----------------------------------------------------------------------------------
 
 
-def open_browser(folder, width=1200, height=800, dark=False):
+def open_browser(folder):
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
                  "disable-background-networking", "disable-component-update", "disable-sync",
-                 "disable-dev-shm-usage", f"user-data-dir={folder}",
-                 f"window-size={width},{height}"):
+                 "disable-dev-shm-usage", f"user-data-dir={folder}"):
         options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    features = [dict(name="prefers-color-scheme", value="dark" if dark else "light")]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=features))
+    return webdriver.Chrome(options=options, service=Service(DRIVER))
+
+
+def set_screen(browser, width=1200, height=800, scheme="light"):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
         width=width, height=height, deviceScaleFactor=1, mobile=False))
-    return browser
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(
+        features=[dict(name="prefers-color-scheme", value=scheme)]))
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +340,7 @@ def browser(one_browser):
         one_browser.close()
     one_browser.switch_to.window(first)
     one_browser.get("about:blank")
+    set_screen(one_browser)
     return one_browser
 
 
@@ -544,19 +548,30 @@ def test_without_the_token(browser, served):
     assert "question 0" not in browser.page_source
 
 
-def test_another_origin(browser, served):
-    # catches a page elsewhere that ranks for the person, even if it got hold of the token
-    page, other = served(make_items(2)), served(make_items(1))
-    browser.get(other.url)
-    wait_for_question(browser, 0)
-    browser.get("data:text/html,<h1>elsewhere</h1>")
-    answer = browser.execute_async_script("""
-        const [url, done] = arguments;
-        fetch(url, {method: "POST", body: '{"id": 0, "ranks": [1, 2]}', mode: "no-cors"})
-            .then(() => done("sent"), error => done(String(error)))""",
-        page.url.replace("/?", "/rank?"))
-    assert answer and page.session.id == 0
-    assert lines(page.session.rankings) == []
+def test_another_origin(browser, served, tmp_path):
+    # catches a page elsewhere that ranks for the person, or reads along, although it has the token
+    page = served(make_items(2))
+    (tmp_path / "elsewhere.html").write_text("<h1>elsewhere</h1>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{elsewhere.server_port}/elsewhere.html")
+        script = """
+            const [url, mode, done] = arguments;
+            fetch(url, {method: "POST", body: '{"id": 0, "ranks": [1, 2]}', mode}).then(
+                response => response.text().then(done), error => done("refused"))"""
+        sent = lambda mode: browser.execute_async_script(script, page.url.replace("/?", "/rank?"),
+                                                         mode)
+        assert sent("no-cors") == sent("cors") == "refused"
+        assert page.session.id == 0 and lines(page.session.rankings) == []
+        # neither can it lead the person to our page and lie on top of it
+        browser.execute_script("document.body.innerHTML = '<iframe></iframe>';"
+                               "document.querySelector('iframe').src = arguments[0]", page.url)
+        browser.switch_to.frame(0)
+        time.sleep(0.5)
+        assert "question 0" not in browser.page_source
+        browser.switch_to.default_content()
+        elsewhere.shutdown()
 
 
 def test_phone_and_dark(browser, served):
@@ -564,8 +579,7 @@ def test_phone_and_dark(browser, served):
     # dark text on a dark ground
     page = served([dict(prompt="a" * 300, completions=["b" * 300, "c " * 200, "d"])])
     for width, columns in ((390, 1), (1200, 3)):
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
-            width=width, height=800, deviceScaleFactor=1, mobile=False))
+        set_screen(browser, width)
         browser.get(page.url)
         wait_for(browser, lambda: shown(browser)[1])
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -574,8 +588,7 @@ def test_phone_and_dark(browser, served):
         assert len(set(lefts)) == columns
     press(browser, "1")
     for scheme in ("dark", "light"):
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(
-            features=[dict(name="prefers-color-scheme", value=scheme)]))
+        set_screen(browser, scheme=scheme)
         for selector in ("body", "h2", "#count", ".answer.best .text", ".rank", ".turn .text",
                          "#message", "#confirm", "#skip", ".turn b"):
             ratio = browser.execute_script(CONTRAST, selector)
@@ -672,8 +685,9 @@ def screenshots(*paths):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for path in paths:
             name = Path(path).stem
-            browser = open_browser(tempfile.mkdtemp(dir=scratch), *(
-                (390, 900) if "phone" in name else (1100, 600)), dark="dark" in name)
+            browser = open_browser(tempfile.mkdtemp(dir=scratch))
+            set_screen(browser, *((390, 900) if "phone" in name else (1100, 600)),
+                       "dark" if "dark" in name else "light")
             browser.get(f"http://127.0.0.1:{server.server_port}/?token={server.token}")
             wait_for(browser, lambda b=browser: len(shown(b)[1]) == 3)
             best = shown(browser)[1].index(answers[1])
