@@ -22,7 +22,6 @@ from itertools import combinations
 from pathlib import Path
 
 from cli import UserError, note
-from data.records import write_jsonl
 
 RECENT = 5  # the last questions are not asked again yet: they would be remembered
 # what a terminal would obey, or cannot print: control characters but tab and line break, those that
@@ -69,7 +68,7 @@ class Session:
             self.journal = open(path, "a+b")
             self._lock()
             self._read()
-            write_jsonl(self.rankings, self.records())
+            _rewrite(self.rankings, self.records())
             if os.name == "posix":  # the names of the files, too
                 number = os.open(self.folder, os.O_RDONLY)
                 os.fsync(number)
@@ -140,7 +139,7 @@ class Session:
             changed = self._apply(event)
             if changed["kind"] == "ranks" and not changed["repeat"]:
                 if kind == "undo":
-                    write_jsonl(self.rankings, self.records())
+                    _rewrite(self.rankings, self.records())
                 else:
                     with open(self.rankings, "ab") as file:
                         _append(file, self.records()[-1])
@@ -265,13 +264,22 @@ class Session:
         return f"{text}\nall choices are saved in {self.folder}"
 
 
-def _append(file, row):
-    """A line at the end of the file, on disk when this returns."""
-    # half a surrogate pair as in write_jsonl
-    text = json.dumps(row, ensure_ascii=False) + "\n"
+def _append(file, *rows):
+    """Lines at the end of the file, on disk when this returns."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # half a surrogate pair is no UTF-8, and written as its JSON escape
     file.write(text.encode(errors="backslashreplace"))
     file.flush()
     os.fsync(file.fileno())
+
+
+def _rewrite(path, rows):
+    """The file with these lines and no others, or as it was. As data/records.py does, which takes
+    seconds to import."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        _append(file, *rows)
+    temporary.replace(path)
 
 
 def _hash(item, n):
@@ -350,7 +358,7 @@ def ask_in_terminal(session):
                 if not known["undo"]:
                     print("there is nothing to take back")
                 session.undo(asked)
-            elif line in ("?", "help"):
+            elif line == "?":
                 print(HELP)
             elif not question:
                 print("only u and Enter mean something here")

@@ -1431,7 +1431,7 @@ PERSON = [
            "own[shown.index(position)] = levels.index(r) + 1",
            "test_person.py::test_ranks_are_in_the_items_order", "-"),
     Mutant("undo_leaves_the_record", "data/person.py",
-           "                    write_jsonl(self.rankings, self.records())\n",
+           "                    _rewrite(self.rankings, self.records())\n",
            "                    pass\n",
            "test_person.py::test_undo", "-"),
     Mutant("repeat_recorded_twice", "data/person.py",

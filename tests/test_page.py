@@ -47,7 +47,7 @@ class Served:
 
     def __init__(self, session, capsys, **options):
         self.session, self.error = session, None
-        self.thread = threading.Thread(target=self.run, args=(options,))
+        self.thread = threading.Thread(target=self.run, args=(options,), daemon=True)
         self.thread.start()
         for _ in range(500):  # its address is printed, and kept beside the choices
             time.sleep(0.01)
@@ -407,6 +407,8 @@ def test_rank_by_keyboard_and_undo(browser, served):
     wait_for_question(browser, 2)
     by_text = dict(zip(answers, [1, 2, 1]))
     assert lines(page.session.rankings)[1]["ranks"] == [by_text[t] for t in items[1]["completions"]]
+    press(browser, "1", "2", "3", "=")  # the last one, picked and then tied
+    assert shown(browser)[2] == ["1st", "= 2nd", "= 2nd"]
     press(browser, "t", "Enter")
     wait_for_question(browser, 3)
     assert lines(page.session.rankings)[2]["ranks"] == [1, 1, 1]
@@ -483,6 +485,36 @@ def test_clicks_tab_and_help(browser, served):
     assert not page.thread.is_alive()
 
 
+def test_keys_that_are_no_choice(browser, served):
+    # catches a key held down, which skips one question after the other, and keys of the browser
+    page = served(make_items(4))
+    browser.get(page.url)
+    wait_for_question(browser, 0)
+    for more in (dict(repeat=True), dict(ctrlKey=True), dict(metaKey=True), dict(altKey=True)):
+        for key in "s1":
+            browser.execute_script(
+                "document.body.dispatchEvent(new KeyboardEvent('keydown', arguments[0]))",
+                dict(more, key=key, bubbles=True))
+    assert shown(browser)[2] == ["", ""] and "Saving" not in shown(browser)[3]
+    assert page.session.id == 0
+
+
+def test_marking_a_passage_picks_nothing(browser, served):
+    # catches a text that cannot be copied, and a button that does nothing while a text is marked
+    from selenium.webdriver import ActionChains
+    page = served([dict(prompt="question 0", completions=["a" * 30, "b" * 30, "c" * 30])])
+    browser.get(page.url)
+    wait_for_question(browser, 0)
+    passage = browser.find_element("css selector", ".answer:nth-child(2) .text")
+    ActionChains(browser).move_to_element_with_offset(passage, -60, 0).click_and_hold() \
+        .move_by_offset(80, 0).release().perform()
+    assert browser.execute_script("return String(getSelection())")
+    assert shown(browser)[2] == ["", "", ""]
+    browser.execute_script("document.querySelector('.pick').click()")
+    assert browser.execute_script("return String(getSelection())")
+    assert shown(browser)[2] == ["1st", "", ""]
+
+
 def test_html_in_the_texts(browser, served):
     # catches a text of a model that runs as part of the page
     turns = [dict(role="system", content=EVIL), dict(role="user", content="a\n  b"),
@@ -491,6 +523,8 @@ def test_html_in_the_texts(browser, served):
     browser.get(page.url)
     wait_for(browser, lambda: shown(browser)[1])
     assert text(browser, "#prompt .text") == [t["content"] for t in turns]
+    assert browser.execute_script(
+        "return document.querySelectorAll('#prompt .text')[1].innerText") == "a\n  b"
     assert text(browser, "#prompt b") == ["System", "User", "Assistant", "User"]
     assert sorted(shown(browser)[1]) == [EVIL, f"{EVIL} "]
     assert not browser.find_elements("css selector", "main img, main script")

@@ -131,7 +131,8 @@ def test_another_id_changes_nothing(tmp_path):
         answer(session)
         session.undo(1)
         before = view(session)
-        assert session.question()["item"] == 0 and session.id == 2
+        assert session.question()["item"] == 0
+        assert session.question()["id"] == session.progress()["id"] == session.id == 2
         for act in (session.rank, lambda n, _: session.skip(n), lambda n, _: session.undo(n)):
             for old in (0, 1, 3, None, "2"):
                 assert act(old, [2, 1]) is False
@@ -480,16 +481,17 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, monkeypatch, cap
     assert r"'\x1b[31m' is no answer" in out
 
 
-def test_long_texts_are_wrapped(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("columns, width", [("60", 60), ("7", 40), ("500", 100)])
+def test_long_texts_are_wrapped(tmp_path, monkeypatch, capsys, columns, width):
     # catches lines that break within a word, and code that loses its indentation
     items = [dict(prompt="word " * 60, completions=["if x:\n    y = 1\n\nz", "word " * 60])]
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", columns)
     with opened(tmp_path, items) as session:
         typed(monkeypatch, "")
         ask_in_terminal(session)
     out = capsys.readouterr().out
     body = out[out.index("---"):out.index("best first>")]
-    assert max(map(len, body.splitlines())) <= 60 and body.count("word") == 120
+    assert width - 5 < max(map(len, body.splitlines())) <= width and body.count("word") == 120
     assert "if x:\n" + " " * 9 + "y = 1\n\n" + " " * 5 + "z\n" in body
 
 
