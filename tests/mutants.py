@@ -1436,7 +1436,67 @@ SETS = [
            "test_choices.py::test_calibration_by_hand", "-"),
 ]
 
-MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS
+# --- a person as the labeler ----------------------------------------------------------------------
+
+PERSON = [
+    Mutant("ranks_in_the_order_shown", "data/person.py",
+           "own[position] = levels.index(r) + 1",
+           "own[shown.index(position)] = levels.index(r) + 1",
+           "test_person.py::test_ranks_are_in_the_items_order", "-"),
+    Mutant("undo_leaves_the_record", "data/person.py",
+           "                    _rewrite(self.rankings, self.records())\n",
+           "                    pass\n",
+           "test_person.py::test_undo", "-"),
+    Mutant("repeat_recorded_twice", "data/person.py",
+           'if changed["kind"] == "ranks" and not changed["repeat"]:',
+           'if changed["kind"] == "ranks":',
+           "test_person.py::test_repeats", "-"),
+    Mutant("repeat_in_the_old_order", "data/person.py",
+           'while first and shown == first["shown"]:', "while False:",
+           "test_person.py::test_repeats", "-"),
+    Mutant("answer_to_an_old_question", "data/person.py",
+           "return self.question() if question_id == self.id else None",
+           "return self.question()",
+           "test_person.py::test_another_id_changes_nothing", "-"),
+    Mutant("undo_sent_twice", "data/person.py",
+           "if question_id != self.id:", "if not isinstance(question_id, int):",
+           "test_person.py::test_another_id_changes_nothing", "-"),
+    Mutant("half_a_line_stays", "data/person.py",
+           "self.journal.truncate(whole)", "pass",
+           "test_person.py::test_killed_while_writing", "-"),
+    Mutant("ties_agree_with_oneself", "data/person.py",
+           "if a != b and c != d:", "if a != b or c != d:",
+           "test_person.py::test_agreement_with_oneself", "-"),
+    Mutant("choice_that_waits_in_a_buffer", "data/person.py",
+           "    file.flush()\n    os.fsync(file.fileno())\n", "    os.fsync(file.fileno())\n",
+           "test_person.py::test_every_event_is_on_disk_before_it_returns", "-"),
+    Mutant("escape_sequences_obeyed", "data/person.py",
+           "return CONTROL.sub(", "return re.compile(\"\\0\").sub(",
+           "test_person.py::test_control_characters_do_not_reach_the_terminal",
+           "terminals that print a model's text as it is: it can clear the screen, set the title"),
+    Mutant("token_unchecked", "data/page.py",
+           "elif not secrets.compare_digest(", "elif False and not secrets.compare_digest(",
+           "test_page.py::test_refused_requests", "-"),
+    Mutant("host_unchecked", "data/page.py",
+           'if hosts not in ([f"127.0.0.1:{port}"], [f"localhost:{port}"]):', "if not hosts:",
+           "test_page.py::test_refused_requests",
+           "servers on 127.0.0.1 that any web page reaches by DNS rebinding"),
+    Mutant("origin_unchecked", "data/page.py",
+           'self.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}"', "False",
+           "test_page.py::test_refused_requests", "-"),
+    Mutant("state_tells_the_repeats", "data/page.py",
+           '("id", "prompt", "answers")}', '("id", "prompt", "answers", "repeat")}',
+           "test_page.py::test_a_ranking_by_requests", "-"),
+    Mutant("text_as_html", "data/page.html",
+           "element.textContent = text;", "element.innerHTML = text;",
+           "test_page.py::test_html_in_the_texts", "-"),
+    Mutant("page_moves_on_by_itself", "data/page.html",
+           "  const next = await ask(path, {id: state.id, ...more});\n",
+           "  const next = {...state, id: state.id + 1, accepted: true};\n",
+           "test_page.py::test_rank_by_keyboard_and_undo", "-"),
+]
+
+MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS + PERSON
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"
@@ -1449,7 +1509,8 @@ def applied(mutant, source):
         raise ValueError(f"no longer applies: its text is {source.count(mutant.old)} times in "
                          f"{mutant.file}")
     changed = source.replace(mutant.old, mutant.new)
-    compile(changed, mutant.file, "exec")
+    if mutant.file.endswith(".py"):
+        compile(changed, mutant.file, "exec")
     return changed
 
 
@@ -1512,6 +1573,10 @@ def main(names):
     if unknown:
         sys.exit(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTANTS if not names or m.name in names]
+    if not shutil.which("chromedriver"):  # their tests would be skipped
+        print(f"no browser: {sum(m.file.endswith('.html') for m in chosen)} bugs of the page are "
+              "left out")
+        chosen = [m for m in chosen if not m.file.endswith(".html")]
     # no .pyc: the file changes back and forth within a second, which its time stamp cannot tell
     os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     with tempfile.TemporaryDirectory() as scratch:
