@@ -43,6 +43,11 @@ def answer(session, best="abcdefghi"):
     return question
 
 
+def without_waiting(patch):
+    """For thousands of writes. What has to be on disk has a test of its own."""
+    patch.setattr(os, "fsync", lambda number: None)
+
+
 def view(session):
     """All that a person sees of a session."""
     return session.question(), session.progress(), session.records()
@@ -159,8 +164,9 @@ def test_undo(tmp_path):
         assert len(lines(tmp_path / "choices.jsonl")) == events
 
 
-def test_repeats(tmp_path):
+def test_repeats(tmp_path, monkeypatch):
     # catches a repeat that is recorded, comes too soon, twice, in the old order or not at all
+    without_waiting(monkeypatch)
     with opened(tmp_path, make_items(200, 3), repeat=0.2) as session:
         questions = []
         while session.question():
@@ -228,7 +234,8 @@ def test_any_sequence_of_events(tmp_path_factory, actions, seed, repeat, n):
     # closed and opened again before every event
     folder, items = tmp_path_factory.mktemp("person"), make_items(n, 3)
     stands, options = [], dict(seed=seed, repeat=repeat)  # (item, repeat, ranks or None)
-    with opened(folder / "once", items, **options) as once:
+    with pytest.MonkeyPatch.context() as patch, opened(folder / "once", items, **options) as once:
+        without_waiting(patch)
         for number, action in enumerate(actions):
             with opened(folder / "again", items, **options) as session:
                 assert view(session) == view(once)
@@ -258,8 +265,9 @@ def test_any_sequence_of_events(tmp_path_factory, actions, seed, repeat, n):
         assert {item for item, again, _ in stands if again} <= set(first)
 
 
-def test_killed_while_writing(tmp_path, capsys):
+def test_killed_while_writing(tmp_path, capsys, monkeypatch):
     # catches a choice that is lost although it was confirmed, and half a line that breaks the next
+    without_waiting(monkeypatch)
     items = make_items(6)
     with opened(tmp_path / "whole", items) as session:
         answer(session)
