@@ -251,8 +251,7 @@ def by_principles(config, device):
             return None
         better, orders = found
         scores = principles.mean_wins(better)
-        return dict(ranks=principles.ranks_of(scores), scores=[round(s, 6) for s in scores],
-                    **orders)
+        return dict(ranks=principles.ranks_of(scores), scores=scores, **orders)
 
     return rank, card, about, parents
 
@@ -355,8 +354,9 @@ def main(config):
 
     # --- sample and rank -----------------------------------------------------
     run.load_state()
-    run.save_state(step=0)
-    if not config.answers:
+    if config.answers:
+        run.save_state(step=0)
+    else:
         lines = draw(run, config, writers, lines, device)
     noise = config.noise if config.labeler == "simulated" else 0.0
     items = [(n, dict(prompt=line["prompt"], completions=line["completions"], **facts(line, noise)))
@@ -380,8 +380,8 @@ def main(config):
 
     # --- what the labels are like --------------------------------------------
     metrics = dict(prompts=len(records), skipped=len(lines) - len(items))
-    if config.labeler in ("model", "principles"):
-        metrics["too_long"] = len(items) - len(records)
+    if config.labeler != "simulated":
+        metrics["left_out"] = len(items) - len(records)
     metrics |= more | labels.describe(records)
     for r in records[:6]:
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})

@@ -93,8 +93,9 @@ def words(m, init):
     first, *others = (path.strip() for path in init.split(","))
     lines = [f"{m['prompts']:,} prompts ranked, {m['pairs']:,} pairs, {m['ties']:,} ties; "
              f"{m['skipped']} prompts skipped: fewer than two complete answers."]
-    if m.get("too_long"):
-        lines.append(f"{m['too_long']} more left out: too long for the context of the judge.")
+    if m.get("left_out"):
+        lines.append(f"{m['left_out']} more left out: too long for the context of the judge, or "
+                     "skipped by the person.")
     if "agreement" in m:
         lines.append(f"Two labelers agree on {percent(m['agreement'])} of the pairs.")
     if "gold_accuracy" in m:

@@ -64,8 +64,8 @@ def ask(model, tokenizer, prompt, completions, principles):
     shown_first, shown_last = first[..., 0], 1 - first[..., 1]  # P(i better), by where i stands
     better = (shown_first + shown_last).mean(1) / 2
     return dict(zip(pairs, better.tolist())), dict(
-        first=round(float(first.mean()), 6),
-        differ=round(float(((shown_first > 0.5) != (shown_last > 0.5)).mean()), 6))
+        first=float(first.mean()),
+        differ=float(((shown_first > 0.5) != (shown_last > 0.5)).mean()))
 
 
 def mean_wins(better):
