@@ -1,14 +1,18 @@
 """label.py: what is ranked, and by whom. The naive twin (test_naive.py) has the whole runs."""
 
+import dataclasses
 import json
 import math
 import re
+import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import cli
 import common
 import label
+import numpy as np
 import pytest
 import torch
 from cli import UserError
@@ -16,9 +20,11 @@ from conftest import run_script
 from data import batches, labels, principles
 from data.records import append_jsonl, check_answers, embedded, whole_lines, write_jsonl
 from data.synthetic import principles as rules
-from data.synthetic.world import all_prompts, lookup
+from data.synthetic.people import demonstrations
+from data.synthetic.world import all_prompts, lookup, sample_prompts
 from data.tokenizer import load_tokenizer
 from reward import load_reward_model
+from studies import feedback
 from tiny_runs import make_inputs
 
 SMALL = ["--prompts=22", "--held_out=6", "--k=3", "--chunk=4", "--max_new_tokens=8"]
@@ -551,3 +557,84 @@ def test_a_judge_too_short_for_every_prompt(folder):
     # catches a run that ends with no rankings as if it were done
     with pytest.raises(UserError, match="each is too long for the context of the judge"):
         run("--labeler=principles", "--judge=sft", *SMALL)
+
+
+# --- the study -----------------------------------------------------------------------------------
+
+
+def test_the_study_of_feedback(folder, monkeypatch, capsys):
+    # catches rounds that all start from the SFT model, a reward model judged by its own labels,
+    # runs made again although they are there, or used again although their input has changed
+    sft = common.load_checkpoint("sft", ("sft",))["hash"]
+    for seed in (1, 2):
+        (folder / f"s{seed}").mkdir()
+        for name in ("sft", "reward"):
+            (folder / f"s{seed}" / name).symlink_to(folder / name)
+        prompts = [p for n, side in ((30, False), (6, True)) for p in sample_prompts(n, side, seed)]
+        said = zip(*(demonstrations(prompts, n, 0.5) for n in range(4)))  # four contractors
+        write_jsonl(f"{seed}.jsonl", [dict(
+            prompt=p.text, completions=list({r["completion"]: 0 for r in each}), world="synthetic",
+            policy=sft, held_out=p.held_out) for p, each in zip(prompts, said)])
+        run(f"--answers={seed}.jsonl", f"--seed={seed}", out=f"s{seed}/label")
+    calls = []
+
+    def here(command, **options):  # in this process, which has torch loaded
+        calls.append(command[1:])
+        return run_script(Path(command[1]).name, *command[2:], cwd=folder)
+
+    monkeypatch.setattr(feedback.subprocess, "run", here)
+    small = feedback.Config(runs="s{seed}", seeds=2, rounds=2, prompts=22, held_out=6, iterations=1,
+                            eval_prompts=4, max_new_tokens=8, page="docs/page.md")
+    feedback.main(small)
+    assert len(calls) == 2 * (2 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
+    out = folder / "out" / "feedback"
+    first = lambda path: rows(out / path / "log.jsonl")[0]
+    for seed in (1, 2):
+        made = common.load_checkpoint(out / f"rounds/s{seed}/dpo1", ("dpo",))["hash"]
+        for stage in ("label2", "dpo2"):
+            assert first(f"rounds/s{seed}/{stage}")["parents"]["dpo"] == made
+        assert first(f"rounds/s{seed}/epochs")["config"]["epochs"] == 2
+        assert first(f"rounds/s{seed}/evaluate-dpo2")["parents"]["reference"] == \
+            common.load_checkpoint("sft", ("sft",))["hash"]
+        assert first(f"labelers/s{seed}/ppo-principles")["parents"]["reward"] == \
+            common.load_checkpoint(out / f"labelers/s{seed}/reward", ("reward",))["hash"]
+    page = (folder / "docs" / "page.md").read_text()
+    last = [rows(out / f"rounds/s{seed}/evaluate-dpo2/log.jsonl")[-1]["length"] for seed in (1, 2)]
+    assert f"| {np.mean(last):.1f} ({min(last):.1f} to {max(last):.1f}) |" in next(
+        line for line in page.split("\n") if line.startswith("| round 2"))
+    assert [line.split(" |")[0] for line in page.split("\n") if line.startswith("| ")] == [
+        "| after", "| 1 round of 2 epochs", "| round 1", "| round 2", "| labeler", "| simulated",
+        "| principles"]
+    calls.clear()
+    feedback.main(small)
+    assert not calls and (folder / "docs" / "page.md").read_text() == page
+    with pytest.raises(UserError, match="holds a run with --eval_prompts=4, wanted: 5"):
+        feedback.main(dataclasses.replace(small, eval_prompts=5))
+    (folder / "s1" / "reward").unlink()
+    shutil.copytree(out / "labelers" / "s1" / "reward", folder / "s1" / "reward")
+    with pytest.raises(UserError, match="was made from another s1/reward than there is now"):
+        feedback.main(small)
+    for bad, why in ((dict(part="all"), "--part=all: expected both, rounds or labelers"),
+                     (dict(runs="nowhere/{seed}"), "there is no nowhere/1/sft/model.pt")):
+        with pytest.raises(UserError, match=re.escape(why)):
+            feedback.main(dataclasses.replace(small, **bad))
+
+
+def test_gold_accuracy_of_the_study(folder):
+    # catches training answers that count, pairs of equal gold, ties of the score that count whole
+    gold = [[2.0, 1.0, 1.0], [0.5, -0.5, 1.5], [3.0, 1.0, 2.0]]
+    texts = [["Go.", "No.", "Hello Bo."], ["Yes.", "No.", "Go away."], ["Go.", "Go.", "Say."]]
+    write_jsonl("mine.jsonl", [dict(prompt=f"Say {n}.", completions=t, ranks=[1, 2, 3], gold=g,
+                                    held_out=n != 1) for n, (t, g) in enumerate(zip(texts, gold))])
+    model, tokenizer, _ = load_reward_model("reward", torch.device("cpu"))
+
+    def score(n, text):
+        head = tokenizer.encode_prompt(f"Say {n}.")
+        ids = [*tokenizer.encode(text), tokenizer.eos]
+        return model(torch.tensor([head + ids]),
+                     torch.tensor([[0.0] * len(head) + [1.0] * len(ids)])).item()
+
+    wins = [score(0, "Go.") > score(0, "No."), score(0, "Go.") > score(0, "Hello Bo."), 0.5,
+            score(2, "Go.") > score(2, "Say."), score(2, "Say.") > score(2, "Go.")]
+    assert feedback.gold_accuracy("reward", "mine.jsonl", feedback.Config()) == \
+        pytest.approx(sum(wins) / 5)
