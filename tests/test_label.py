@@ -223,7 +223,31 @@ def test_a_model_ranks_by_its_score(folder):
     assert principles.ranks_of([0.5, 2.0, 0.5], 0.0) == [2, 1, 2]
 
 
+def test_the_context_of_a_model(folder):
+    # catches an answer that is left out although it just fits, or judged although it does not
+    rank, *_ = label.by_model(label.Config(reward_model="reward"), torch.device("cpu"))
+    room = 64 - len(tok.encode_prompt("Say 1.")) - 1  # EOS
+    fits = tok.decode(tok.encode("One. Two! " * 40)[:room])
+    over = tok.decode(tok.encode("One. Two! " * 40)[:room + 1])
+    assert (len(tok.encode(fits)), len(tok.encode(over))) == (room, room + 1)
+    assert len(rank(0, dict(prompt="Say 1.", completions=["No.", fits]))["scores"]) == 2
+    assert rank(0, dict(prompt="Say 1.", completions=["No.", over])) is None
+
+
 # --- what is ranked ------------------------------------------------------------------------------
+
+
+def test_every_writer_needs_room(folder):
+    # catches answers that one of several checkpoints has no context for
+    content = torch.load("dpo/model.pt", weights_only=True)
+    content["model"]["block_size"] = 30
+    content["weights"]["wpe.weight"] = content["weights"]["wpe.weight"][:30].clone()
+    (folder / "brief").mkdir()
+    torch.save(content, "brief/model.pt")
+    for init in ("sft,brief", "brief,sft"):
+        with pytest.raises(UserError, match="--max_new_tokens=12 and the longest prompt of 2. do "
+                                            "not fit the context of 30"):
+            run(f"--init={init}", *SMALL[:-1], "--max_new_tokens=12")
 
 
 def test_checkpoints_take_turns(folder, monkeypatch, capsys):
@@ -502,6 +526,9 @@ def test_a_person_stops_and_goes_on(folder, person, capsys):
     assert {"--labeler=page", "--init=sft", "--k=3"} <= set(command)
     with pytest.raises(UserError, match="was started with --labeler=page"):
         run(*SMALL, "--labeler=terminal")
+    again, _ = run(*flags, "--overwrite=true")
+    assert again == found  # from the start, with the same answers in the same order
+    assert len(person["sessions"][-1].done) == 5
     answers = (folder / "out" / "answers.jsonl").read_bytes()
     person["left"] = 100
     assert run_script("label.py", *command, "--device=cpu", cwd=folder).returncode == 2  # changed
