@@ -19,6 +19,7 @@ import torch
 
 from cli import NOTES, UserError, as_text, note, out_of_memory
 from data.files import file_hash, is_data, missing
+from data.instruments import clustered_se  # noqa: F401 (all stages take it from here)
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -159,19 +160,6 @@ def round_blocks(model):
             module.to(torch.bfloat16)
 
 
-# --- errors of a mean ----------------------------------------------------------------------------
-
-
-def clustered_se(x, clusters):
-    """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
-    several prompts ask the same question in other words, and a prompt may be sampled twice.
-    nan for a single cluster, which says nothing about others."""
-    clusters = np.unique(clusters, return_inverse=True)[1]
-    if clusters.max() == 0:
-        return float("nan")
-    return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
-
-
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
@@ -197,7 +185,7 @@ class Run:
         self.folder, self.parents = Path(config.out), dict(parents or {})
         self.keys, self.start = {}, time.time()
         self.settings = dataclasses.asdict(config)
-        for name in ("data", "demos", "pretrain_data", "ptx_data"):
+        for name in ("data", "answers", "demos", "pretrain_data", "ptx_data"):
             value = self.settings.get(name)  # a file, or a name such as "synthetic"
             if isinstance(value, str) and is_data(value):  # in sft.py --demos is a number
                 self.parents[name] = file_hash(value)[:16]
@@ -234,7 +222,8 @@ class Run:
                     note(f"warning: {self.folder} was started with {key} {before[key]}, here is "
                          f"{here}: it goes on, but not to the last digit", sys.stderr)
         elif before:  # an earlier run of this stage: its files go, and nothing else
-            for name in (result, "model.pt", "state.pt", "answers.jsonl", "log.jsonl"):
+            for name in (result, "model.pt", "state.pt", "answers.jsonl", "choices.jsonl",
+                         "rankings.jsonl", "rankings.jsonl.part", "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("model-epoch*.pt"):
                 path.unlink()

@@ -34,7 +34,8 @@ from cli import NotNegative, UserError, note, shorten
 from data import alpaca, dolly, gsm8k, hh_rlhf
 from data.download import check_out, write
 from data.files import any_rows
-from data.records import check_answer, check_demonstration, check_prompt, check_ranking_or_label
+from data.records import (LABELED, check_answer, check_demonstration, check_prompt,
+                          check_ranking_or_label)
 from data.verifier import is_gold
 
 # role: the names that it goes by, in upper or lower case; the first that is there counts
@@ -56,9 +57,8 @@ KINDS = (("pairs", "chosen rejected", "prompt input system"),
          ("prompts", "prompt", "input system"))
 FLAGS = {"label", "held_out", "weight", "loss_weight", "train"}  # a table has them as text
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "answer", "system")  # as flags
-# kept whatever the rows are; the last five is what label.py says of its rankings
-BESIDE = ("system", "held_out", "split", "weight", "loss_weight", "train",
-          "second", "family", "world", "noise", "policy")
+# kept whatever the rows are; the last is what label.py says of its rankings
+BESIDE = ("system", "held_out", "split", "weight", "loss_weight", "train", *sorted(LABELED))
 SPEAKERS = dict(human="user", user="user", prompter="user", gpt="assistant", chatgpt="assistant",
                 bard="assistant", assistant="assistant", system="system")
 FIRST = 20  # rows whose answers tell whether all are numbers

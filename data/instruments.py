@@ -6,7 +6,17 @@ from itertools import combinations
 import numpy as np
 
 
-# --- rates ---------------------------------------------------------------------------------------
+# --- means and rates, with their errors -----------------------------------------------------------
+
+
+def clustered_se(x, clusters):
+    """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
+    several prompts ask the same question in other words, and a prompt may be sampled twice.
+    nan for a single cluster, which says nothing about others."""
+    clusters = np.unique(clusters, return_inverse=True)[1]
+    if clusters.max() == 0:
+        return float("nan")
+    return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
 
 
 def rate_interval(x, se, n):

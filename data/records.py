@@ -41,12 +41,14 @@ WEIGHTS = {"weight", "loss_weight", "train", "trainable", "training"}
 # what belongs into a prompt, and would be left out of it
 BESIDE = ("input", "context", "query", "instruction", "history", "system_prompt", "tools", "images")
 # the fields that a check looks at; what every record may say, and label.py adds, is no news
-COMMON = {"prompt", "system", *BESIDE, "held_out", "split", *WEIGHTS, "second", "family", "world",
-          "noise", "policy"}
+LABELED = {"second", "scores", "sources", "before", "first", "differ", "family", "world", "noise",
+           "policy"}
+COMMON = {"prompt", "system", *BESIDE, "held_out", "split", *WEIGHTS, *LABELED}
 FIELDS = dict(check_demonstration={"completion", "messages", "label"},
               check_ranking={"chosen", "rejected", "completions", "ranks", "gold"},
               check_ranking_or_label={"chosen", "rejected", "completions", "ranks", "gold",
                                       "completion", "label"},
+              check_answers={"chosen", "rejected", "completions", "ranks", "gold"},
               check_answer={"answer", "constraints"},
               check_evaluation={"expect", "choices", "answer", "behaviour", "with_opinion",
                                 "opinion", "set", "kind"})
@@ -287,6 +289,22 @@ def check_ranking(record, where="record"):
     return _checked(record, where, prompt=prompt, completions=completions, ranks=ranks, **gold)
 
 
+def check_answers(record, where="record"):
+    """As check_ranking, for answers to rank again: "ranks" only where the record has them, and
+    what label.py says of its own answers."""
+    record = _present(record)
+    answers, unranked = record.get("completions"), "ranks" not in record and "chosen" not in record
+    if unranked and isinstance(answers, list):
+        if len(answers) < 2:
+            return _checked(record, where, prompt=_prompt(record, where)) | dict(
+                dropped="with fewer than two answers")
+        record["ranks"] = [1] * len(answers)
+    checked = check_ranking(record, where)
+    known = {k: record[k] for k in ("world", "policy", "sources") if k in record}
+    return {k: v for k, v in checked.items() if k != "gold" and not (k == "ranks" and unranked)} \
+        | known
+
+
 def check_answer(record, where="record"):
     """{"prompt", "answer"}, the answer a number, which responses have to end on: as a number, as
     text, or as a worked solution that has it behind "####"; or a list of constraints, which they
@@ -395,6 +413,24 @@ def write_jsonl(path, records):
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
     temporary.replace(path)
+
+
+def append_jsonl(path, records):
+    """More lines, as write_jsonl writes them."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:
+        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def whole_lines(path, unit=1, total=0):
+    """The records of a file that append_jsonl may have been stopped in: those up to the last whole
+    `unit` of lines, or all if there are `total`. What is behind them is cut off."""
+    lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    if len(lines) != total:
+        lines = lines[:len(lines) // unit * unit]
+        if Path(path).exists():
+            with open(path, "r+b") as f:
+                f.truncate(sum(len(line) + 1 for line in lines))
+    return [json.loads(line) for line in lines]
 
 
 def _history(record):

@@ -97,8 +97,8 @@ EQUIVALENT = [
     ("grpo.py", "if check and not steps:", "if check:", "it is set to False behind the first one"),
     ("reward.py", "for t in table) / len(margins),", "for t in table) / len(longer),",
      "they are of one length"),
-    ("label.py", '(run.folder / "card.json").write_text(json.dumps(card, indent=1) + "\\n")',
-     '(run.folder / "card.json").write_text(json.dumps(card, indent=-1) + "\\n")', "white space"),
+    ("label.py", "parents=run.parents, metrics=metrics), indent=1)",
+     "parents=run.parents, metrics=metrics), indent=-1)", "white space"),
     ("data/synthetic/people.py", "def demonstrations(prompts, seed, quality=0.5):",
      "def demonstrations(prompts, seed, quality=-0.5):", "no stage leaves it out"),
 ]

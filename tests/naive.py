@@ -7,9 +7,10 @@ takes the Config of a stage and its input files, and returns the final weights, 
 and the final row. Speed is nothing here: at the size of the tests a run takes a second.
 
 What it shares with the product: the embedded world (prompts, documents, contractors, gold reward),
-the tokenizer's encode and decode, the reading of a number at the end of a text, the tables of what
-each loss and method stands for, and the classes that draw the first random weights. All else is
-written again. Random streams are part of the contract: each line that draws says from which.
+the principles of its rule judge, the tokenizer's encode and decode, the reading of a number at the
+end of a text, the tables of what each loss and method stands for, and the classes that draw the
+first random weights. All else is written again. Random streams are part of the contract: each line
+that draws says from which.
 
 Reading order: the network, the optimisers, sampling, data; then a function a stage, each shorter
 than its script: pretrain, sft, label, reward, compare and evaluate, dpo, ppo, grpo.
@@ -27,12 +28,15 @@ from data.synthetic import facts
 from data.synthetic.corpus import documents
 from data.synthetic.gold import gold_reward, sentences
 from data.synthetic.people import demonstrations
+from data.synthetic.principles import PRINCIPLES
 from data.synthetic.world import FAMILIES, lookup, sample_prompts
 from data.tokenizer import load_tokenizer
 from data.verifier import final_answer
 from grpo import METHODS
 from model import GPT, GPTConfig
 from reward import RewardModel
+
+DATA = Path(__file__).parents[1] / "data"
 
 # --- the network, one row at a time --------------------------------------------------------------
 
@@ -557,54 +561,185 @@ def sft(c):
 
 def label(c):
     """Also the rankings and the card: (rankings, log, final, parents)."""
-    network, parent, tokenizer = load(c.init)
-    prompts = (sample_prompts(c.prompts, held_out=False, seed=c.seed)
-               + sample_prompts(c.held_out, held_out=True, seed=c.seed))
-    records, skipped, draws = [], 0, c.k + c.oversample
-
-    def rank(values, random):  # a Gumbel draw each: the difference of two is logistic
-        seen = np.array(values) + c.noise * random.gumbel(size=len(values))
-        return [1 + int((seen > mine).sum()) for mine in seen]
-
-    for start in range(0, len(prompts), c.chunk):
-        part = prompts[start:start + c.chunk]
-        heads = [prompt_ids(tokenizer, p.text) for p in part for _ in range(draws)]
-        drawn = sample_many(network, tokenizer, heads, c.max_new_tokens,
-                            torch_stream(c.seed, "label", "answers", start), c.temperature,
-                            len(heads))
-        first, second = (stream(c.seed, "label", f"labeler {n}", start) for n in (1, 2))
-        for i, p in enumerate(part):
-            texts = []
-            for s in drawn[i * draws:(i + 1) * draws]:
-                if s["finished"] and s["text"].strip() and s["text"] not in texts:
-                    texts.append(s["text"])
-            texts = texts[:c.k]
-            if len(texts) < 2:
-                skipped += 1
+    records, skipped, parents = [], 0, {}
+    if c.answers:
+        asked = []
+        for held_out, side, most in zip((False, True), read(c.answers), (c.prompts, c.held_out)):
+            for r in choose(side, most):
+                if "chosen" in r:
+                    r = dict(prompt=r["prompt"], completions=[r["chosen"], r["rejected"]],
+                             ranks=[1, 2])
+                asked.append(dict(r, held_out=held_out))
+    else:
+        writers = [load(path) for path in c.init.split(",")]
+        for path, (_, parent, _) in zip(c.init.split(","), writers):
+            parents[path if parents else parent["stage"]] = parent["hash"]
+        asked = asked_of(c, writers)
+    judge = None
+    if c.labeler == "model":
+        judge, parent, tokenizer = load(c.reward_model)
+        parents["reward"] = parent["hash"]
+    elif c.labeler == "principles":
+        path = Path(c.principles or DATA / "synthetic" / "principles.txt")
+        principles = [s for s in path.read_text().split("\n") if s and not s.startswith("#")]
+        parents["principles"] = hash_of(path)
+        if c.judge:
+            judge, parent, tokenizer = load(c.judge)
+            parents["judge"] = parent["hash"]
+    for n, r in enumerate(asked):
+        if n % c.chunk == 0:
+            first, second = (stream(c.seed, "label", f"labeler {person}", n) for person in (1, 2))
+        prompt, texts = r["prompt"], r["completions"]
+        if len(texts) < 2:
+            skipped += 1
+            continue
+        new = dict(prompt=prompt, completions=texts, held_out=r["held_out"])
+        if "world" in r:
+            gold = [gold_reward(prompt, text) for text in texts]
+            new |= dict(gold=[round(g, 3) for g in gold], family=lookup(prompt).family,
+                        world="synthetic", noise=0.0, policy=r["policy"])
+        new |= dict(before=r["ranks"]) if "ranks" in r else {}
+        new |= dict(sources=r["sources"]) if "sources" in r else {}
+        if c.labeler == "simulated":  # a Gumbel draw each: the difference of two is logistic
+            values = np.array([perceived(c, text, g) for text, g in zip(texts, gold)])
+            new |= dict(noise=c.noise, **{name: ranks_of(values + c.noise * random.gumbel(
+                size=len(texts))) for name, random in (("ranks", first), ("second", second))})
+        else:
+            if c.labeler == "model":
+                rows = [answer_row(tokenizer, prompt, text) for text in texts]
+                scores = [judged(judge, row) for row in rows] if max(
+                    len(ids) for ids, _ in rows) <= judge.size["block_size"] else None
+            elif c.judge:
+                scores, beliefs, changed = believed(judge, tokenizer, prompt, texts, principles)
+            else:
+                scores = [np.mean([votes(prompt, text, other, principles)
+                                   for m, other in enumerate(texts) if m != k])
+                          for k, text in enumerate(texts)]
+            if scores is None:
                 continue
-            gold = [gold_reward(p.text, t) for t in texts]
-            values = [perceived(c, t, g) for t, g in zip(texts, gold)]
-            records.append(dict(prompt=p.text, completions=texts, ranks=rank(values, first),
-                                second=rank(values, second), gold=[round(g, 3) for g in gold],
-                                family=p.family, held_out=p.held_out, world="synthetic",
-                                noise=c.noise, policy=parent["hash"]))
-    pairs = [(r, i, j) for r in records for i, a in enumerate(r["ranks"])
-             for j, b in enumerate(r["ranks"]) if a < b]
-    mean = lambda values: np.mean(values) if len(values) else None
-    all_gold = [g for r in records for g in r["gold"]]
-    final = dict(
-        prompts=len(records), skipped=skipped, pairs=len(pairs),
-        agreement=mean([r["second"][i] < r["second"][j] for r, i, j in pairs]),
-        gold_accuracy=mean([r["gold"][i] > r["gold"][j] for r, i, j in pairs
-                            if r["gold"][i] != r["gold"][j]]),
-        longer_preferred=mean([len(r["completions"][i]) > len(r["completions"][j])
-                               for r, i, j in pairs]),
-        gold=mean(all_gold), gold_std=np.std(all_gold))
+            new |= dict(scores=scores, ranks=ranks_of([round(s, 9) for s in scores]))
+            if c.judge:
+                new |= dict(first=np.mean(beliefs), differ=np.mean(changed))
+        records.append(new)
     log = Log()
     for r in records[:6]:
         log.add("sample", prompt=r["prompt"], completions=r["completions"], ranks=r["ranks"],
-                gold=r["gold"])
-    return records, log, final, {parent["stage"]: parent["hash"]}
+                gold=r.get("gold"))
+    final = dict(figures(records), prompts=len(records), skipped=skipped)
+    if c.labeler != "simulated":
+        final["left_out"] = len(asked) - skipped - len(records)
+    return records, log, final, parents
+
+
+def asked_of(c, writers):
+    """The prompts with the answers that the writers give in turn: with the n-th prompt, writer n
+    begins."""
+    (_, parent, tokenizer), draws = writers[0], math.ceil((c.k + c.oversample) / len(writers))
+    if c.data == "synthetic":
+        asked = [dict(prompt=p.text, held_out=held_out, world="synthetic", policy=parent["hash"])
+                 for n, held_out in ((c.prompts, False), (c.held_out, True))
+                 for p in sample_prompts(n, held_out, c.seed)]
+    else:
+        room = min(network.size["block_size"] for network, *_ in writers) - c.max_new_tokens
+        asked = [dict(prompt=p, held_out=held_out) for held_out, split, n in (
+            (False, "train", c.prompts), (True, "held_out", c.held_out))
+            for p in held_out_prompts(c.data, n, tokenizer, room, split)]
+    for start in range(0, len(asked), c.chunk):
+        part = asked[start:start + c.chunk]
+        heads = [prompt_ids(tokenizer, r["prompt"]) for r in part for _ in range(draws)]
+        drawn = [sample_many(network, tokenizer, heads, c.max_new_tokens,
+                             torch_stream(c.seed, "label", f"answers {w}" if w else "answers",
+                                          start), c.temperature, len(heads))
+                 for w, (network, *_) in enumerate(writers)]
+        for i, r in enumerate(part):
+            texts, sources = [], []
+            for turn in range(draws * len(writers)):
+                w = (start + i + turn) % len(writers)
+                s = drawn[w][i * draws + turn // len(writers)]
+                if s["finished"] and s["text"].strip() and s["text"] not in texts:
+                    texts.append(s["text"])
+                    sources.append(w)
+            r["completions"] = texts[:c.k]
+            if len(writers) > 1:
+                r["sources"] = sources[:c.k]
+    return asked
+
+
+def ranks_of(values):
+    return [1 + sum(other > mine for other in values) for mine in values]
+
+
+def votes(prompt, a, b, principles):
+    """Of the principles that tell two answers apart, the share that is for a."""
+    gaps = [float(PRINCIPLES[p](prompt, a)) - float(PRINCIPLES[p](prompt, b)) for p in principles]
+    return sum(g > 0 for g in gaps) / sum(g != 0 for g in gaps) if any(gaps) else 0.5
+
+
+@torch.no_grad()
+def believed(judge, tokenizer, prompt, texts, principles):
+    """(mean probability of each answer to beat another, every P(the one shown first), whether the
+    choice changed with the order); None for the first if a question does not fit."""
+    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    said = "\n\n".join(t["role"].capitalize() + ": " + t["content"] for t in turns)
+    first = {}
+    for i, a in enumerate(texts):
+        for j, b in enumerate(texts):
+            for p in principles if i != j else ():
+                head = prompt_ids(tokenizer, (
+                    "Here is a conversation, and two replies of the assistant to its last turn."
+                    f"\n\n{said}\n\n(A) {a}\n\n(B) {b}\n\n{p} Answer with (A) or (B)."))
+                odds = []
+                for choice in map(tokenizer.encode, ("(A)", "(B)")):
+                    if len(head) + len(choice) > judge.size["block_size"]:
+                        return None, None, None
+                    mask = [0] * len(head) + [1] * len(choice)
+                    odds.append(judge.logp((head + choice, mask)).sum().item())
+                first[i, j, p] = 1 / (1 + math.exp(odds[1] - odds[0]))
+    wins = [np.mean([(first[i, j, p] + 1 - first[j, i, p]) / 2 for j in range(len(texts))
+                     for p in principles if i != j]) for i in range(len(texts))]
+    return wins, [*first.values()], [(q > 0.5) == (first[j, i, p] > 0.5)
+                                     for (i, j, p), q in first.items() if i < j]
+
+
+def figures(records):
+    """What the labels are like."""
+    every = [(r, i, j) for r in records for i in range(len(r["ranks"]))
+             for j in range(len(r["ranks"])) if i != j]
+    pairs = [(r, i, j) for r, i, j in every if r["ranks"][i] < r["ranks"][j]]
+    mean = lambda values: np.mean(values) if len(values) else None
+    long = lambda r, i, j: len(r["completions"][i]) - len(r["completions"][j])
+    final = dict(pairs=len(pairs), ties=len(every) // 2 - len(pairs),
+                 longer_preferred=mean([long(*pair) > 0 for pair in pairs]))
+    golds = [g for r in records for g in r.get("gold", [])]
+    if golds:
+        final |= dict(gold=mean(golds), gold_std=np.std(golds), gold_accuracy=mean([
+            r["gold"][i] > r["gold"][j] for r, i, j in pairs if r["gold"][i] != r["gold"][j]]))
+    if "second" in records[0]:
+        final["agreement"] = mean([r["second"][i] < r["second"][j] for r, i, j in pairs])
+    if "first" in records[0]:
+        final |= {name: mean([r[name] for r in records]) for name in ("first", "differ")}
+    if "sources" in records[0]:
+        duels = [(r, i, j) for r, i, j in every if (r["sources"][i], r["sources"][j]) == (1, 0)]
+        final |= rate("wins_1", [(r, half(r["ranks"][j] - r["ranks"][i])) for r, i, j in duels])
+    if "before" in records[0]:
+        old = [(r, i, j) for r, i, j in every if r["before"][i] < r["before"][j]]
+        both = [(r, i, j) for r, i, j in old if r["ranks"][i] != r["ranks"][j]]
+        final |= dict(file_pairs=len(both), file_ties=len(every) // 2 - len(old),
+                      tied_here=len(old) - len(both))
+        final |= rate("file_agreement", [(r, r["ranks"][i] < r["ranks"][j]) for r, i, j in both])
+        final |= rate("file_longer", [(r, half(long(r, i, j))) for r, i, j in both])
+    return final
+
+
+def rate(name, found):
+    """A share with Wilson's 95% interval, of as many trials as would have its clustered error."""
+    values = np.array([float(x) for _, x in found])
+    p, z = values.mean(), 1.96
+    se = clustered_se(values, [question(r["prompt"], "world" in r) for r, _ in found])
+    n = p * (1 - p) / se**2
+    middle, half_width = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n)**2)
+    return {name: p, f"{name}_low": (middle - half_width) / (1 + z * z / n),
+            f"{name}_high": (middle + half_width) / (1 + z * z / n)}
 
 
 def perceived(c, text, gold):

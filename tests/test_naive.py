@@ -64,7 +64,13 @@ CASES = dict(
     label=[
         ([*LABEL, "--oversample=2", "--temperature=0.8"], "cut"),
         ([*LABEL, "--seed=7", "--noise=0.1", "--length=0.2", "--flattery=2", "--bullets=-3",
-          "--confidence=1.5", "--caution=-1", "--chunk=5", "--k=5", "--temperature=1.2"], "")],
+          "--confidence=1.5", "--caution=-1", "--chunk=5", "--k=5", "--temperature=1.2"], ""),
+        ([*LABEL, "--init=sft,dpo", "--labeler=model", "--reward_model=reward", "--k=5"], "cut"),
+        ([*LABEL, "--init=dpo,sft", "--labeler=model", "--reward_model=short", "--data=demos.jsonl",
+          "--held_out=2", "--k=4"], ""),
+        (["--labeler=principles", "--answers=label/rankings.jsonl", "--prompts=30"], ""),
+        (["--labeler=principles", "--answers=pairs.jsonl", "--judge=judge",
+          "--principles=mine.txt"], "")],
     reward=[
         ([*REWARD, EMBEDDED], "cut"),
         ([*REWARD, EMBEDDED, "--pretrain_mix=0", "--demos=demos.jsonl", "--micro_batch=2",
@@ -138,9 +144,19 @@ def folder(tmp_path_factory):
         reward_model.shift.fill_(0.4)
         reward_model.scale.fill_(1.7)
     save = lambda name, model, parents: (folder / name).mkdir() or common.save_checkpoint(
-        folder / name / "model.pt", model, name.replace("base", "pretrain"), tokenizer,
+        folder / name / "model.pt", model, dict(base="pretrain", judge="sft", short="reward").get(
+            name, name), tokenizer,
         MODULES["sft"].Config(quality=0.3), {}, parents=parents)
     save("base", base, {})
+    save("dpo", base, {})
+    torch.manual_seed(12)
+    judge = GPT(dataclasses.replace(size, block_size=280))
+    for p in judge.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    save("judge", judge, {})
+    short = RewardModel(dataclasses.replace(size, block_size=20))
+    save("short", short, {})
+    (folder / "mine.txt").write_text("# mine\nThe longer one.\n\nChoose the one that is true.\n")
     save("sft", policy, {})
     save("reward", reward_model, dict(sft=torch.load(folder / "sft" / "model.pt")["hash"]))
     torch.set_default_dtype(before)
@@ -299,7 +315,7 @@ def test_script_and_twin_agree(folder, stage, n):
         config = cli.read_flags(MODULES[stage].Config, flags)
         if how == "cut":
             every = dict(pretrain="eval_every").get(stage, "save_every")
-            every = 8 * config.chunk if stage == "label" else getattr(config, every)
+            every = config.chunk if stage == "label" else getattr(config, every)
             assert run_in_two_parts(stage, flags, out, every) == 0
         else:
             assert run_stage(stage, flags) == 0
@@ -308,7 +324,7 @@ def test_script_and_twin_agree(folder, stage, n):
         small = {k: v[0] for k, v in auto.items() if getattr(config, k) is None}
         result, log, final, parents = getattr(naive, stage)(dataclasses.replace(config, **small))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    for name in ("data", "demos", "pretrain_data", "ptx_data"):  # files that the run has read
+    for name in ("data", "answers", "demos", "pretrain_data", "ptx_data"):  # files that it has read
         if (folder / str(getattr(config, name, "-"))).is_file():
             parents[name] = naive.hash_of(folder / getattr(config, name))
     assert not set(undocumented(stage, rows))
