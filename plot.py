@@ -255,17 +255,21 @@ def report_picture(report):
     Figure, Line2D = matplotlib()
     found = dict(zip(report["checkpoints"], COLOURS))
     metrics = report["checkpoints"]
-    rates = [(name, row["label"]) for name, row in report["rows"].items()
+    rates = [(name, textwrap.fill(row["label"], 38)) for name, row in report["rows"].items()
              if any(f"{name}_low" in m for m in metrics.values())]
     numbers = [(name, report["rows"][name]["label"]) for name in NUMBERS
                if any(m.get(name) is not None for m in metrics.values())]
-    height = max(4.8, 0.24 * len(rates) * (1 + len(found) / 5), 2.4 + 0.9 * len(numbers))
+    rewards = any(m.get(name) is not None for m in metrics.values() for name in ("gold", "score"))
+    tall = ([4] if rewards else []) + [1] * len(numbers)  # the panels on the left, below nothing
+    lines = max([label.count("\n") + 1 for _, label in rates], default=0)
+    height = max(4.8, len(rates) * max(0.17 * lines, 0.24 + 0.048 * len(found)) + 0.6,
+                 0.8 * sum(tall))
     figure = Figure(figsize=(9.6, height), layout="constrained")
-    tall = (4, *[1] * len(numbers))  # of the panels on the left; below them nothing
     grid = figure.add_gridspec(len(tall) + 1, 2, width_ratios=(1, 1.15),
                                height_ratios=(*tall, max(0.01, height / 0.8 - sum(tall))))
-    against_kl(figure.add_subplot(grid[0, 0]), metrics, found)
-    for n, (name, label) in enumerate(numbers, 1):
+    if rewards:
+        against_kl(figure.add_subplot(grid[0, 0]), metrics, found)
+    for n, (name, label) in enumerate(numbers, rewards):
         axis = figure.add_subplot(grid[n, 0])
         dots(axis, metrics, found, [(name, "")], 1)
         axis.set_title(label, fontsize=8, loc="left", pad=2)
@@ -293,7 +297,7 @@ def against_kl(axis, metrics, colours):
                               color=colours[path], marker="o", ms=6, mfc=face, capsize=2, lw=1)
                 drawn.add(name)
     said = dict(gold="gold (full)", score="score (hollow)")
-    axis.set_ylabel(",\n".join(said[n] for n in said if n in drawn) or "reward", fontsize=8)
+    axis.set_ylabel(",\n".join(said[n] for n in said if n in drawn), fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25, lw=0.6)
 
@@ -309,7 +313,7 @@ def dots(axis, metrics, colours, rows, scale):
             at = y + 0.7 * ((n + 0.5) / len(metrics) - 0.5)
             axis.plot([scale * low, scale * high], [at, at], color=colours[path], lw=1.2)
             axis.plot(scale * m[name], at, "o", color=colours[path], ms=4)
-    axis.set_yticks(range(len(rows)), [textwrap.fill(label, 40) for _, label in rows])
+    axis.set_yticks(range(len(rows)), [label for _, label in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.tick_params(labelsize=8)
     axis.grid(axis="x", alpha=0.25, lw=0.6)

@@ -173,20 +173,22 @@ def test_a_picture_of_a_report():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["sft", "ppo", "best of 4"]
 
 
-@pytest.mark.parametrize("rows, checkpoints", [(2, 2), (12, 6), (30, 7)])
-def test_nothing_overlaps_in_a_report(rows, checkpoints):
+@pytest.mark.parametrize("rows, checkpoints, reward", [(2, 2, "score"), (12, 6, "gold"),
+                                                       (30, 7, "gold"), (24, 2, None)])
+def test_nothing_overlaps_in_a_report(rows, checkpoints, reward):
     # catches names of rows that run into each other or out of the picture, a legend over a panel
     pytest.importorskip("matplotlib", reason="a picture needs it")
     names = [f"r{i}" for i in range(rows)] + [*plot.NUMBERS]
     metrics = {n: 0.5 for n in names} | {f"r{i}_low": 0.4 for i in range(rows)} | dict(
-        kl=2.0, gold=1.0)
+        {"kl": 2.0, reward: 1.0})
     figure = plot.report_picture(dict(
-        rows={n: dict(label="a row whose name is as long as the longest one, %", unit="%")
+        rows={n: dict(label="a_set self-awareness-training-architecture: shows the behaviour "
+                            "(chance 50.0%)" if n[1:].isdigit() else n, unit="%")
               for n in names}, checkpoints={f"out/a_checkpoint_{i}": metrics | {
                   f"r{i}_high": 0.6 for i in range(rows)} for i in range(checkpoints)}))
     figure.draw_without_rendering()
     boxes = [figure.legends[0].get_window_extent(), *(a.get_tightbbox() for a in figure.axes)]
-    assert len(boxes) == 3 + len(plot.NUMBERS)
+    assert len(boxes) == 2 + (reward is not None) + len(plot.NUMBERS)
     assert all(b.x0 > -1 and b.x1 < figure.bbox.x1 + 1 and b.y0 > -1 for b in boxes)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     labels = [t.get_window_extent() for t in figure.axes[-1].get_yticklabels()]
