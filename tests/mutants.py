@@ -357,8 +357,7 @@ DATA = [
            "test_naive.py::test_script_and_twin_agree[label-2]", "-"),
     Mutant("shared_answers_go_to_the_last_writer", "label.py",
            'texts.setdefault(s["text"], who)', 'texts[s["text"]] = who',
-           "test_label.py::test_checkpoints_take_turns "
-           "test_naive.py::test_script_and_twin_agree[label-2]", "-"),
+           "test_label.py::test_a_text_of_two_writers_belongs_to_the_first_in_turn", "-"),
     Mutant("only_one_order_asked", "data/principles.py",
            "for first, then in ((i, j), (j, i))]", "for first, then in ((i, j), (i, j))]",
            "test_label.py::test_a_judge_that_knows_ranks_right_in_any_position",
