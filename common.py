@@ -19,6 +19,7 @@ import torch
 
 from cli import NOTES, UserError, as_text, note, out_of_memory
 from data.files import file_hash, is_data, missing
+from data.instruments import clustered_se as clustered_se  # all stages take it from here
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -157,19 +158,6 @@ def round_blocks(model):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and re.search(r"(^|\.)h\.\d+\.", name):
             module.to(torch.bfloat16)
-
-
-# --- errors of a mean ----------------------------------------------------------------------------
-
-
-def clustered_se(x, clusters):
-    """Standard error of the mean of x (n,), whose entries depend on each other within a cluster:
-    several prompts ask the same question in other words, and a prompt may be sampled twice.
-    nan for a single cluster, which says nothing about others."""
-    clusters = np.unique(clusters, return_inverse=True)[1]
-    if clusters.max() == 0:
-        return float("nan")
-    return float((np.bincount(clusters, x - np.mean(x)) ** 2).sum() ** 0.5 / len(x))
 
 
 # --- run folders, logs ---------------------------------------------------------------------------
