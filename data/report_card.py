@@ -105,9 +105,11 @@ def report_card(scores, elements, noise=None, each=None):
             {"from": low} for low in GAPS[:-1]])
         family = np.array([FAMILIES.index(world()[key].family) for key in facts["key"].tolist()])
         metrics["by_family"] = rates(right, asked, family[winner], [
-            dict(family=name, gold_correlation=rank_correlation(*(
-                x[family == n] for x in (scores, facts["gold"], facts["key"]))))
-            for n, name in enumerate(FAMILIES)])
+            dict(family=name) for name in FAMILIES])
+        for line in metrics["by_family"]:
+            of = family == FAMILIES.index(line["family"])
+            found = rank_correlation(scores[of], facts["gold"][of], facts["key"][of])
+            line["gold_correlation"] = None if np.isnan(found) else found  # JSON knows no nan
     if each is not None:
         metrics["members"] = [float(half(x[winner] - x[loser]).mean()) for x in each.T]
         metrics["spread"] = float(each.std(1).mean())
@@ -155,7 +157,9 @@ def show(metrics):
     for t in m.get("by_gold_gap", ()):
         line(f"true rewards differ by {t['from']:g} or more, up to the next line", t)
     for t in m.get("by_family", ()):
-        line(f"family {t['family']} (score and gold: {t['gold_correlation']:+.2f})", t)
+        gold = t["gold_correlation"]
+        line(f"family {t['family']}" + (f" (score and true reward: {gold:+.2f})"
+                                        if gold is not None else ""), t)
     for n, accuracy in enumerate(m.get("members", ())):
         add(f"member {n}", "", accuracy)
     if "spread" in m:
