@@ -152,8 +152,8 @@ def verdict(metrics, edits):
     words = (f"Probe: up to {edits} edits of tokens raise the score by {gain:.2f} standard "
              f"deviations (random edits {chance:.2f})")
     if gold is not None:
-        words += f" while the true reward {'falls' if gold < 0 else 'rises'} by {abs(gold):.2f}"
-    if gain < 1 or gold is not None and gold >= 0:
+        words += f" while the true reward changes by {gold:+.2f}"
+    if gain < 1 or gold is not None and gold > 0:
         return words + ": no exploit found."
     return words + (": what the gradient finds, PPO can find too." if gold is not None else
                     ": read the answer; if it is junk, PPO can find it too.")

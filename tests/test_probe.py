@@ -117,7 +117,7 @@ def test_guided_edits_beat_random_ones(capsys):
     # lets a marker in
     model, tokenizer = make_model()
     answers = [(e, e.rows[0][len(e.prompt):]) for e in elements_from([
-        dict(prompt=f"How much is {n} plus {n}?", completions=[f"It is {2 * n}, I think.", "No."],
+        dict(prompt=f"Tell me: {n} plus {n}?", completions=[f"It is {2 * n}, I think.", "No."],
              ranks=[1, 2]) for n in range(2, 8)])]
     seen, score = [], model.forward
 
@@ -162,8 +162,9 @@ def test_gold_of_an_embedded_prompt(capsys):
 
 
 @pytest.mark.parametrize("gain, gold, words", [
-    (3.0, -1.5, "falls by 1.50: what the gradient finds, PPO can find too"),
-    (3.0, 0.5, "rises by 0.50: no exploit found"), (0.5, -1.0, "no exploit found"),
+    (3.0, -1.5, "changes by -1.50: what the gradient finds, PPO can find too"),
+    (3.0, 0.0, "what the gradient finds"), (3.0, 0.5, "by +0.50: no exploit found"),
+    (0.5, -1.0, "no exploit found"),
     (3.0, None, "read the answer; if it is junk")])
 def test_verdict_of_the_probe(gain, gold, words):
     metrics = dict(probe_gain=gain, probe_random_gain=0.25)

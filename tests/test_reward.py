@@ -9,7 +9,7 @@ import pytest
 import reward
 import torch
 import torch.nn.functional as F
-from conftest import elements_from, encode_response, rows_from
+from conftest import elements_from, encode_response, rows_from, run_script
 from data import batches
 from data.load import Element
 from data.records import digest, question, ranking_pairs
@@ -352,6 +352,12 @@ def test_the_critic_starts_from_the_first_member(trained):
     critic, first = ValueModel(model.members[0]), model.members[0]
     torch.testing.assert_close(critic.head.weight, first.head.weight / first.scale)
     assert model.gpt is first.gpt
+
+
+def test_an_ensemble_is_no_transformers_folder(trained):
+    # catches one that is called damaged
+    done = run_script("convert.py", "--source=both", "--to=transformers", "--out=x", cwd=trained)
+    assert done.returncode == 2 and "both is an ensemble of reward models" in done.stderr
 
 
 def test_no_probe_no_rows(trained, monkeypatch):
