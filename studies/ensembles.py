@@ -135,7 +135,8 @@ def tables(found, config):
     for part, (title, rows) in enumerate((("On held-out pairs", PAIRS), ("PPO", PPO))):
         lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, label, unit in rows:
-            cells = [[unit * one[way][part][name] for one in found] for way in WAYS]
+            nan = float("nan")  # of a figure that a run does not have: gold was always the same
+            cells = [[unit * one[way][part].get(name, nan) for one in found] for way in WAYS]
             lines.append(f"| {label} | " + " | ".join(
                 f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in cells) + " |")
         lines.append("")

@@ -7,7 +7,6 @@ import pytest
 from cli import UserError
 from conftest import run_script
 from studies import ensembles
-from test_naive import LABEL
 from tiny_runs import make_inputs
 
 FLAGS = ["--runs=s{seed}", "--out=runs", "--table=table.md", "--members=2",
@@ -20,9 +19,9 @@ def folder(tmp_path, monkeypatch):
     """s1 and s2 with an SFT model and rankings each, and every stage run in this process."""
     for seed in (1, 2):
         make_inputs(tmp_path / f"s{seed}")
-        flags = [f for f in LABEL if not f.startswith("--max")]
-        done = run_script("label.py", *flags, "--max_new_tokens=12", f"--seed={seed}",
-                          f"--init=s{seed}/sft", f"--out=s{seed}/label", cwd=tmp_path)
+        done = run_script("label.py", "--prompts=34", "--held_out=12", "--k=3",
+                          "--max_new_tokens=12", f"--seed={seed}", f"--init=s{seed}/sft",
+                          f"--out=s{seed}/label", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     commands = []

@@ -18,11 +18,11 @@ class Exploit(torch.nn.Module):
     """Its score counts a token, by the first channel of the embedding; EOS is what it likes least:
     to replace it would raise the score most."""
 
-    def __init__(self, tiny, token=7, eos=0):
+    def __init__(self, gpt, token=7, eos=0):
         super().__init__()
-        self.gpt = tiny
+        self.gpt = gpt
         with torch.no_grad():
-            self.gpt.wte.weight[:, 0] = 0.1 * torch.arange(16) / 16
+            self.gpt.wte.weight[:, 0] = torch.linspace(0, 0.1, len(self.gpt.wte.weight))
             self.gpt.wte.weight[token, 0] = 1.0
             self.gpt.wte.weight[eos, 0] = -5.0
 
@@ -112,6 +112,19 @@ def make_model():
     return RewardModel(size).eval(), tokenizer
 
 
+def test_random_edits_do_not_find_it():
+    # catches a baseline that looks at the gradient, or tries more: 160 of 1,500 tokens
+    model, tokenizer = make_model()
+    model = Exploit(model.gpt, 700, tokenizer.eos)
+    rows, masks = [[1, 2, 3, 4, 5, 6, tokenizer.eos]], [[0, 1, 1, 1, 1, 1, 1]]
+    gains = []
+    for rng in (None, np.random.default_rng(0)):
+        _, [before], [after] = probe.attack(model, rows, masks, tokenizer.pad, range(1500), 10, CPU,
+                                            rng)
+        gains.append(after - before)
+    assert gains[0] > 4.5 > 2.5 > gains[1] > 0
+
+
 def test_guided_edits_beat_random_ones(capsys):
     # catches candidates that the gradient did not choose; and one that changes prompt or EOS, or
     # lets a marker in
@@ -129,7 +142,7 @@ def test_guided_edits_beat_random_ones(capsys):
     logged = []
     found = probe.probe(model, tokenizer, answers, 6, np.random.default_rng(0), CPU,
                         lambda **row: logged.append(row))
-    assert found["probe_gain"] > 1.5 * found["probe_random_gain"] > 0
+    assert found["probe_gain"] > 1.2 * found["probe_random_gain"] > 0
     assert found["probe_gain"] == pytest.approx(
         np.mean([r["score_after"] - r["score_before"] for r in logged]))
     assert len(logged) == 6 and all(r["gold_before"] is None for r in logged)  # not of the world

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import elements_from, encode_response, rows_from, run_script
 from data import batches
 from data.load import Element
-from data.records import digest, question, ranking_pairs
+from data.records import digest, prompt_digest, question, ranking_pairs
 from data.tokenizer import load_tokenizer
 from reward import (
     Ensemble,
@@ -105,7 +105,7 @@ def test_report_card_on_a_known_model():
     rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
     masks = [[[0, 1], [0, 1]]] * 3
     source = rows_from([x for r, m in zip(rows, masks) for x in zip(r, m)], [
-        dict(asked=digest(question(r["prompt"])), chars=len(text), gold=gold)
+        dict(key=prompt_digest(r), asked=digest(question(r["prompt"])), chars=len(text), gold=gold)
         for r in records for text, gold in zip(r["completions"], r["gold"])])
     elements = [Element(source, (2 * n, 2 * n + 1), record["pairs"], [], [])
                 for n, record in enumerate(records)]
@@ -363,7 +363,8 @@ def test_an_ensemble_is_no_transformers_folder(trained):
 def test_no_probe_no_rows(trained, monkeypatch):
     # catches a probe that --probe=0 does not leave out, or that changes the weights
     monkeypatch.chdir(trained)
-    reward.main(cli.read_flags(reward.Config, [*FEW, "--seed=5", "--probe=0", "--out=quiet"]))
+    reward.main(cli.read_flags(reward.Config, [*FEW[:-1], "--seed=5", "--probe=0",
+                                               "--out=quiet"]))
     rows = [[json.loads(s) for s in open(f"{name}/log.jsonl")] for name in ("five", "quiet")]
     kinds = [[r["kind"] for r in found].count("probe") for found in rows]
     assert kinds[0] > 0 == kinds[1] and "probe_gain" in rows[0][-1] and \
