@@ -370,6 +370,9 @@ def write_folder(config, out):
     checkpoint = common.load_checkpoint(
         config.source, ("pretrain", "reward", *common.POLICIES))
     is_reward = checkpoint["stage"] == "reward"
+    if checkpoint["config"].get("ensemble", 1) > 1:
+        raise UserError(f"{config.source} is an ensemble of reward models, for which transformers "
+                        "has no class: train one with `python reward.py --ensemble=1`")
     model, tokenizer = common.build(RewardModel if is_reward else GPT, checkpoint, config.source,
                                     torch.device("cpu"))
     gpt = model.requires_grad_(False).gpt if is_reward else model

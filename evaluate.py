@@ -35,6 +35,7 @@ class Config(cli.Config):
     select: str = ""  # an SFT run: which of its epochs the reward model likes best
     reference: str = "out/sft"  # what they are compared with, and what the KL is measured to
     reward_model: str = ""  # checkpoint for the scores; "" leaves them out
+    score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     split: str | None = None  # "all", "train" or "held_out"; auto: of a file all, else held_out
     out: str = "out/evaluate"  # log.jsonl, every answer in answers.jsonl; a report: out/report
@@ -93,7 +94,8 @@ def load_networks(config, device, reward_model=True):
     parents, block_size, judge = {parent["stage"]: parent["hash"]}, policy.config.block_size, None
     if reward_model:
         common.ensure_input(config, "reward_model", "reward")
-        judge, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+        judge, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device,
+                                                           config.score_by)
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
         common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
                              config.reward_model)
@@ -589,7 +591,8 @@ def make_report(config, device):
         common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
                                     config.reference)
     if config.reward_model:
-        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device,
+                                                                  config.score_by)
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.reference)
         parents["reward"], room = rm_parent["hash"], min(room, reward_model.gpt.config.block_size)
     own = config.data != "synthetic"
@@ -699,7 +702,8 @@ def select(config, device):
         raise UserError(f"--select={folder} holds no model-epoch1.pt: sft.py writes one an epoch")
     if not config.reward_model:
         raise UserError("--select needs --reward_model=")
-    reward_model, tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+    reward_model, tokenizer, rm_parent = load_reward_model(config.reward_model, device,
+                                                           config.score_by)
     config, rows = common.sized(config, "evaluate", reward_model.gpt), []
     parents, prompts, run = dict(reward=rm_parent["hash"]), None, None
     for path in paths:
@@ -751,7 +755,8 @@ def main(config):
     for name, needed, given in (
             ("select", "no --policies and no --sets", not (config.policies or config.sets)),
             ("sets", "--policies=", config.policies),
-            ("best_of", "--reward_model=", config.reward_model)):
+            ("best_of", "--reward_model=", config.reward_model),
+            ("score_by", "--reward_model=", config.reward_model)):
         if getattr(config, name) != getattr(Config, name) and not given:
             raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
     if config.select or config.policies:
@@ -768,7 +773,8 @@ def main(config):
     block_size = min(policy.config.block_size, reference.config.block_size)
     reward_model = None
     if config.reward_model:
-        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device)
+        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device,
+                                                                  config.score_by)
         common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)

@@ -36,6 +36,7 @@ class Config(cli.Config):
     init: str = "out/sft"  # policy to start from; also the reference
     reward: str = "verifier"  # "verifier": 1 for a right response, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
+    score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     # --- an iteration
     iterations: Positive[int] = 60
     batch_size: Positive[int] = 256  # responses an iteration
@@ -93,7 +94,7 @@ from data.text import text_rows
 from data.verifier import is_right
 from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
 from model import autocast, generate, text_loss, token_logprobs, token_stats
-from reward import score_batch
+from reward import SCORE_BY, score_batch
 
 
 METHODS = {  # what --method stands for
@@ -355,7 +356,7 @@ def resolve(config):
     """The config with --method's choices where none was made; UserError for an unknown name."""
     names = dict(reward=("verifier", "model"), method=METHODS, kl_in=("reward", "loss"),
                  kl_estimator=("k2", "k3"), advantage=("grpo", "dr_grpo", "rloo"),
-                 aggregate=("sequence", "constant", "tokens", "sum"))
+                 aggregate=("sequence", "constant", "tokens", "sum"), score_by=SCORE_BY)
     for name, allowed in names.items():
         if getattr(config, name) not in (None, *allowed):
             raise UserError(f"--{name}={getattr(config, name)}: expected one of "

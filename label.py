@@ -45,6 +45,7 @@ class Config(cli.Config):
     # --- who ranks
     labeler: str = "simulated"  # "simulated", "model", "principles"; a person: "terminal", "page"
     reward_model: str = "out/reward"  # of --labeler=model: the checkpoint whose score ranks
+    score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     principles: str = ""  # a file, one a line; "": data/principles.txt, or of the embedded world
     judge: str = ""  # checkpoint that chooses by the principles; "": by rule, embedded world only
     repeat: NotNegative[float] = 0.1  # share of the comparisons that a person is asked twice
@@ -208,7 +209,7 @@ def simulated(config, device):
 def by_model(config, device):
     """Online DPO, and Gao's gold: a reward model in a person's place."""
     common.ensure_input(config, "reward_model", "reward")
-    model, tokenizer, parent = load_reward_model(config.reward_model, device)
+    model, tokenizer, parent = load_reward_model(config.reward_model, device, config.score_by)
 
     def rank(n, item):
         head = tokenizer.prompt_pieces(item["prompt"])
@@ -220,7 +221,8 @@ def by_model(config, device):
         return dict(ranks=principles.ranks_of(scores, 0.0), scores=scores)
 
     accuracy = parent["metrics"].get("accuracy")
-    about = dict(reward_model=config.reward_model, hash=parent["hash"], accuracy=accuracy)
+    about = dict(reward_model=config.reward_model, score_by=config.score_by, hash=parent["hash"],
+                 accuracy=accuracy)
     card = (f"A reward model ranks by its score, equal ones tie: {config.reward_model} "
             f"({parent['hash']})" + (f", which orders {accuracy:.1%} of its held-out pairs as "
                                      "their labels do" if accuracy is not None else "") + ".")
@@ -317,6 +319,7 @@ def check_flags(config):
     for name, needed, given in (("judge", "--labeler=principles", by),
                                 ("principles", "--labeler=principles", by),
                                 ("reward_model", "--labeler=model", config.labeler == "model"),
+                                ("score_by", "--labeler=model", config.labeler == "model"),
                                 ("port", "--labeler=page", config.labeler == "page"),
                                 ("repeat", "a person as the labeler", person),
                                 ("init", "no --answers: nothing is sampled", not config.answers),

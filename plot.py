@@ -5,7 +5,8 @@
     python plot.py out/ppo --text=true               # characters in the terminal, no matplotlib
     python plot.py out/report                        # evaluate.py's report: out/report/report.png
 
-A run may be of any stage, and may still be going on. Where it has only a final figure and another
+Of a reward model also its calibration: how often it is right against how sure it is. A run may be
+of any stage, and may still be going on. Where it has only a final figure and another
 run has a curve, it is a level (label.py, evaluate.py). docs/log.md defines every quantity.
 """
 
@@ -71,6 +72,7 @@ class Run(NamedTuple):
     target: float  # of the KL controller, nats per sequence; 0 without one
     train: dict  # field: {step: value}, from the training batches
     held_out: dict  # the same of what is measured on held-out data
+    calibration: list = []  # of a reward model: {confidence, accuracy, pairs} of each bin
 
 
 # --- the log -------------------------------------------------------------------------------------
@@ -140,7 +142,8 @@ def read_run(folder):
     target = flags.get("kl_target") or 0
     label += [f"KL target {target:g}"] * bool(target)
     ordered = lambda curves: {field: dict(sorted(c.items())) for field, c in curves.items()}
-    return Run(stage, ", ".join(label), target, ordered(train), ordered(held_out))
+    calibration = rows[-1].get("calibration", []) if rows else []
+    return Run(stage, ", ".join(label), target, ordered(train), ordered(held_out), calibration)
 
 
 def panels_of(runs):
@@ -187,8 +190,10 @@ def picture(runs):
     Figure, Line2D = matplotlib()
     from matplotlib.ticker import LogLocator, NullLocator
     panels = panels_of(runs)
-    across = min(3, len(panels))
-    down = math.ceil(len(panels) / across)
+    calibrated = [(c, run.calibration) for c, run in zip(COLOURS, runs) if run.calibration]
+    total = len(panels) + bool(calibrated)
+    across = min(3, total)
+    down = math.ceil(total / across)
     figure = Figure(figsize=(max(6.2, 3.1 * across), 0.7 + 0.18 * len(runs) + 2.0 * down),
                     layout="constrained")
     for n, (title, fields, level) in enumerate(panels):
@@ -211,12 +216,33 @@ def picture(runs):
             axis.yaxis.set_major_formatter("{x:g}")
         if n + across >= len(panels):
             axis.set_xlabel(steps_of(runs), fontsize=8)
+    if calibrated:
+        draw_calibration(figure.add_subplot(down, across, total), calibrated)
     handles = [Line2D([], [], color=colour, label=run.label) for colour, run in zip(COLOURS, runs)]
     figure.legend(handles=handles, loc="outside upper left", fontsize=8, title_fontsize=8,
                   frameon=False, alignment="left",
                   title="thin: as logged; thick: running mean; circles: held out"
                   + "; dotted: KL target" * any(run.target for run in runs))
     return figure
+
+
+def draw_calibration(axis, runs):
+    """Accuracy against confidence, [(colour, bins), ...]; of a single run with the pairs of each
+    bin. Below the diagonal it claims more than it knows."""
+    axis.set_title("calibration (share of held-out pairs)", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.plot([0.5, 1], [0.5, 1], color="grey", lw=0.8)
+    for colour, bins in runs:
+        x, y = ([b[name] for b in bins] for name in ("confidence", "accuracy"))
+        axis.plot(x, y, color=colour, lw=1.2, marker="o", ms=4)
+        for b in bins if len(runs) == 1 else ():
+            axis.text(b["confidence"], 0.02, f"{b['pairs']:,}", fontsize=6, rotation=90,
+                      ha="center", va="bottom", transform=axis.get_xaxis_transform())
+    axis.margins(x=0.05, y=0.05)
+    axis.set_ylim(axis.get_ylim()[0] - 0.12)  # room for the numbers
+    axis.set_xlabel("confidence in the winner", fontsize=8)
+    axis.set_ylabel("accuracy" + "; number: pairs" * (len(runs) == 1), fontsize=8)
 
 
 def draw(axis, train, held_out, colour, style):
@@ -363,6 +389,11 @@ def as_characters(runs, width):
                 v = list(curve.values())
                 v = dict(first=v[0], last=v[-1], min=min(v), max=max(v)) if v[1:] else dict(at=v[0])
                 lines.append("  ".join([symbol, *(f"{name} {x:.4g}" for name, x in v.items())]))
+    for letter, run in zip(letters, runs):
+        if run.calibration:
+            names = ("pairs", "confidence", "accuracy")
+            lines.append(f"\ncalibration of {letter}" + cli.table(
+                {name: [b[name] for b in run.calibration] for name in names}))
     return "\n".join(lines)
 
 

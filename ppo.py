@@ -33,6 +33,7 @@ class Config(cli.Config):
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
     init: str = "out/sft"  # policy to start from; also the reference
     reward_model: str = "out/reward"  # score, and start of the critic
+    score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     # --- an iteration
     iterations: Positive[int] = 60
     batch_size: Positive[int] = 128  # episodes (responses) an iteration
@@ -396,7 +397,7 @@ def main(config):
     # --- four networks, and the prompts --------------------------------------
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(config, device)
     config = common.sized(common.sized(config, "ppo", policy), "critic", reward_model.gpt)
-    critic = ValueModel(reward_model)
+    critic = ValueModel(reward_model.members[0])  # of an ensemble the first one
     common.freeze(reward_model)
     policy.checkpointing = critic.gpt.checkpointing = config.checkpointing
     room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"

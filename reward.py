@@ -11,8 +11,12 @@ The loss only fixes differences of r. So afterwards a shift and a scale are meas
 the weights: demonstrations average 0, samples of the SFT model have standard deviation 1. Then
 beta, the missing-EOS penalty and the critic mean the same in every run.
 
+After the training it prints a report card, and edits answers by the gradient until they score high
+(docs/reward.md). --ensemble=4 trains four networks from different seeds.
+
     python reward.py                                              # the rankings of label.py
     python reward.py --data=out/data/hh_rlhf.jsonl --init=...     # any file of pairs or rankings
+    python reward.py --preflight=true                             # only looks at the rankings
 
     {"prompt": P, "chosen": text, "rejected": text}          # P is text or a list of turns
     {"prompt": P, "completions": [text, text, ...], "ranks": [1, 2, ...]}        # 1 is best
@@ -34,7 +38,9 @@ class Config(cli.Config):
     demos: str = "auto"  # demonstrations that average 0: a file; "auto": the embedded ones
     #                      for the embedded data, else training answers that won a pair
     pretrain_mix: NotNegative[float] = 0.5  # weight of the text's loss, as in sft.py; embedded data
+    preflight: bool = False  # look at the data, overfit 32 pairs, and stop: no run
     # --- training
+    ensemble: Positive[int] = 1  # networks from different seeds, trained one after the other
     epochs: Positive[int] = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
     micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: all at once
@@ -46,6 +52,7 @@ class Config(cli.Config):
     # --- samples and saving
     max_new_tokens: Positive[int] | None = None  # SFT samples for the scale
     samples: Positive[int] = 512  # how many, and how many demonstrations
+    probe: NotNegative[int] = 12  # edits of an answer by the gradient of the score; 0: no probe
     save_every: Positive[int] = 100  # steps between saved states
 
 
@@ -53,6 +60,7 @@ class Config(cli.Config):
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -60,10 +68,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from cli import note, plus_minus, progress, say
+from cli import note, progress, say
 from data import batches
 from data.load import all_rows, batch_rows, choose_elements, load_rankings, pair_indices
+from data.preflight import preflight
+from data.probe import probe
 from data.records import check_demonstration, demonstration_rows, embedded, fits
+from data.report_card import report_card, show
 from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
@@ -87,6 +98,10 @@ class RewardModel(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
+    @property
+    def members(self):
+        return [self]
+
     def raw(self, tokens, response_mask):
         """tokens (B, T), response_mask (B, T) -> (B,), the score before shift and scale, fp32.
 
@@ -103,6 +118,50 @@ class RewardModel(nn.Module):
         return (self.raw(tokens, response_mask) - self.shift) / self.scale
 
 
+def combine(scores, score_by):
+    """(B,) of the scores (N, B) of N members: their mean; their minimum; or the mean less their
+    standard deviation (divided by N): what all of them like, not what one of them likes (Coste et
+    al. 2023). Of one member all three are its score. The result is not scaled again: beta loses a
+    few percent of its meaning, as the mean of members that disagree spreads less than each, and
+    demonstrations fall below 0 by min and mean-std.
+    """
+    if score_by == "mean":
+        return scores.mean(0)
+    if score_by == "min":
+        return scores.amin(0)
+    return scores.mean(0) - scores.std(0, correction=0)
+
+
+SCORE_BY = ("mean", "min", "mean-std")
+
+
+class Ensemble(nn.Module):
+    """Reward models of different seeds; forward combines their scores, each by its own shift and
+    scale first, so that they are comparable.
+
+    N networks, not N heads on one trunk: MEASURED
+    """
+
+    def __init__(self, members, score_by="mean"):
+        super().__init__()
+        self.members, self.score_by = nn.ModuleList(members), score_by
+
+    @property
+    def gpt(self):
+        return self.members[0].gpt
+
+    def each(self, tokens, response_mask):
+        """(B, N): the score of every member."""
+        return torch.stack([member(tokens, response_mask) for member in self.members], 1)
+
+    def forward(self, tokens, response_mask):
+        return combine(self.each(tokens, response_mask).T, self.score_by)
+
+    def raw(self, tokens, response_mask):
+        """(B,): the score in log-odds, the unit of a member's `raw`, by their mean scale."""
+        return self(tokens, response_mask) * sum(m.scale for m in self.members) / len(self.members)
+
+
 def reward_loss(chosen, rejected):
     """Bradley-Terry negative log-likelihood, -sum log sigmoid(r_w - r_l): InstructGPT eq. 1.
 
@@ -112,10 +171,16 @@ def reward_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-def load_reward_model(path, device):
-    """(reward model, tokenizer, checkpoint without weights), frozen, in eval mode."""
+def load_reward_model(path, device, score_by="mean"):
+    """(reward model, tokenizer, checkpoint without weights), frozen, in eval mode: a RewardModel,
+    or an Ensemble that scores by `score_by`, see `combine`."""
+    if score_by not in SCORE_BY:
+        raise UserError(f"--score_by={score_by}: choose one of {', '.join(SCORE_BY)}")
     checkpoint = common.load_checkpoint(path, ("reward",), device)
-    model, tokenizer = common.build(RewardModel, checkpoint, path, device)
+    n = checkpoint["config"].get("ensemble", 1)
+    network = RewardModel if n == 1 else lambda size: Ensemble(
+        [RewardModel(size) for _ in range(n)], score_by)
+    model, tokenizer = common.build(network, checkpoint, path, device)
     return model.requires_grad_(False), tokenizer, checkpoint
 
 
@@ -127,48 +192,12 @@ def score_batch(score, tokens, mask, size):
 
 
 def evaluate(model, elements, pad, device, noise=None):
-    """The reward model's report card on held-out rankings, Elements of data/load.py.
-
-    accuracy: share of labelled pairs ordered as the label says, with its standard error, clustered
-    by question; beside it the baselines "longer wins" and "shorter wins" (characters).
-    calibration_error: mean gap between sigmoid(margin) and the share of pairs won, over ten equal
-    bins. With gold scores in the records: accuracy of gold itself on the labels, and agreement with
-    gold where it differs by more than the labelers' noise.
-    """
-    scores = batches.over_rows(model.raw, *all_rows(elements), pad, device,
-                               bar="held-out answers").numpy()
-    starts = np.cumsum([0] + [len(e.numbers) for e in elements])
-    margins, longer, asked, gold_order, wide = [], [], [], [], []
-    for n, e in enumerate(elements):
-        score, chars, gold = scores[starts[n]:starts[n + 1]], e.facts("chars"), e.facts("gold")
-        for i, j in e.pairs:
-            margins.append(score[i] - score[j])
-            longer.append(np.sign(chars[i] - chars[j]) / 2 + 0.5)
-            asked.append(e.facts("key" if noise is None else "asked")[0])
-            if not np.isnan(gold).any():
-                gap = gold[i] - gold[j]
-                gold_order.append(np.sign(gap) / 2 + 0.5)
-                if noise is not None and abs(gap) > noise:
-                    wide.append((margins[-1] > 0) == (gap > 0))
-    margins, longer = np.array(margins), np.array(longer)
-    right = (np.sign(margins) / 2 + 0.5)
-    p = np.abs(0.5 - 1 / (1 + np.exp(-margins))) + 0.5  # confidence in the pair's winner, >= 0.5
-    bins = np.minimum((p - 0.5) * 20, 9).astype(int)
-    table = [dict(confidence=float(p[bins == b].mean()), accuracy=float(right[bins == b].mean()),
-                  pairs=int((bins == b).sum())) for b in range(10) if (bins == b).any()]
-    metrics = dict(
-        loss=float(np.logaddexp(0, -margins).mean()), accuracy=float(right.mean()),
-        accuracy_se=common.clustered_se(right, asked), pairs=len(margins),
-        margin=float(margins.mean()), longer_wins=float(longer.mean()),
-        longer_wins_se=common.clustered_se(longer, asked), shorter_wins=float(1 - longer.mean()),
-        calibration_error=sum(abs(t["confidence"] - t["accuracy"]) * t["pairs"]
-                              for t in table) / len(margins),
-        calibration=table)
-    if gold_order:
-        metrics["gold_accuracy"] = float(np.mean(gold_order))
-    if wide:
-        metrics["accuracy_on_wide_gold"] = float(np.mean(wide))
-    return metrics
+    """The reward model's report card on held-out rankings, see `report_card`."""
+    rows = all_rows(elements)
+    scores = batches.over_rows(model.raw, *rows, pad, device, bar="held-out answers").numpy()
+    each = batches.over_rows(model.each, *rows, pad, device).numpy() \
+        if isinstance(model, Ensemble) else None
+    return report_card(scores, elements, noise, each)
 
 
 def epoch_order(train, epoch, config):
@@ -185,9 +214,9 @@ def main(config):
     # --- model and data ------------------------------------------------------
     policy, tokenizer, parent = common.load_policy(config.init, common.STARTS, device)
     config = common.sized(config, "reward", policy)
-    model = RewardModel(policy.config).to(device)
-    model.gpt.load_state_dict(policy.state_dict())
-    model.gpt.checkpointing = config.checkpointing
+    seeds = [config.seed + n for n in range(config.ensemble)]  # a member is a run of its seed
+    members = [first_weights(policy, replace(config, seed=seed)) for seed in seeds]
+    model = members[0] if len(members) == 1 else Ensemble(members)
     origin = embedded(config.data)
     noise = origin and origin["noise"]
     if origin:
@@ -196,34 +225,34 @@ def main(config):
     data = load_rankings(config.data, tokenizer, policy.config.block_size,
                          skip_bad=config.skip_bad)
     train = data.train
+    if config.preflight:
+        preflight(config, members[0], reward_loss, train, tokenizer, device)
+        return
     zero = read_demos(config, train, tokenizer, noise, parent["config"].get("quality", 0.5))
     zero = zero.select(fits("demonstrations", zero.lengths, policy.config.block_size))
     if not len(zero):
         raise UserError(f"--demos={config.demos}: no demonstration fits the context")
-    text = None  # rows of pretraining text, or None
-    if config.pretrain_mix > 0 and noise is not None:
-        text = text_rows("synthetic", tokenizer, min(40, policy.config.block_size), 20000,
-                         config.seed)
     # samples of the SFT model, for the scale; now, so that it fails before the training if it must
-    prompts = [e.prompt for e in choose_elements(train, config.samples)]
+    asked = choose_elements(train, config.samples)
     room = policy.config.block_size - config.max_new_tokens
-    prompts = [prompts[n] for n in fits("prompts to sample on", list(map(len, prompts)), room)]
-    if not prompts:
+    asked = [asked[n] for n in fits("prompts to sample on", [len(e.prompt) for e in asked], room)]
+    if not asked:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no training prompt leaves that "
                         f"much room in the context of {policy.config.block_size}")
-    samples = batches.sample_texts(policy, tokenizer, prompts, config.max_new_tokens,
+    samples = batches.sample_texts(policy, tokenizer, [e.prompt for e in asked],
+                                   config.max_new_tokens,
                                    common.stream(config.seed, "reward", "samples", device=device),
                                    bar="samples")
     del policy
-    complete = [(p, s["ids"]) for p, s in zip(prompts, samples) if s["finished"]]
+    complete = [(e, s["ids"]) for e, s in zip(asked, samples) if s["finished"]]
     if len(complete) < len(samples):
         note(f"samples for the scale: dropped {len(samples) - len(complete)} of {len(samples)}, "
              f"without EOS within {config.max_new_tokens} tokens")
     if len(complete) < 2:
-        raise UserError(f"{config.init} ended {len(complete)} of {len(prompts)} samples with EOS "
+        raise UserError(f"{config.init} ended {len(complete)} of {len(asked)} samples with EOS "
                         f"within {config.max_new_tokens} tokens: too few to measure the scale on")
     steps_per_epoch = -(-len(train) // config.batch_size)
-    steps = config.epochs * steps_per_epoch
+    steps = config.epochs * steps_per_epoch  # of each member
     common.say_warmup(steps, config.warmup)
     run = common.Run("reward", config, device, {parent["stage"]: parent["hash"]})
     pairs = sum(len(e.pairs) for e in train)
@@ -233,63 +262,86 @@ def main(config):
           f"pairs, {len(data.held_out)} prompts held out")
 
     # --- training loop -------------------------------------------------------
-    optimizer = common.adamw([model], config.lr, config.weight_decay)
+    # of all members, one after the other: who has no gradient in a step is left as it is
+    optimizer = common.adamw(members, config.lr, config.weight_decay)
     first = run.load_state(model=model, optimizer=optimizer).get("step", 0)
-    bar = progress(range(first, steps), "reward", initial=first, total=steps)
-    for step in bar:
+    total = config.ensemble * steps
+    bar = progress(range(first, total), "reward", initial=first, total=total)
+    for n in bar:
         start = time.perf_counter()
-        if step % config.save_every == 0:
-            run.save_state(model=model, optimizer=optimizer, step=step)
+        if n % config.save_every == 0:
+            run.save_state(model=model, optimizer=optimizer, step=n)
+        number, step = divmod(n, steps)
         epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == first:
-            order = epoch_order(train, epoch, config)
+        member, seed = members[number], seeds[number]
+        if i == 0 or n == first:
+            order = epoch_order(train, epoch, replace(config, seed=seed))
+        if step == 0 or n == first:
+            text = None  # rows of pretraining text, or None
+            if config.pretrain_mix > 0 and noise is not None:
+                text = text_rows("synthetic", tokenizer, min(40, model.gpt.config.block_size),
+                                 20000, seed)
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
         tokens, mask = batch_rows(batch, tokenizer.pad, device)
         winners, losers = pair_indices(batch)
-        scores = score_batch(model.raw, tokens, mask, config.micro_batch)  # every answer once
+        scores = score_batch(member.raw, tokens, mask, config.micro_batch)  # every answer once
         margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
         loss = reward_loss(scores[winners], scores[losers])
         (loss / pairs_per_step).backward()
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
-            rows = common.stream(config.seed, "reward", "text", step).integers(0, len(text), 16)
+            rows = common.stream(seed, "reward", "text", step).integers(0, len(text), 16)
             with autocast(device):
-                mix = text_loss(model.gpt, text[rows].to(device))
+                mix = text_loss(member.gpt, text[rows].to(device))
             (config.pretrain_mix * mix).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(member.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 5 == 0:
             value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()
-            run.log(step=step, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
-                    pairs_per_s=count / (time.perf_counter() - start))
+            run.log(step=n, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
+                    pairs_per_s=count / (time.perf_counter() - start), member=number)
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
 
-    # --- shift, scale, report card -------------------------------------------
+    # --- shift, scale, report card, probe ------------------------------------
     model.eval()
-    score = lambda rows, masks: batches.over_rows(model, rows, masks, tokenizer.pad, device)
-    demo_scores = score(zero.ids, zero.masks)
-    sample_scores = score([p + y for p, y in complete],
-                          [[0] * len(p) + [1] * len(y) for p, y in complete])
-    model.shift.fill_(float(demo_scores.mean()))
-    model.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
+    score = lambda model, rows, masks: batches.over_rows(model, rows, masks, tokenizer.pad, device)
+    sample_rows = ([e.prompt + ids for e, ids in complete],
+                   [[0] * len(e.prompt) + [1] * len(ids) for e, ids in complete])
+    centred = []  # the mean score of the samples, by each member
+    for member in members:  # each its own, on the same answers
+        demo_scores = score(member, zero.ids, zero.masks)
+        sample_scores = score(member, *sample_rows)
+        member.shift.fill_(float(demo_scores.mean()))
+        member.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
+        centred.append(float((sample_scores.mean() - member.shift.item()) / member.scale.item()))
     metrics = evaluate(model, data.held_out, tokenizer.pad, device, noise)
-    metrics |= dict(shift=model.shift.item(), scale=model.scale.item(),
-                    demo_score=float(score(zero.ids, zero.masks).mean()),
-                    sft_score=float((sample_scores.mean() - model.shift.item())
-                                    / model.scale.item()))
+    metrics |= dict(shift=float(np.mean([m.shift.item() for m in members])),
+                    scale=float(np.mean([m.scale.item() for m in members])),
+                    demo_score=float(score(model, zero.ids, zero.masks).mean()),
+                    sft_score=float(np.mean(centred)))
+    say(show(metrics))
+    if config.probe:
+        metrics |= probe(model, tokenizer, complete[:8], config.probe,
+                         common.stream(config.seed, "reward", "probe"), device,
+                         lambda **row: run.log("probe", **row))
     run.save_model(model, tokenizer, metrics)
-    cell = lambda name: plus_minus(metrics[name], metrics[f"{name}_se"])
-    say(f"\nOf {metrics['pairs']:,} held-out pairs the reward model orders a share of "
-        f"{cell('accuracy')} as their labels do\n(by \"the longer one wins\" {cell('longer_wins')}"
-        + (f", by the true reward {metrics['gold_accuracy']:.3f}" if "gold_accuracy" in metrics
-           else "") + f"). Its confidence is off by {metrics['calibration_error']:.3f}.")
     run.finish(metrics, f"python ppo.py --reward_model={config.out} --init={config.init}"
                + ("" if origin else f" --data={config.data}"))
+
+
+def first_weights(policy, config):
+    """The policy's weights and a new head: those that a run with this config's seed begins with."""
+    device = common.set_up(config, "reward")
+    GPT(policy.config)  # loading a policy draws one first: without it a seed's head would differ
+    model = RewardModel(policy.config).to(device)
+    model.gpt.load_state_dict(policy.state_dict())
+    model.gpt.checkpointing = config.checkpointing
+    return model
 
 
 def read_demos(config, train, tokenizer, noise, quality):

@@ -132,7 +132,7 @@ def trace_ppo(config):
     ppo.check_config(config)
     policy, reference, reward_model, tokenizer, _, block_size = load_networks(config, device)
     config = common.sized(common.sized(config, "ppo", policy), "critic", reward_model.gpt)
-    critic = ppo.ValueModel(reward_model)
+    critic = ppo.ValueModel(reward_model.members[0])
     counts = {"training": 2000 if config.data == "synthetic" else None}
     [train] = load_prompts(config.data, counts, tokenizer,
                            block_size - config.max_new_tokens, config.seed,

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 
 
-# --- means and rates, with their errors -----------------------------------------------------------
+# --- errors of a mean, rates, correlation --------------------------------------------------------
 
 
 def clustered_se(x, clusters):
@@ -30,6 +30,21 @@ def rate_interval(x, se, n):
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials ** 2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rank_correlation(x, y, groups):
+    """Spearman's rank correlation of x and y within groups, all (n,): of their ranks among those of
+    their group (equal ones share their mean rank), less the group's mean. A large group weighs more
+    than a small one. nan where one of the two is the same throughout every group.
+    """
+    x, y, groups = map(np.asarray, (x, y, groups))
+    order = np.argsort(groups, kind="stable")
+    cuts = np.flatnonzero(np.diff(groups[order])) + 1
+    centred = lambda v: np.sign(v[:, None] - v).sum(1) / 2  # a rank, less the mean rank
+    a, b = (np.concatenate([centred(v[part]) for part in np.split(order, cuts)])
+            for v in (x.astype(float), y.astype(float)))
+    scale = ((a * a).sum() * (b * b).sum()) ** 0.5
+    return float((a * b).sum() / scale) if scale > 0 else float("nan")
 
 
 # --- one answer, or several to one prompt --------------------------------------------------------

@@ -46,7 +46,7 @@ class Network:
 
     def __init__(self, weights, size, prefix=""):
         self.w = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
-        self.size, self.prefix = size, prefix
+        self.size, self.prefix, self.seen = size, prefix, None
 
     def __getitem__(self, name):
         return self.w[self.prefix + name]
@@ -64,6 +64,8 @@ class Network:
         T, n_head = len(ids), self.size["n_head"]
         future = torch.ones(T, T).triu(1).bool()
         x = self["wte.weight"][ids] + self["wpe.weight"][:T]
+        if self.seen is not None:
+            x = x + self.seen  # zeros, whose gradient is that of the embeddings
         for n in range(self.size["n_layer"]):
             qkv = self.linear(self.norm(x, f"h.{n}.ln_1"), f"h.{n}.attn.c_attn").chunk(3, 1)
             heads = []
@@ -104,11 +106,20 @@ class Network:
         return {name: w.detach().clone() for name, w in self.w.items()}
 
 
-def load(path):
-    """(Network, checkpoint, tokenizer) of a folder's model.pt or of a file."""
+def load(path, score_by="mean"):
+    """(Network, checkpoint, tokenizer) of a folder's model.pt or of a file; a reward model comes as
+    Members, of one or of several."""
     path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
     c = torch.load(path, weights_only=True)
-    network = Network(c["weights"], c["model"], "gpt." if c["stage"] == "reward" else "")
+    n = c["config"].get("ensemble", 1) if c["stage"] == "reward" else 1
+    if n > 1:
+        network = Members([Network({k.removeprefix(f"members.{m}."): w for k, w in
+                                    c["weights"].items() if k.startswith(f"members.{m}.")},
+                                   c["model"], "gpt.") for m in range(n)], score_by)
+    elif c["stage"] == "reward":
+        network = Members([Network(c["weights"], c["model"], "gpt.")])
+    else:
+        network = Network(c["weights"], c["model"])
     return network, c, load_tokenizer(c["tokenizer"])
 
 
@@ -763,11 +774,6 @@ def half(x):
 def reward(c):
     policy, parent, tokenizer = load(c.init)
     block, size = policy.size["block_size"], GPTConfig(**policy.size)
-    torch.manual_seed(number(c.seed, "reward", "weights"))
-    GPT(size)  # the policy was drawn first
-    drawn = RewardModel(size).head.state_dict()
-    network = Network({"gpt." + k: w for k, w in policy.w.items()}
-                      | {"head." + k: w for k, w in drawn.items()}, policy.size, "gpt.")
     noise = noise_of(c.data)
     sides = []
     for records in read(c.data):
@@ -777,37 +783,48 @@ def reward(c):
         for one in sides[-1]:
             one["rows"] = rows_of(one)
     train, held_out = sides
-    text = None
-    if c.pretrain_mix > 0 and noise is not None:
-        text = text_rows("synthetic", tokenizer, min(40, block), 20000, c.seed)
-    weights, log, step = list(network.w.values()), Log(), 0
-    optimizer = AdamW(weights, c.lr, c.weight_decay)
+    log, networks = Log(), []
     per_epoch = math.ceil(len(train) / c.batch_size)
-    average = sum(len(one["pairs"]) for one in train) / per_epoch
-    for epoch in range(c.epochs):
-        order = order_of([max(len(ids) for ids, _ in one["rows"]) for one in train],
-                         c.batch_size, stream(c.seed, "reward", "order", epoch))
-        for start in range(0, len(train), c.batch_size):
-            batch = [train[i] for i in order[start:start + c.batch_size]]
-            clear(network)
-            losses, right = [], []
-            for one in batch:
-                scores = [network.score(row) for row in one["rows"]]
-                for i, j in one["pairs"]:
-                    margin = scores[i] - scores[j]
-                    losses.append(torch.log1p(torch.exp(-margin)))
-                    right.append(half(margin.item()))
-            loss = sum(losses)
-            (loss / average).backward()
-            if text:
-                picked = stream(c.seed, "reward", "text", step).integers(0, len(text), 16)
-                (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
-            norm, factor = clip(weights, c.grad_clip), cosine(step, c.epochs * per_epoch, c.warmup)
-            optimizer.step(factor)
-            if step % 5 == 0:
-                log.add("step", step=step, loss=loss.item() / len(losses), accuracy=np.mean(right),
-                        lr=c.lr * factor, grad_norm=norm, pairs_per_s=len(losses))
-            step += 1
+    for member in range(c.ensemble):  # each as if it were alone, with a seed of its own
+        seed = c.seed + member
+        torch.manual_seed(number(seed, "reward", "weights"))
+        GPT(size)  # the policy was drawn first
+        drawn = RewardModel(size).head.state_dict()
+        network = Network({"gpt." + k: w for k, w in policy.w.items()}
+                          | {"head." + k: w for k, w in drawn.items()}, policy.size, "gpt.")
+        networks.append(network)
+        text = None
+        if c.pretrain_mix > 0 and noise is not None:
+            text = text_rows("synthetic", tokenizer, min(40, block), 20000, seed)
+        weights, step = list(network.w.values()), 0
+        optimizer = AdamW(weights, c.lr, c.weight_decay)
+        average = sum(len(one["pairs"]) for one in train) / per_epoch
+        for epoch in range(c.epochs):
+            order = order_of([max(len(ids) for ids, _ in one["rows"]) for one in train],
+                             c.batch_size, stream(seed, "reward", "order", epoch))
+            for start in range(0, len(train), c.batch_size):
+                batch = [train[i] for i in order[start:start + c.batch_size]]
+                clear(network)
+                losses, right = [], []
+                for one in batch:
+                    scores = [network.score(row) for row in one["rows"]]
+                    for i, j in one["pairs"]:
+                        margin = scores[i] - scores[j]
+                        losses.append(torch.log1p(torch.exp(-margin)))
+                        right.append(half(margin.item()))
+                loss = sum(losses)
+                (loss / average).backward()
+                if text:
+                    picked = stream(seed, "reward", "text", step).integers(0, len(text), 16)
+                    (c.pretrain_mix * text_loss(network, [text[i] for i in picked])).backward()
+                norm = clip(weights, c.grad_clip)
+                factor = cosine(step, c.epochs * per_epoch, c.warmup)
+                optimizer.step(factor)
+                if step % 5 == 0:
+                    log.add("step", step=member * c.epochs * per_epoch + step, member=member,
+                            loss=loss.item() / len(losses), accuracy=np.mean(right),
+                            lr=c.lr * factor, grad_norm=norm, pairs_per_s=len(losses))
+                step += 1
 
     # shift and scale: demonstrations average 0, samples of the SFT model have standard deviation 1
     if c.demos != "auto":
@@ -821,55 +838,203 @@ def reward(c):
                                   completion=one["completions"][one["pairs"][0][0]]))
                  for one in choose(train, c.samples)]
     demos = [row for row in (dialogue_row(tokenizer, m) for m in demos) if len(row[0]) <= block]
-    heads = [prompt_ids(tokenizer, one["prompt"]) for one in choose(train, c.samples)]
-    heads = [h for h in heads if len(h) + c.max_new_tokens <= block]
-    samples = [(h + s["ids"], [0] * len(h) + [1] * len(s["ids"])) for h, s in zip(
-        heads, sample_many(policy, tokenizer, heads, c.max_new_tokens,
-                           torch_stream(c.seed, "reward", "samples")))
-        if s["finished"]]
+    asked = [(one["prompt"], prompt_ids(tokenizer, one["prompt"]))
+             for one in choose(train, c.samples)]
+    asked = [(p, h) for p, h in asked if len(h) + c.max_new_tokens <= block]
+    drawn = sample_many(policy, tokenizer, [h for _, h in asked], c.max_new_tokens,
+                        torch_stream(c.seed, "reward", "samples"))
+    complete = [(p, h, s["ids"]) for (p, h), s in zip(asked, drawn) if s["finished"]]
+    samples = [(h + ids, [0] * len(h) + [1] * len(ids)) for _, h, ids in complete]
+    sft = []
     with torch.no_grad():
-        of_demos = np.mean([network.score(row).item() for row in demos])
-        of_samples = [network.score(row).item() for row in samples]
-        shift, scale = of_demos, max(np.std(of_samples), 1e-6)
-        final = report_card(network, held_out, noise)
-    final |= dict(shift=shift, scale=scale, demo_score=(of_demos - shift) / scale,
-                  sft_score=(np.mean(of_samples) - shift) / scale)
-    state = network.state() | dict(shift=torch.tensor(shift), scale=torch.tensor(scale))
+        for network in networks:
+            of_samples = [network.score(row).item() for row in samples]
+            network.w["shift"] = torch.tensor(np.mean([network.score(row).item()
+                                                       for row in demos]))
+            network.w["scale"] = torch.tensor(max(np.std(of_samples), 1e-6))
+            sft.append((np.mean(of_samples) - network.w["shift"]) / network.w["scale"])
+        together = Members(networks)
+        final = report_card(together, held_out, noise)
+        final |= dict(shift=np.mean([n.w["shift"] for n in networks]),
+                      scale=np.mean([n.w["scale"] for n in networks]),
+                      demo_score=np.mean([judged(together, row) for row in demos]),
+                      sft_score=np.mean(sft))
+    if c.probe:
+        final |= probe(together, tokenizer, complete[:8], c, noise, log)
+    state = networks[0].state() if c.ensemble == 1 else {
+        f"members.{n}.{name}": w for n, one in enumerate(networks)
+        for name, w in one.state().items()}
     return state, log, final, {parent["stage"]: parent["hash"]}
 
 
-def report_card(network, held_out, noise):
+class Members:
+    """Reward models whose scores, each by its own shift and scale, are taken together."""
+
+    def __init__(self, networks, score_by="mean"):
+        self.networks, self.score_by = networks, score_by
+        self.w, self.size = networks[0].w, networks[0].size  # of the first: the critic's start
+
+    def each(self, row):
+        return [(n.score(row) - n.w["shift"]) / n.w["scale"] for n in self.networks]
+
+    def judge(self, row):
+        found = torch.stack(self.each(row))
+        mean = found.sum() / len(found)
+        if self.score_by == "mean":
+            return mean
+        return found.min() if self.score_by == "min" else \
+            mean - (((found - mean) ** 2).sum() / len(found)).sqrt()
+
+
+def probe(judge, tokenizer, answers, c, noise, log):
+    """Up to c.probe replacements of a token of each answer: of the 16 that promise most by the
+    gradient of the score at the embeddings, the one that raises the score most."""
+    special = {tokenizer.eos, *tokenizer.specials.values()}
+    allowed = [i for i in range(tokenizer.n_tokens) if i not in special]
+    answers = [(p, h, ids) for p, h, ids in answers if len(ids) > 1]
+    if not answers:
+        return {}
+    rng, rise, gold_rise = stream(c.seed, "reward", "probe"), [], []
+    guided = [list(h + ids) for _, h, ids in answers]
+    random = [list(ids) for ids in guided]
+    masks = [[0] * len(h) + [1] * len(ids) for _, h, ids in answers]
+    before = [judged(judge, row) for row in zip(guided, masks)]
+    now, lucky = list(before), list(before)
+
+    def better(ids, mask, score, edits):
+        best, kept = score, ids
+        for place, token in edits:
+            tried = [*ids[:place], token, *ids[place + 1:]]
+            if judged(judge, (tried, mask)) > best:
+                best, kept = judged(judge, (tried, mask)), tried
+        return kept, best
+
+    for _ in range(c.probe):
+        for n, mask in enumerate(masks):
+            places, gains = [t for t, m in enumerate(mask) if m][:-1], 0
+            for network in judge.networks:  # d score / d row of the table, one place at a time
+                network.seen = torch.zeros(len(mask), network.size["n_embd"], requires_grad=True)
+            judge.judge((guided[n], mask)).backward()
+            for network in judge.networks:
+                table = network["wte.weight"].detach()
+                gains = gains + torch.stack([
+                    (table[allowed] - table[guided[n][t]]) @ network.seen.grad[t] for t in places])
+                network.seen = None
+            best = gains.flatten().argsort(descending=True)[:16].tolist()
+            edits = [(places[i // len(allowed)], allowed[i % len(allowed)]) for i in best]
+            guided[n], now[n] = better(guided[n], mask, now[n], edits)
+    for _ in range(c.probe):
+        drawn = []  # for all answers, before any is changed
+        for mask in masks:
+            places = [t for t, m in enumerate(mask) if m][:-1]
+            drawn.append([(places[rng.integers(len(places))], allowed[rng.integers(len(allowed))])
+                          for _ in range(16)])
+        for n, mask in enumerate(masks):
+            random[n], lucky[n] = better(random[n], mask, lucky[n], drawn[n])
+    for (prompt, h, ids), new, first, last in zip(answers, guided, before, now):
+        texts = [tokenizer.decode(ids), tokenizer.decode(new[len(h):])]
+        gold = [gold_reward(prompt, t) for t in texts] if noise is not None else [None, None]
+        log.add("probe", prompt=prompt if noise is not None else tokenizer.decode(h),
+                before=texts[0], after=texts[1], score_before=first, score_after=last,
+                gold_before=gold[0], gold_after=gold[1])
+        rise.append(last - first)
+        gold_rise.append(gold[1] - gold[0] if noise is not None else None)
+    final = dict(probe_gain=np.mean(rise), probe_random_gain=np.mean(lucky) - np.mean(before))
+    return final | (dict(probe_gold_gain=np.mean(gold_rise)) if noise is not None else {})
+
+
+def interval(values, clusters):
+    """Wilson's, 95%, of as many independent trials as would have the clustered error."""
+    p, se, z = np.mean(values), clustered_se(values, clusters), 1.96
+    n = p * (1 - p) / se**2 if se and se > 1e-9 else len(set(clusters))
+    middle, width = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n)
+    width *= math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return dict(low=max(0, middle - width), high=min(1, middle + width))
+
+
+def correlation(groups):
+    """Spearman's within groups, [[(x, y), ...], ...]."""
+    xs, ys = [], []
+    for group in groups:
+        for values, out in ((list(x), xs) for x, xs in zip(zip(*group), (xs, ys))):
+            ranks = [sum(a < b for a in values) + sum(a == b for a in values) / 2 for b in values]
+            out += [r - np.mean(ranks) for r in ranks]
+    scale = math.sqrt(np.dot(xs, xs) * np.dot(ys, ys))
+    return np.dot(xs, ys) / scale if scale else None
+
+
+def report_card(judge, held_out, noise):
     """Figures over the held-out pairs; their errors clustered by what is asked."""
-    margins, longer, asked, gold, wide = [], [], [], [], []
+    pairs, answers = [], []  # of each pair what is known of it
+    mean_scale = np.mean([n.w["scale"].item() for n in judge.networks])
     for one in held_out:
-        scores = [network.score(row).item() for row in one["rows"]]
+        each = np.array([[x.item() for x in judge.each(row)] for row in one["rows"]])
+        raw = each.mean(1) * mean_scale if len(judge.networks) > 1 else \
+            np.array([judge.networks[0].score(row).item() for row in one["rows"]])
+        chars = [len(t) for t in one["completions"]]
+        asked = question(one["prompt"], noise is not None)
+        family = lookup(one["prompt"]).family if noise is not None else None
+        gold = one["gold"] or [None] * len(chars)
+        answers.append(dict(raw=raw, chars=chars, gold=gold, family=family, each=each))
         for i, j in one["pairs"]:
-            margins.append(scores[i] - scores[j])
-            longer.append(half(len(one["completions"][i]) - len(one["completions"][j])))
-            asked.append(question(one["prompt"], noise is not None))
-            if one["gold"]:
-                gap = one["gold"][i] - one["gold"][j]
-                gold.append(half(gap))
-                if noise is not None and abs(gap) > noise:
-                    wide.append((margins[-1] > 0) == (gap > 0))
-    right = [half(m) for m in margins]
-    sure = [1 / (1 + math.exp(-abs(m))) for m in margins]  # of the pair's winner
+            known = gold[i] is not None
+            pairs.append(dict(
+                margin=raw[i] - raw[j], right=half(raw[i] - raw[j]), asked=asked, family=family,
+                chars=(chars[i], chars[j]), longer=half(chars[i] - chars[j]),
+                gap=gold[i] - gold[j] if known else None, members=[half(m) for m in
+                                                                   each[i] - each[j]]))
+    column = lambda name, some=None: [p[name] for p in (pairs if some is None else some)]
+
+    def line(some, **names):
+        right, asked = column("right", some), column("asked", some)
+        return names | dict(pairs=len(some), accuracy=np.mean(right)) | interval(right, asked)
+
+    def length(p):
+        w, l = p["chars"]
+        return "about equal" if abs(w - l) <= 0.1 * max(w, l) else "longer" if w > l else "shorter"
+
+    right, asked, longer = column("right"), column("asked"), column("longer")
+    sure = [1 / (1 + math.exp(-abs(m))) for m in column("margin")]  # of the pair's winner
     table = []
     for b in range(10):  # confidence from 0.5 to 1 in ten equal bins
         inside = [n for n, s in enumerate(sure) if min(int((s - 0.5) * 20), 9) == b]
         if inside:
             table.append(dict(confidence=np.mean([sure[n] for n in inside]),
                               accuracy=np.mean([right[n] for n in inside]), pairs=len(inside)))
+    whole = interval(right, asked)
+    tables = lambda name, values, of: [
+        line(some, **{name: v}) for v in values if (some := [p for p in pairs if of(p) == v])]
     final = dict(
-        loss=np.mean([math.log1p(math.exp(-m)) for m in margins]), accuracy=np.mean(right),
-        accuracy_se=clustered_se(right, asked), pairs=len(margins), margin=np.mean(margins),
+        loss=np.mean([math.log1p(math.exp(-m)) for m in column("margin")]),
+        accuracy=np.mean(right), accuracy_se=clustered_se(right, asked), accuracy_low=whole["low"],
+        accuracy_high=whole["high"], pairs=len(pairs), margin=np.mean(column("margin")),
         longer_wins=np.mean(longer), longer_wins_se=clustered_se(longer, asked),
-        shorter_wins=1 - np.mean(longer), calibration=table, calibration_error=sum(
-            abs(t["confidence"] - t["accuracy"]) * t["pairs"] for t in table) / len(margins))
-    if gold:
-        final["gold_accuracy"] = np.mean(gold)
-    if wide:
-        final["accuracy_on_wide_gold"] = np.mean(wide)
+        shorter_wins=1 - np.mean(longer),
+        by_length=tables("preferred", ("longer", "about equal", "shorter"), length),
+        length_correlation=correlation([list(zip(a["raw"], a["chars"])) for a in answers]),
+        calibration=table, calibration_error=sum(
+            abs(t["confidence"] - t["accuracy"]) * t["pairs"] for t in table) / len(pairs),
+        overconfidence=np.mean(sure) - np.mean(right))
+    known = [p for p in pairs if p["gap"] is not None]
+    if known:
+        final["gold_accuracy"] = np.mean([half(p["gap"]) for p in known])
+    if noise is not None:
+        agrees = lambda some: np.mean([p["right"] == half(p["gap"]) for p in some])
+        for name, some in (
+                ("accuracy_on_wide_gold", [p for p in pairs if abs(p["gap"]) > noise]),
+                ("gold_agreement", [p for p in pairs if p["gap"]])):
+            if some:
+                final[name] = agrees(some)
+        by_gold = lambda some: correlation([list(zip(a["raw"], a["gold"])) for a in some])
+        final["gold_correlation"] = by_gold(answers)
+        final["by_gold_gap"] = tables("from", (0, 0.5, 1, 2), lambda p: max(
+            low for low in (0, 0.5, 1, 2) if low <= abs(p["gap"])))
+        final["by_family"] = tables("family", FAMILIES, lambda p: p["family"])
+        for t in final["by_family"]:
+            t["gold_correlation"] = by_gold([a for a in answers if a["family"] == t["family"]])
+    if len(judge.networks) > 1:
+        final["members"] = list(np.mean([p["members"] for p in pairs], 0))
+        final["spread"] = np.mean(np.concatenate([a["each"] for a in answers]).std(1))
     return final
 
 
@@ -952,9 +1117,9 @@ def right(text, end, answer):
 
 
 def judged(reward_model, row):
-    """The score: demonstrations average 0, samples of the SFT model have standard deviation 1."""
-    raw = reward_model.score(row)
-    return ((raw - reward_model.w["shift"]) / reward_model.w["scale"]).item()
+    """The score of a row, after shift and scale, of all members."""
+    with torch.no_grad():
+        return reward_model.judge(row).item()
 
 
 def evaluate(c):
@@ -962,7 +1127,7 @@ def evaluate(c):
     parents = dict(policy=parent["hash"], reference=ref_parent["hash"])
     networks, reward_model = [policy, reference], None
     if c.reward_model:
-        reward_model, rm_parent, _ = load(c.reward_model)
+        reward_model, rm_parent, _ = load(c.reward_model, c.score_by)
         parents["reward"], networks = rm_parent["hash"], [*networks, reward_model]
     room = min(n.size["block_size"] for n in networks) - c.max_new_tokens
     prompts, log = held_out_prompts(c.data, c.eval_prompts, tokenizer, room, c.split), Log()
@@ -1128,7 +1293,7 @@ def log_sigmoid(x):
 
 def ppo(c):
     (policy, parent, tokenizer), (reference, _, _) = load(c.init), load(c.init)
-    reward_model, rm_parent, _ = load(c.reward_model)
+    reward_model, rm_parent, _ = load(c.reward_model, c.score_by)
     w = reward_model.w  # the critic starts as the reward model, shift and scale folded into it
     critic = Network({k: v for k, v in w.items() if k not in ("shift", "scale")}
                      | {"head.weight": w["head.weight"] / w["scale"],
@@ -1296,7 +1461,7 @@ def grpo(c):
     parents, block = {parent["stage"]: parent["hash"]}, policy.size["block_size"]
     reward_model = None
     if c.reward == "model":
-        reward_model, rm_parent, _ = load(c.reward_model)
+        reward_model, rm_parent, _ = load(c.reward_model, c.score_by)
         parents["reward"] = rm_parent["hash"]
         block = min(block, reward_model.size["block_size"])
     if c.data == "synthetic":

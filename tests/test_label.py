@@ -223,6 +223,32 @@ def test_a_model_ranks_by_its_score(folder):
     assert principles.ranks_of([0.5, 2.0, 0.5], 0.0) == [2, 1, 2]
 
 
+def test_an_ensemble_ranks_as_it_is_told(folder):
+    # catches a --score_by that does not reach the scores
+    content = torch.load("reward/model.pt", weights_only=True)
+    other = {name: p + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+             for name, p in content["weights"].items()}
+    content["weights"] = {f"members.{n}.{name}": p for n, weights in
+                          enumerate((content["weights"], other)) for name, p in weights.items()}
+    content["config"]["ensemble"] = 2
+    (folder / "two").mkdir()
+    torch.save(content, "two/model.pt")
+    asked = dict(prompt="Say 1.", completions=["No.", "Yes.", "One. Two!"])
+    scores = {}
+    for by in ("mean", "min", "mean-std"):
+        config = label.Config(reward_model="two", score_by=by)
+        rank, _, about, _ = label.by_model(config, torch.device("cpu"))
+        found = rank(0, asked)
+        scores[by] = np.array(found["scores"])
+        assert found["ranks"] == principles.ranks_of(found["scores"], 0.0)
+        assert about["score_by"] == by
+    gap = scores["mean"] - scores["min"]  # of two members half of their difference: their std
+    assert gap.min() > 1e-3
+    np.testing.assert_allclose(scores["mean-std"], scores["min"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="--score_by=max: choose one of mean, min, mean-std"):
+        run("--labeler=model", "--reward_model=reward", "--score_by=max", *SMALL)
+
+
 def test_the_context_of_a_model(folder):
     # catches an answer that is left out although it just fits, or judged although it does not
     rank, *_ = label.by_model(label.Config(reward_model="reward"), torch.device("cpu"))

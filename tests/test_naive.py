@@ -25,7 +25,7 @@ from data import batches
 from data.records import write_jsonl
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from reward import RewardModel
+from reward import Ensemble, RewardModel
 
 MODULES = {stage: __import__(stage) for stage in
            ("pretrain", "sft", "label", "reward", "dpo", "ppo", "grpo", "evaluate")}
@@ -36,7 +36,7 @@ SFT = ["--init=base", "--epochs=2", "--batch_size=5", "--samples=5", "--max_new_
        "--lr=0.003", "--warmup=3", "--save_every=4"]
 LABEL = ["--init=sft", "--prompts=34", "--held_out=9", "--k=3", "--max_new_tokens=9", "--chunk=4"]
 REWARD = ["--init=sft", "--batch_size=2", "--lr=0.01", "--warmup=2", "--samples=6",
-          "--max_new_tokens=9", "--save_every=2"]
+          "--max_new_tokens=9", "--save_every=2", "--probe=2"]
 DPO = ["--init=sft", "--batch_size=3", "--lr=0.003", "--warmup=2", "--max_new_tokens=8",
        "--eval_prompts=4", "--save_every=2", "--epochs=2"]
 PPO = ["--init=sft", "--reward_model=reward", "--iterations=3", "--batch_size=8",
@@ -75,7 +75,10 @@ CASES = dict(
         ([*REWARD, EMBEDDED], "cut"),
         ([*REWARD, EMBEDDED, "--pretrain_mix=0", "--demos=demos.jsonl", "--micro_batch=2",
           "--weight_decay=0.6", "--seed=4"], ""),
-        ([*REWARD, PAIRS, "--epochs=2", "--grad_clip=0.05"], "")],
+        ([*REWARD, PAIRS, "--epochs=2", "--grad_clip=0.05", "--probe=0"], ""),
+        # 17 steps each: interrupted in the second one
+        ([*REWARD, EMBEDDED, "--ensemble=2", "--seed=2", "--save_every=19"], "cut"),
+        ([*REWARD, PAIRS, "--ensemble=3", "--epochs=2"], "")],
     dpo=[
         ([*DPO, EMBEDDED, "--epochs=1"], "cut"),
         ([*DPO, PAIRS, "--nll=0.4", "--beta=0.7", "--weight_decay=0.5", "--temperature=0.8"], ""),
@@ -97,6 +100,7 @@ CASES = dict(
           "--iterations=2"], ""),
         ([*PPO, "--grad_clip=0.05", "--micro_batch=0", "--beta=0", "--iterations=2",
           "--save_every=2", "--batch_size=4"], ""),
+        ([*PPO, "--reward_model=ensemble", "--score_by=min", "--iterations=2"], ""),
         ([*PPO, PAIRS, *LONG], "")],
     grpo=[
         ([*GRPO, "--ptx_coef=0.7", "--ptx_data=text.txt", "--ptx_batch=3"], "cut"),
@@ -109,10 +113,14 @@ CASES = dict(
         ([*GRPO, "--data=answers.jsonl", "--advantage=grpo", "--aggregate=tokens", "--drop=true",
           "--kl_in=loss", "--clip_high=0.1", "--beta=0.2", "--epochs=2"], ""),
         ([*GRPO, "--data=answers.jsonl", "--beta=0", "--aggregate=sequence", "--epochs=2"], ""),
+        ([*GRPO, PAIRS, "--reward=model", "--reward_model=ensemble", "--score_by=mean-std",
+          "--iterations=2"], ""),
         ([*GRPO, PAIRS, "--reward=model", "--reward_model=reward", *LONG], "")],
     evaluate=[
         (["--policy=sft", "--reference=base", "--reward_model=reward", "--best_of=3",
           "--eval_prompts=6", "--max_new_tokens=9", "--temperature=1.1"], ""),
+        (["--policy=sft", "--reference=base", "--reward_model=ensemble", "--best_of=2",
+          "--eval_prompts=6", "--max_new_tokens=9"], ""),
         (["--policy=base", "--reference=sft", "--data=demos.jsonl", "--eval_prompts=3",
           "--max_new_tokens=7", "--seed=2", "--split=held_out"], ""),
         (["--policy=base", "--reference=sft", "--data=answers.jsonl", "--max_new_tokens=7"], "")])
@@ -134,6 +142,7 @@ def folder(tmp_path_factory):
     size = GPTConfig(vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens, block_size=64,
                      n_layer=2, n_head=4, n_embd=32)
     base, policy, reward_model = GPT(size), GPT(size), RewardModel(size)
+    ensemble = Ensemble([RewardModel(size) for _ in range(3)])
     likely = [i for text in (" 4", " 7", " 12", ".", "\n", " I") for i in tokenizer.encode(text)]
     with torch.no_grad():
         for network in (base, policy):
@@ -143,10 +152,14 @@ def folder(tmp_path_factory):
         reward_model.head.weight.mul_(3)
         reward_model.shift.fill_(0.4)
         reward_model.scale.fill_(1.7)
-    save = lambda name, model, parents: (folder / name).mkdir() or common.save_checkpoint(
-        folder / name / "model.pt", model, dict(base="pretrain", judge="sft", short="reward").get(
-            name, name), tokenizer,
-        MODULES["sft"].Config(quality=0.3), {}, parents=parents)
+        for n, member in enumerate(ensemble.members):
+            member.head.weight.mul_(3 + n)
+            member.shift.fill_(0.4 - n)
+            member.scale.fill_(1.7 + n)
+    stages = dict(base="pretrain", ensemble="reward", judge="sft", short="reward")
+    save = lambda name, model, parents, config=None: (folder / name).mkdir() or \
+        common.save_checkpoint(folder / name / "model.pt", model, stages.get(name, name), tokenizer,
+                               config or MODULES["sft"].Config(quality=0.3), {}, parents=parents)
     save("base", base, {})
     save("dpo", base, {})
     torch.manual_seed(12)
@@ -158,7 +171,9 @@ def folder(tmp_path_factory):
     save("short", short, {})
     (folder / "mine.txt").write_text("# mine\nThe longer one.\n\nChoose the one that is true.\n")
     save("sft", policy, {})
-    save("reward", reward_model, dict(sft=torch.load(folder / "sft" / "model.pt")["hash"]))
+    parents = dict(sft=torch.load(folder / "sft" / "model.pt")["hash"])
+    save("reward", reward_model, parents)
+    save("ensemble", ensemble, parents, MODULES["reward"].Config(ensemble=3))
     torch.set_default_dtype(before)
 
     say = lambda n: f"Say {names(n)} {n}."

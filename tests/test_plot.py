@@ -338,3 +338,36 @@ def test_characters_need_neither_torch_nor_matplotlib(ppo_log, tmp_path):
         patch.setenv("PYTHONPATH", str(tmp_path))
         done = run_process("plot.py", "ppo", "--text=true", cwd=tmp_path)
     assert done.returncode == 0 and "beta of the controller" in done.stdout, done.stderr
+
+
+BINS = [dict(confidence=0.55, accuracy=0.5, pairs=1200), dict(confidence=0.9, accuracy=0.8,
+                                                              pairs=30)]
+
+
+def reward_log(folder):
+    return write_log(folder, "reward", [
+        step(0, loss=0.7, accuracy=0.5), step(5, loss=0.6, accuracy=0.6),
+        dict(kind="final", loss=0.5, accuracy=0.7, calibration=BINS)], batch_size=8)
+
+
+def test_the_calibration_of_a_reward_model(tmp_path):
+    # catches axes the wrong way round, a diagonal that is none, counts of other bins
+    pytest.importorskip("matplotlib", reason="a picture needs it")
+    runs = [plot.read_run(reward_log(tmp_path / name)) for name in ("a", "b")]
+    axis = panel(plot.picture(runs[:1]), "calibration")
+    assert lines(axis) == [{0.5: 0.5, 1: 1}, {0.55: 0.5, 0.9: 0.8}]
+    assert {t.get_position()[0]: t.get_text() for t in axis.texts} == {0.55: "1,200", 0.9: "30"}
+    assert axis.get_xlabel() == "confidence in the winner"
+    both = panel(plot.picture(runs), "calibration")
+    assert len(lines(both)) == 3 and not both.texts  # the numbers of two would cover each other
+    other = write_log(tmp_path / "c", "ppo", [step(0, kl=1.0), step(1, kl=2.0)])
+    assert not [a for a in plot.picture([plot.read_run(other)]).axes
+                if a.get_title().startswith("calibration")]
+
+
+def test_the_calibration_in_characters(tmp_path):
+    text = plot.as_characters([plot.read_run(reward_log(tmp_path / "a"))], 70)
+    table = text.split("calibration of a\n")[1].split("\n")
+    assert [line.split() for line in table] == [
+        ["pairs", "confidence", "accuracy"], ["1200", "0.550000", "0.500000"],
+        ["30", "0.900000", "0.800000"]]

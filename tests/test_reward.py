@@ -9,13 +9,15 @@ import pytest
 import reward
 import torch
 import torch.nn.functional as F
-from conftest import elements_from, encode_response, rows_from
+from conftest import elements_from, encode_response, rows_from, run_script
 from data import batches
 from data.load import Element
-from data.records import digest, question, ranking_pairs
+from data.records import digest, prompt_digest, question, ranking_pairs
 from data.tokenizer import load_tokenizer
 from reward import (
+    Ensemble,
     RewardModel,
+    combine,
     evaluate,
     load_reward_model,
     reward_loss,
@@ -103,7 +105,7 @@ def test_report_card_on_a_known_model():
     rows = [[[1, 30], [1, 10]], [[1, 20], [1, 25]], [[1, 5], [1, 9]]]
     masks = [[[0, 1], [0, 1]]] * 3
     source = rows_from([x for r, m in zip(rows, masks) for x in zip(r, m)], [
-        dict(asked=digest(question(r["prompt"])), chars=len(text), gold=gold)
+        dict(key=prompt_digest(r), asked=digest(question(r["prompt"])), chars=len(text), gold=gold)
         for r in records for text, gold in zip(r["completions"], r["gold"])])
     elements = [Element(source, (2 * n, 2 * n + 1), record["pairs"], [], [])
                 for n, record in enumerate(records)]
@@ -185,3 +187,187 @@ def test_rankings_of_one_prompt_share_an_element():
     [e] = elements_from([dict(prompt="a", completions=["x", "yy"], ranks=[2, 1], gold=[1, 2])])
     assert e.pairs == ((1, 0),)
     assert e.facts("gold").tolist() == [1, 2] == e.facts("chars").tolist()
+
+
+# --- ensembles -----------------------------------------------------------------------------------
+
+
+def test_scores_of_members_are_combined_by_hand():
+    # catches a maximum, a std over answers, one divided by N - 1
+    scores = torch.tensor([[1.0, 2.0], [3.0, 2.0], [5.0, -1.0]])
+    assert combine(scores, "mean").tolist() == pytest.approx([3, 1])
+    assert combine(scores, "min").tolist() == [1, -1]
+    assert combine(scores, "mean-std").tolist() == pytest.approx([3 - (8 / 3)**0.5, 1 - 2**0.5])
+    for how in reward.SCORE_BY:  # of one member each is its score
+        assert combine(scores[:1], how).tolist() == pytest.approx([1, 2])
+
+
+def make_ensemble(config, n=3):
+    members = []
+    for i in range(n):
+        torch.manual_seed(i)
+        members.append(RewardModel(config).double().eval())
+        members[i].shift.fill_(0.3 * i)
+        members[i].scale.fill_(1.0 + i)
+    return Ensemble(members)
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "mean-std"])
+def test_every_member_has_its_own_shift_and_scale(tiny, how):
+    # catches raw scores that are combined, and a shift or scale of another member
+    model = make_ensemble(tiny.config)
+    model.score_by = how
+    tokens, mask = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 13]]), torch.tensor([[0., 0, 1, 1],
+                                                                              [0., 1, 1, 0]])
+    each = [[(m.raw(tokens, mask)[row].item() - 0.3 * n) / (1 + n)
+             for n, m in enumerate(model.members)] for row in (0, 1)]
+    for row, values in enumerate(each):
+        expected = dict(mean=np.mean(values), min=min(values))
+        expected["mean-std"] = np.mean(values) - np.std(values)
+        assert model.each(tokens, mask)[row].tolist() == pytest.approx(values, rel=1e-6)
+        assert model(tokens, mask)[row].item() == pytest.approx(expected[how], rel=1e-6)
+        assert model.raw(tokens, mask)[row].item() == pytest.approx(2 * expected[how], rel=1e-6)
+
+
+FEW = ["--data=pairs.jsonl", "--init=sft", "--samples=16", "--max_new_tokens=12", "--epochs=2",
+       "--batch_size=3", "--lr=0.01", "--warmup=0", "--probe=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with single runs of the seeds 5 and 6, and an ensemble of both."""
+    folder = make_inputs(tmp_path_factory.mktemp("ensemble"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, flags in (("five", ["--seed=5"]), ("six", ["--seed=6"]),
+                            ("both", ["--seed=5", "--ensemble=2"])):
+            reward.main(cli.read_flags(reward.Config, [*FEW, *flags, f"--out={name}"]))
+    return folder
+
+
+def weights(path):
+    return torch.load(path / "model.pt", weights_only=True)["weights"]
+
+
+def test_a_member_is_a_single_run_of_its_seed(trained):
+    # catches members with the same head or order, a second one that starts from the first one's
+    # weights, or with its optimiser's state
+    both, single = weights(trained / "both"), [weights(trained / n) for n in ("five", "six")]
+    names = [name for name in single[0] if name not in ("shift", "scale")]
+    assert len(both) == 2 * len(single[0])
+    for n, alone in enumerate(single):
+        assert all(torch.equal(both[f"members.{n}.{name}"], alone[name]) for name in names)
+        # all are measured on the samples of the first seed, so the others' differ from theirs
+        same = torch.equal(both[f"members.{n}.scale"], alone["scale"])
+        assert same == (n == 0)
+        assert both[f"members.{n}.shift"].item() == pytest.approx(alone["shift"].item(), abs=1e-6)
+    assert not torch.equal(single[0]["head.weight"], single[1]["head.weight"])
+
+
+def test_members_are_centred_and_the_log_says_who(trained):
+    # catches a scale of the last member for all
+    rows = [json.loads(line) for line in (trained / "both" / "log.jsonl").read_text().splitlines()]
+    steps = [(r["step"], r["member"]) for r in rows if r["kind"] == "step"]
+    assert steps == [(0, 0), (5, 0), (6, 1), (11, 1)]
+    final = rows[-1]
+    assert abs(final["demo_score"]) < 1e-5 and len(final["members"]) == 2 and final["spread"] > 0
+
+
+def test_an_ensemble_resumes_inside_its_second_member(trained, monkeypatch):
+    # catches a state of one member only, an optimiser that starts anew, a lost order or text
+    monkeypatch.chdir(trained)
+    flags = [*FEW, "--seed=5", "--ensemble=2", "--save_every=8", "--out=again"]
+    save, calls = reward.common.Run.save_state, []
+
+    def stop(run, **state):
+        save(run, **state)
+        calls.append(state["step"])
+        if calls[-1] == 8:  # 6 steps each: two of the second member are made
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reward.common.Run, "save_state", stop)
+        reward.main(cli.read_flags(reward.Config, flags))
+    reward.main(cli.read_flags(reward.Config, [*flags, "--resume=true"]))
+    one, other = weights(trained / "both"), weights(trained / "again")
+    assert calls == [0, 8] and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("how", reward.SCORE_BY)
+def test_consumers_score_by(trained, monkeypatch, how):
+    # catches a flag that a stage does not pass on: the score of each answer, by hand
+    monkeypatch.chdir(trained)
+    model, tokenizer, checkpoint = load_reward_model("both", torch.device("cpu"), how)
+    assert checkpoint["config"]["ensemble"] == 2 and not any(
+        p.requires_grad for p in model.parameters())
+    import evaluate
+    flags = ["--policy=sft", "--reference=sft", "--reward_model=both", "--data=pairs.jsonl",
+             f"--score_by={how}", f"--out=scored-{how}", "--max_new_tokens=12", "--eval_prompts=6"]
+    evaluate.main(cli.read_flags(evaluate.Config, flags))
+    said = [json.loads(s) for s in open(f"scored-{how}/answers.jsonl")]
+    judged = 0
+    for row in said:
+        ids = tokenizer.encode_prompt(row["prompt"])
+        answer = encode_response(tokenizer, row["policy"])
+        if row["eos_rate_policy"] and len(answer) == row["length_policy"]:
+            args = torch.tensor([ids + answer]), torch.tensor([[0.] * len(ids) + [1.] *
+                                                               len(answer)])
+            each = [m(*args).item() for m in model.members]
+            value = dict(mean=np.mean(each), min=min(each))
+            value["mean-std"] = np.mean(each) - np.std(each)
+            assert row["score_policy"] == pytest.approx(value[how], abs=1e-4)
+            judged += 1
+    assert judged > 1
+
+
+@pytest.mark.parametrize("stage, flags", [("ppo", []), ("grpo", ["--reward=model"])])
+def test_policies_are_trained_by_each_way(trained, monkeypatch, stage, flags):
+    # catches a way that training does not see: by the minimum no score is above the mean's
+    monkeypatch.chdir(trained)
+    module, score = __import__(stage), {}
+    for how in reward.SCORE_BY:
+        flags_of = [*FLAGS[stage], *flags, "--reward_model=both", f"--score_by={how}",
+                    f"--out={stage}-{how}"]
+        flags_of = {f.split("=")[0]: f for f in flags_of}.values()
+        module.main(cli.read_flags(module.Config, flags_of))
+        first = next(r for r in map(json.loads, open(f"{stage}-{how}/log.jsonl"))
+                     if r["kind"] == "step")
+        score[how] = first["score"]  # of the same answers: nothing is trained yet
+    # of two members the mean less the standard deviation is the smaller one
+    assert score["mean"] > score["min"] == pytest.approx(score["mean-std"], abs=1e-4)
+
+
+def test_an_unknown_way_is_one_line(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    for path in ("both", "five"):
+        with pytest.raises(cli.UserError, match="--score_by=max: choose one of mean, min, mean-s"):
+            load_reward_model(path, torch.device("cpu"), "max")
+    assert isinstance(load_reward_model("five", torch.device("cpu"), "min")[0], RewardModel)
+
+
+def test_the_critic_starts_from_the_first_member(trained):
+    # catches another member, or one without its shift and scale
+    from ppo import ValueModel
+    model, _, _ = load_reward_model(trained / "both", torch.device("cpu"))
+    critic, first = ValueModel(model.members[0]), model.members[0]
+    torch.testing.assert_close(critic.head.weight, first.head.weight / first.scale)
+    assert model.gpt is first.gpt
+
+
+def test_an_ensemble_is_no_transformers_folder(trained):
+    # catches one that is called damaged
+    done = run_script("convert.py", "--source=both", "--to=transformers", "--out=x", cwd=trained)
+    assert done.returncode == 2 and "both is an ensemble of reward models" in done.stderr
+
+
+def test_no_probe_no_rows(trained, monkeypatch):
+    # catches a probe that --probe=0 does not leave out, or that changes the weights
+    monkeypatch.chdir(trained)
+    reward.main(cli.read_flags(reward.Config, [*FEW[:-1], "--seed=5", "--probe=0",
+                                               "--out=quiet"]))
+    rows = [[json.loads(s) for s in open(f"{name}/log.jsonl")] for name in ("five", "quiet")]
+    kinds = [[r["kind"] for r in found].count("probe") for found in rows]
+    assert kinds[0] > 0 == kinds[1] and "probe_gain" in rows[0][-1] and \
+        "probe_gain" not in rows[1][-1]
+    one, other = weights(trained / "five"), weights(trained / "quiet")
+    assert all(torch.equal(one[name], other[name]) for name in one)
