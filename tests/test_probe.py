@@ -72,7 +72,8 @@ def test_one_edit_a_round(tiny, best_only):
 def test_an_edit_that_lowers_the_score_is_not_made(tiny, monkeypatch, top):
     # catches the best try taken whatever it does: 7 is the best token already
     monkeypatch.setattr(probe, "TOP", top)
-    assert attack(Exploit(tiny), 4, [[1, 7, 7, 0]], [[0, 1, 1, 1]])[0] == [[1, 7, 7, 0]]
+    for edits in (1, 4):
+        assert attack(Exploit(tiny), edits, [[1, 7, 7, 0]], [[0, 1, 1, 1]])[0] == [[1, 7, 7, 0]]
 
 
 @pytest.mark.parametrize("score_by", ["mean", "min", "mean-std"])
@@ -132,7 +133,7 @@ def test_random_edits_do_not_find_it():
     assert gains[0] > 3.5 > 2.5 > gains[1] > 0
 
 
-def test_guided_edits_beat_random_ones(capsys):
+def test_guided_edits_beat_random_ones(capsys, monkeypatch):
     # catches candidates that the gradient did not choose; and one that changes prompt or EOS, or
     # lets a marker in
     model, tokenizer = make_model()
@@ -145,6 +146,8 @@ def test_guided_edits_beat_random_ones(capsys):
         seen.append((tokens, mask))
         return score(tokens, mask)
 
+    tried, real = [], probe.attack
+    monkeypatch.setattr(probe, "attack", lambda *args: tried.append(args[4]) or real(*args))
     model.forward = keep
     logged = []
     found = probe.probe(model, tokenizer, answers, 6, np.random.default_rng(0), CPU,
@@ -154,6 +157,7 @@ def test_guided_edits_beat_random_ones(capsys):
         np.mean([r["score_after"] - r["score_before"] for r in logged]))
     assert len(logged) == 6 and all(r["gold_before"] is None for r in logged)  # not of the world
     special = set(tokenizer.specials.values())
+    assert [set(range(tokenizer.n_tokens)) - set(allowed) for allowed in tried] == [special] * 2
     heads = {tuple(e.prompt) for e, _ in answers}
     for tokens, mask in seen:
         for row, m in zip(tokens.tolist(), mask.tolist()):
