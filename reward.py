@@ -121,9 +121,9 @@ class RewardModel(nn.Module):
 def combine(scores, score_by):
     """(B,) of the scores (N, B) of N members: their mean; their minimum; or the mean less their
     standard deviation (divided by N): what all of them like, not what one of them likes (Coste et
-    al. 2023). Of one member all three are its score. The result is not scaled again: beta loses a
-    few percent of its meaning, as the mean of members that disagree spreads less than each, and
-    demonstrations fall below 0 by min and mean-std.
+    al. 2023). Of one member all three are its score. The result is not scaled again: over SFT
+    samples it has standard deviation 0.97 (mean, of 4), 0.99 and 0.99, and by min and mean-std
+    demonstrations fall below 0.
     """
     if score_by == "mean":
         return scores.mean(0)
@@ -139,7 +139,10 @@ class Ensemble(nn.Module):
     """Reward models of different seeds; forward combines their scores, each by its own shift and
     scale first, so that they are comparable.
 
-    N networks, not N heads on one trunk: MEASURED
+    N networks, not N heads on one trunk: measured in the embedded world with N = 4, heads are one
+    model four times (scores correlate by 0.999, spread 0.03), networks differ (0.88 to 0.95, 0.21)
+    and their mean orders 93.5% of the pairs as gold does, each alone 92.5%. They cost N times as
+    much to train. The spread does not tell where the mean is wrong: docs/reward.md.
     """
 
     def __init__(self, members, score_by="mean"):

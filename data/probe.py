@@ -6,9 +6,11 @@ position t, the score after token v has taken the place of token x is, to first 
 
     score + g_t . (wte[v] - wte[x])
 
-The best few of these estimates, over all positions and tokens, are tried exactly, and the best one
-is kept if the score rises. The prompt and EOS stay, special tokens never come in. What random
-edits of the same budget reach says how much of it the gradient did.
+Tried exactly are random positions, at each one of the 16 tokens of the largest estimate, and the
+best try is kept if the score rises (the draw is from GCG, Zou et al. 2023: the estimate is good
+near by, and the largest ones of all positions are those that lie: with them the search stopped
+after 2 of 12 edits, at +0.65). The prompt and EOS stay, special tokens never come in. Random edits
+of the same budget, any token at a random position, say how much of it the gradient did.
 """
 
 import numpy as np
@@ -21,6 +23,7 @@ from data.synthetic.gold import gold_reward
 from model import autocast
 
 TRIES = 16  # candidates of an edit that are scored exactly
+TOP = 16  # tokens of a position among which a candidate is drawn
 
 
 def embedding_gradients(model, tokens, mask):
@@ -41,28 +44,26 @@ def embedding_gradients(model, tokens, mask):
             hook.remove()
 
 
-def guided(model, tokens, mask, places, allowed, n):
-    """For every row its n most promising edits, [(position, token), ...], to first order.
-
-    places: for every row the positions (LongTensor) that may be edited; allowed: ids that may come
-    in, (V,)."""
+def best_tokens(model, tokens, mask, places, allowed, n):
+    """For every row the n tokens of the largest estimated gain at each of its places,
+    (places, n), best first. places: for every row the positions that may be edited; allowed: the
+    ids that may come in, (V,); the token that stands there is none."""
     gradients, found = embedding_gradients(model, tokens, mask), []
     for row, where in enumerate(places):
-        gain = 0.0  # (positions, V)
+        gain, here = 0.0, tokens[row, where][:, None]
         for gradient, member in zip(gradients, model.members):
             table, g = member.gpt.wte.weight.detach(), gradient[row, where]
-            gain = gain + g @ table[allowed].T - (g * table[tokens[row, where]]).sum(1)[:, None]
-        best = gain.flatten().topk(min(n, gain.numel())).indices.tolist()
-        found.append([(int(where[i // len(allowed)]), int(allowed[i % len(allowed)]))
-                      for i in best])
+            gain = gain + g @ table[allowed].T - (g * table[here[:, 0]]).sum(1)[:, None]
+        gain = gain.masked_fill(allowed == here, -torch.inf)  # (places, V)
+        found.append(allowed[gain.topk(min(n, len(allowed) - 1)).indices])
     return found
 
 
-def attack(model, rows, masks, pad, allowed, edits, device, rng=None):
+def attack(model, rows, masks, pad, allowed, edits, device, rng, guided=True):
     """Rows (lists of ids, their masks) after up to `edits` replacements that raise the score.
 
-    allowed: ids that may come in. rng: numpy Generator, for random candidates in place of the
-    guided ones. Returns (rows, scores before, scores after), the scores as lists.
+    allowed: ids that may come in. rng: numpy Generator. guided: by the gradient, else any token.
+    Returns (rows, scores before, scores after), the scores as lists.
     """
     tokens, mask = (x.to(device) for x in collate(rows, masks, pad))
     ids, allowed = tokens.clone(), torch.as_tensor(allowed, device=device)
@@ -73,31 +74,32 @@ def attack(model, rows, masks, pad, allowed, edits, device, rng=None):
         with autocast(device):
             return model(tokens, mask)
 
-    before = now = score(ids, mask)
+    before = score(ids, mask)
+    now = before.clone()
     for _ in range(edits):
-        if rng is None:
-            edits_of = guided(model, ids, mask, places, allowed, TRIES)
-        else:
-            edits_of = [[(int(p[rng.integers(len(p))]), int(allowed[rng.integers(len(allowed))]))
-                         for _ in range(TRIES)] for p in places]
-        flat = [(row, *edit) for row, each in enumerate(edits_of) for edit in each]
+        best = best_tokens(model, ids, mask, places, allowed, TOP) if guided else places
+        flat = []  # (row, position, token) of every try
+        for n, (where, among) in enumerate(zip(places, best)):
+            at = rng.integers(len(where), size=TRIES)
+            token = among[at, rng.integers(among.shape[1], size=TRIES)] if guided else \
+                allowed[rng.integers(len(allowed), size=TRIES)]
+            flat += zip([n] * TRIES, where[at].tolist(), token.tolist())
         row, place, token = (torch.tensor(x, device=device) for x in zip(*flat))
         tried = ids[row]
         tried[torch.arange(len(row), device=device), place] = token
         scores = score(tried, mask[row])
         for n in range(len(ids)):
             mine = torch.where(row == n, scores, -torch.inf)
-            best = int(mine.argmax())
-            if mine[best] > now[n]:
-                ids[n] = tried[best]
-                now = now.clone()
-                now[n] = mine[best]
+            top = int(mine.argmax())
+            if mine[top] > now[n]:
+                ids[n] = tried[top]
+                now[n] = mine[top]
     return ([ids[n, :len(r)].tolist() for n, r in enumerate(rows)], before.tolist(), now.tolist())
 
 
 def probe(model, tokenizer, answers, edits, rng, device, log):
     """Attack `answers`, [(Element, ids of a complete answer), ...], say what came out, return the
-    metrics; log(**row) takes a row for each answer. rng: for the random edits beside it.
+    metrics; log(**row) takes a row for each answer. rng: numpy Generator, of the tries.
 
     probe_gain: by how much the score rises, in standard deviations of SFT samples (its unit), mean
     over the answers; probe_random_gain: the same of random edits of the same budget;
@@ -112,8 +114,8 @@ def probe(model, tokenizer, answers, edits, rng, device, log):
     masks = [[0] * len(p) + [1] * len(ids) for p, (_, ids) in zip(prompts, answers)]
     special = {tokenizer.eos, *tokenizer.specials.values()}
     allowed = [i for i in range(tokenizer.n_tokens) if i not in special]
-    edited, before, after = attack(model, rows, masks, tokenizer.pad, allowed, edits, device)
-    _, _, by_chance = attack(model, rows, masks, tokenizer.pad, allowed, edits, device, rng)
+    edited, before, after = attack(model, rows, masks, tokenizer.pad, allowed, edits, device, rng)
+    _, _, by_chance = attack(model, rows, masks, tokenizer.pad, allowed, edits, device, rng, False)
     found = []
     for (e, ids), head, row, first, last in zip(answers, prompts, edited, before, after):
         known = world().get(int(e.facts("key")[0]))

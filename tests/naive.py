@@ -887,8 +887,8 @@ class Members:
 
 
 def probe(judge, tokenizer, answers, c, noise, log):
-    """Up to c.probe replacements of a token of each answer: of the 16 that promise most by the
-    gradient of the score at the embeddings, the one that raises the score most."""
+    """Up to c.probe replacements of a token of each answer: of 16 tries, each one of the 16 tokens
+    of a random place that promise most by the gradient, the one that raises the score most."""
     special = {tokenizer.eos, *tokenizer.specials.values()}
     allowed = [i for i in range(tokenizer.n_tokens) if i not in special]
     answers = [(p, h, ids) for p, h, ids in answers if len(ids) > 1]
@@ -920,15 +920,19 @@ def probe(judge, tokenizer, answers, c, noise, log):
                 gains = gains + torch.stack([
                     (table[allowed] - table[guided[n][t]]) @ network.seen.grad[t] for t in places])
                 network.seen = None
-            best = gains.flatten().argsort(descending=True)[:16].tolist()
-            edits = [(places[i // len(allowed)], allowed[i % len(allowed)]) for i in best]
+            for t, row in zip(places, gains):
+                if guided[n][t] in allowed:
+                    row[allowed.index(guided[n][t])] = -math.inf
+            best = gains.argsort(1, descending=True)[:, :16].tolist()
+            at, which = rng.integers(len(places), size=16), rng.integers(16, size=16)
+            edits = [(places[i], allowed[best[i][k]]) for i, k in zip(at, which)]
             guided[n], now[n] = better(guided[n], mask, now[n], edits)
     for _ in range(c.probe):
         drawn = []  # for all answers, before any is changed
         for mask in masks:
             places = [t for t, m in enumerate(mask) if m][:-1]
-            drawn.append([(places[rng.integers(len(places))], allowed[rng.integers(len(allowed))])
-                          for _ in range(16)])
+            at, which = rng.integers(len(places), size=16), rng.integers(len(allowed), size=16)
+            drawn.append([(places[i], allowed[k]) for i, k in zip(at, which)])
         for n, mask in enumerate(masks):
             random[n], lucky[n] = better(random[n], mask, lucky[n], drawn[n])
     for (prompt, h, ids), new, first, last in zip(answers, guided, before, now):

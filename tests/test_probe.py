@@ -38,10 +38,20 @@ ROWS = [[1, 2, 3, 4, 5, 6, 0], [3, 0, 1, 0]]  # EOS is 0; it stands in the secon
 MASKS = [[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1]]
 
 
-def test_the_gradient_finds_a_planted_exploit(tiny):
+@pytest.fixture
+def best_only(monkeypatch):
+    """Each try is the token that the gradient likes best at its place."""
+    monkeypatch.setattr(probe, "TOP", 1)
+
+
+def attack(model, edits, rows=ROWS, masks=MASKS):
+    return probe.attack(model, rows, masks, 13, range(1, 13), edits, CPU, np.random.default_rng(0))
+
+
+def test_the_gradient_finds_a_planted_exploit(tiny, best_only):
     # catches a gradient of something else, an estimate with the wrong sign, edits that are dropped
     model = Exploit(tiny)
-    rows, before, after = probe.attack(model, ROWS, MASKS, 13, range(1, 13), 3, CPU)
+    rows, before, after = attack(model, 3)
     assert rows == [[1, 2, 3, 7, 7, 7, 0], [3, 0, 7, 0]]  # prompt and EOS as before, all others 7
     value = lambda row: sum(model.gpt.wte.weight[t, 0].item() for t in row)
     for old, new, low, high in zip(ROWS, rows, before, after):
@@ -50,18 +60,20 @@ def test_the_gradient_finds_a_planted_exploit(tiny):
         assert high == pytest.approx(value(new + pad))
 
 
-def test_one_edit_a_round(tiny):
+def test_one_edit_a_round(tiny, best_only):
     # catches a budget that is exceeded
-    rows, *_ = probe.attack(Exploit(tiny), ROWS, MASKS, 13, range(1, 13), 1, CPU)
+    rows, *_ = attack(Exploit(tiny), 1)
     assert [sum(a != b for a, b in zip(old, new)) for old, new in zip(ROWS, rows)] == [1, 1]
-    same, before, after = probe.attack(Exploit(tiny), ROWS, MASKS, 13, range(1, 13), 0, CPU)
+    same, before, after = attack(Exploit(tiny), 0)
     assert same == ROWS and before == after
 
 
-def test_an_edit_that_lowers_the_score_is_not_made(tiny):
-    # catches the best candidate taken whatever it does: 7 is the best token already
-    rows = [[1, 7, 7, 0]]
-    assert probe.attack(Exploit(tiny), rows, [[0, 1, 1, 1]], 13, range(1, 13), 4, CPU)[0] == rows
+@pytest.mark.parametrize("top", [1, 16])
+def test_an_edit_that_lowers_the_score_is_not_made(tiny, monkeypatch, top):
+    # catches the best try taken whatever it does: 7 is the best token already
+    monkeypatch.setattr(probe, "TOP", top)
+    for edits in (1, 4):
+        assert attack(Exploit(tiny), edits, [[1, 7, 7, 0]], [[0, 1, 1, 1]])[0] == [[1, 7, 7, 0]]
 
 
 @pytest.mark.parametrize("score_by", ["mean", "min", "mean-std"])
@@ -80,8 +92,10 @@ def test_estimates_are_the_gradient_at_the_embedding(tiny, score_by):
     gradients = probe.embedding_gradients(ensemble, tokens, mask)
     assert len(gradients) == 3 and not any(m.gpt.wte._forward_hooks for m in members)
     places, allowed = torch.tensor([3, 4, 5]), torch.arange(1, 13)
-    slopes = {}
-    for place in places.tolist():
+    [found] = probe.best_tokens(ensemble, tokens, mask, [places], allowed, 99)
+    assert found.shape == (3, 11)
+    for place, best in zip(places.tolist(), found.tolist()):
+        slopes = {}
         for token in allowed.tolist():
             def nudge(module, args, output, place=place, token=token):
                 output = output.clone()
@@ -93,15 +107,9 @@ def test_estimates_are_the_gradient_at_the_embedding(tiny, score_by):
             up = ensemble(tokens, mask)
             for hook in hooks:
                 hook.remove()
-            slopes[place, token] = ((up - ensemble(tokens, mask)) / 1e-6).item()
-    estimates = {}
-    for n in range(1, 37):
-        [found] = probe.guided(ensemble, tokens, mask, [places], allowed, n)
-        assert len(found) == n
-        estimates[n] = found[-1]
-    ranked = sorted(slopes, key=slopes.get, reverse=True)
-    for n in (1, 2, 3, 35, 36):
-        assert slopes[estimates[n]] == pytest.approx(slopes[ranked[n - 1]], abs=1e-4)
+            slopes[token] = ((up - ensemble(tokens, mask)) / 1e-6).item()
+        del slopes[tokens[0, place].item()]  # the token that stands there is no edit
+        assert best == sorted(slopes, key=slopes.get, reverse=True)
 
 
 def make_model():
@@ -118,14 +126,14 @@ def test_random_edits_do_not_find_it():
     model = Exploit(model.gpt, 700, tokenizer.eos)
     rows, masks = [[1, 2, 3, 4, 5, 6, tokenizer.eos]], [[0, 1, 1, 1, 1, 1, 1]]
     gains = []
-    for rng in (None, np.random.default_rng(0)):
+    for guided in (True, False):
         _, [before], [after] = probe.attack(model, rows, masks, tokenizer.pad, range(1500), 10, CPU,
-                                            rng)
+                                            np.random.default_rng(0), guided)
         gains.append(after - before)
-    assert gains[0] > 4.5 > 2.5 > gains[1] > 0
+    assert gains[0] > 3.5 > 2.5 > gains[1] > 0
 
 
-def test_guided_edits_beat_random_ones(capsys):
+def test_guided_edits_beat_random_ones(capsys, monkeypatch):
     # catches candidates that the gradient did not choose; and one that changes prompt or EOS, or
     # lets a marker in
     model, tokenizer = make_model()
@@ -138,6 +146,8 @@ def test_guided_edits_beat_random_ones(capsys):
         seen.append((tokens, mask))
         return score(tokens, mask)
 
+    tried, real = [], probe.attack
+    monkeypatch.setattr(probe, "attack", lambda *args: tried.append(args[4]) or real(*args))
     model.forward = keep
     logged = []
     found = probe.probe(model, tokenizer, answers, 6, np.random.default_rng(0), CPU,
@@ -147,6 +157,7 @@ def test_guided_edits_beat_random_ones(capsys):
         np.mean([r["score_after"] - r["score_before"] for r in logged]))
     assert len(logged) == 6 and all(r["gold_before"] is None for r in logged)  # not of the world
     special = set(tokenizer.specials.values())
+    assert [set(range(tokenizer.n_tokens)) - set(allowed) for allowed in tried] == [special] * 2
     heads = {tuple(e.prompt) for e, _ in answers}
     for tokens, mask in seen:
         for row, m in zip(tokens.tolist(), mask.tolist()):

@@ -32,10 +32,10 @@ def elements_of(chars, gold, pairs):
 
 
 CHARS = [[10, 11, 30], [20, 10], [10, 10]]
-GOLD = [[1.0, 0.75, -2.0], [0.0, 1.5], [1.0, 1.0]]
+GOLD = [[1.0, 0.75, -2.0], [1.5, 0.0], [1.0, 1.0]]
 PAIRS = [((0, 1), (0, 2), (1, 2)), ((1, 0),), ((0, 1),)]
 SCORES = np.array([2.0, 1.0, 1.5, 0.5, 0.0, 3.0, 1.0])
-# margins: 1, 0.5, -0.5 | -0.5 | 2;  right: 1 1 0 | 0 | 1;  gold's gaps: 0.25, 3, 2.75 | 1.5 | 0
+# margins: 1, 0.5, -0.5 | -0.5 | 2;  right: 1 1 0 | 0 | 1;  gold's gaps: 0.25, 3, 2.75 | -1.5 | 0
 
 
 def test_numbers_by_hand():
@@ -65,13 +65,13 @@ def test_numbers_by_hand():
         (3, pytest.approx(1 / 3)), (1, 1.0), (1, 1.0)]
     assert card["calibration_error"] == pytest.approx(
         (3 * (sure[1] - 1 / 3) + (1 - sure[0]) + (1 - sure[4])) / 5)
-    assert card["gold_accuracy"] == pytest.approx((1 + 1 + 1 + 1 + 0.5) / 5)
-    assert card["gold_agreement"] == pytest.approx(2 / 4)
-    assert card["accuracy_on_wide_gold"] == pytest.approx(1 / 3)
+    assert card["gold_accuracy"] == pytest.approx((1 + 1 + 1 + 0 + 0.5) / 5)
+    assert card["gold_agreement"] == pytest.approx(3 / 4)
+    assert card["accuracy_on_wide_gold"] == pytest.approx(2 / 3)
     # ranks less their mean: scores 1 -1 0 | 0.5 -0.5 | 0.5 -0.5; characters -1 0 1 | 0.5 -0.5 | 0 0
     assert card["length_correlation"] == pytest.approx((-1 + 0.5) / math.sqrt(3 * 2.5))
-    # gold 1 0 -1 | -0.5 0.5 | 0 0
-    assert card["gold_correlation"] == pytest.approx((1 - 0.5) / math.sqrt(3 * 2.5))
+    # gold 1 0 -1 | 0.5 -0.5 | 0 0
+    assert card["gold_correlation"] == pytest.approx((1 + 0.5) / math.sqrt(3 * 2.5))
     assert [(t["from"], t["pairs"], t["accuracy"]) for t in card["by_gold_gap"]] == [
         (0, 2, 1.0), (1, 1, 0.0), (2, 2, 0.5)]
     harmful, advice = card["by_family"]
@@ -79,7 +79,7 @@ def test_numbers_by_hand():
     assert harmful["accuracy"] == pytest.approx(2 / 3)
     assert harmful["gold_correlation"] == pytest.approx(1 / 2)
     assert (advice["family"], advice["pairs"], advice["accuracy"]) == ("advice", 2, 0.5)
-    assert advice["gold_correlation"] == pytest.approx(-0.5 / math.sqrt(0.5))
+    assert advice["gold_correlation"] == pytest.approx(0.5 / math.sqrt(0.5))
     json.dumps(card, allow_nan=False)
 
 
