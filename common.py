@@ -205,7 +205,8 @@ class Run:
                             "--overwrite=true starts again, --out=DIR writes elsewhere")
         if self.resuming:
             # a state goes on exactly only under the settings that it was made with
-            same = lambda s: {k: v for k, v in s.items() if k not in ("resume", "overwrite", "out")}
+            same = lambda s: {k: v for k, v in s.items() if k not in (
+                "resume", "overwrite", "out", "port")}
             old, new = same(before["config"]), same(self.settings)
             changed = [k for k in new if old.get(k) != new[k]]
             if changed:
@@ -222,8 +223,8 @@ class Run:
                     note(f"warning: {self.folder} was started with {key} {before[key]}, here is "
                          f"{here}: it goes on, but not to the last digit", sys.stderr)
         elif before:  # an earlier run of this stage: its files go, and nothing else
-            for name in (result, "model.pt", "state.pt", "answers.jsonl", "choices.jsonl",
-                         "rankings.jsonl", "rankings.jsonl.part", "log.jsonl"):
+            own = ("rankings.jsonl", "rankings.jsonl.part") if stage == "label" else ()
+            for name in (result, "model.pt", "state.pt", "answers.jsonl", *own, "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("model-epoch*.pt"):
                 path.unlink()

@@ -48,7 +48,7 @@ class Config(cli.Config):
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     principles: str = ""  # a file, one a line; "": data/principles.txt, or of the embedded world
     judge: str = ""  # checkpoint that chooses by the principles; "": by rule, embedded world only
-    repeat: NotNegative[float] = 0.1  # share of the comparisons that a person is asked twice
+    repeat: NotNegative[float] = 0.1  # share of a person's questions that repeat an earlier one
     port: NotNegative[int] = 0  # of the page; 0: any that is free
     # --- the simulated labeler
     noise: NotNegative[float] = Labeler.noise  # scale of the logistic noise, in units of gold
@@ -63,6 +63,7 @@ class Config(cli.Config):
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import json
+import shlex
 from pathlib import Path
 
 import common
@@ -83,11 +84,33 @@ PERSONS = ("terminal", "page")
 # --- what is ranked ------------------------------------------------------------------------------
 
 
+def check_folder(config):
+    """UserError where this run would write over a person's choices, over its own input, or over
+    files of which no run says that they are its own."""
+    out, choices = Path(config.out), Path(config.out) / "choices.jsonl"
+    for name in ("answers", "data"):
+        path = Path(getattr(config, name))
+        if path.is_file() and path.resolve().parent == out.resolve():
+            raise UserError(f"--{name}={path} lies in --out={out}, whose files this run writes: "
+                            "choose another --out=DIR")
+    made = len(choices.read_bytes().splitlines()) if choices.exists() else 0
+    goes_on = config.labeler in PERSONS and (out / "state.pt").exists() and not config.overwrite
+    if made and not goes_on:
+        raise UserError(f"{out} holds {made} choices of a person, which are never overwritten: "
+                        f"choose another --out=DIR, or move {choices} away")
+    for name in ("answers.jsonl", "rankings.jsonl", "rankings.jsonl.part"):
+        if (out / name).exists() and not (out / "log.jsonl").exists():
+            raise UserError(f"{out / name} is there without the log of a run that made it: choose "
+                            "another --out=DIR, or move it away")
+
+
 def load_writers(config, device):
     """[(model, tokenizer, checkpoint), ...] of --init, whose answers are ranked."""
     if "," not in config.init:
         common.ensure_input(config, "init", "sft")
     paths = [path.strip() for path in config.init.split(",")]
+    if not all(paths):
+        raise UserError(f"--init={config.init}: a name is missing beside a comma")
     writers = [common.load_policy(path, common.POLICIES, device) for path in paths]
     for path, (_, tokenizer, _) in zip(paths, writers):
         common.check_same_tokenizer(tokenizer, writers[0][1], path, paths[0])
@@ -122,6 +145,12 @@ def read_answers(config):
     sides, lines = read_sides(config.answers, check_answers, (), config.skip_bad), []
     for held_out, records, most in ((False, sides.train, config.prompts),
                                     (True, sides.held_out, config.held_out)):
+        if config.labeler in PERSONS:
+            few = [r for r in records if len(r["completions"]) <= 9]
+            if len(few) < len(records):
+                note(f"{config.answers}: dropped {len(records) - len(few)} records with more than "
+                     "9 answers, which a person cannot rank")
+            records = few
         chosen = sorted(records, key=prompt_digest)[:most]
         if len(chosen) < len(records):
             note(f"{config.answers}: left out {len(records) - len(chosen)} of {len(records)} "
@@ -260,7 +289,9 @@ def by_principles(config, device):
 
 def by_person(config, device):
     about = dict(where=config.labeler, repeat=config.repeat)
-    return None, f"A person ({config.labeler}); asked twice: {config.repeat:.0%}.", about, {}
+    card = (f"A person ({config.labeler}); {config.repeat:.0%} of the questions repeat an earlier "
+            "one.")
+    return None, card, about, {}
 
 
 LABELERS = dict(simulated=simulated, model=by_model, principles=by_principles, terminal=by_person,
@@ -291,9 +322,9 @@ def ask_person(run, config, items):
         serve(session, config.port) if config.labeler == "page" else ask_in_terminal(session)
         records, known = session.records(), session.progress()
         if not session.finished:
-            flags = [f"--{f.name}={cli.as_text(getattr(config, f.name))}" for f in fields(config)
-                     if getattr(config, f.name) != f.default and f.name not in ("resume",
-                                                                                "overwrite")]
+            flags = [shlex.quote(f"--{f.name}={cli.as_text(getattr(config, f.name))}")
+                     for f in fields(config) if getattr(config, f.name) != f.default
+                     and f.name not in ("resume", "overwrite")]
             say(f"\n{len(records)} of {len(items)} prompts are ranked; this goes on:\n"
                 f"    python label.py {' '.join(flags)}")
             if records:
@@ -316,14 +347,17 @@ def check_flags(config):
     if config.repeat > 0.5:
         raise UserError(f"--repeat={config.repeat}: the share of repeated questions is 0 to 0.5")
     by = config.labeler == "principles"
+    biases = [(f.name, "--labeler=simulated", config.labeler == "simulated")
+              for f in fields(Labeler)]
+    sampling = [(name, "no --answers: nothing is sampled", not config.answers)
+                for name in ("init", "data", "k", "oversample", "temperature", "max_new_tokens")]
     for name, needed, given in (("judge", "--labeler=principles", by),
                                 ("principles", "--labeler=principles", by),
                                 ("reward_model", "--labeler=model", config.labeler == "model"),
                                 ("score_by", "--labeler=model", config.labeler == "model"),
                                 ("port", "--labeler=page", config.labeler == "page"),
                                 ("repeat", "a person as the labeler", person),
-                                ("init", "no --answers: nothing is sampled", not config.answers),
-                                ("data", "no --answers", not config.answers)):
+                                *biases, *sampling):
         if getattr(config, name) != getattr(Config, name) and not given:
             raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
 
@@ -331,6 +365,7 @@ def check_flags(config):
 def main(config):
     device = common.set_up(config, "label")
     check_flags(config)
+    check_folder(config)
 
     # --- prompts or answers, and the labeler ---------------------------------
     writers, parents = [], {}
@@ -390,14 +425,19 @@ def main(config):
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})
     write_jsonl(run.folder / "rankings.jsonl", records)
     (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
+    known = {k: None if v != v else v for k, v in metrics.items()}  # JSON knows no nan
     (run.folder / "card.json").write_text(json.dumps(dict(
-        card=card, labeler=about, parents=run.parents, metrics=metrics), indent=1) + "\n")
+        card=card, labeler=about, parents=run.parents, metrics=known), indent=1,
+        allow_nan=False) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
-    by = next((k for k in ("gold", "scores") if k in first), "ranks")
-    rank, value, texts = zip(*sorted(zip(*(first[k] for k in ("ranks", by, "completions")))))
-    say(table(dict(rank=rank, **{by.removesuffix("s"): [f"{x:.2f}" for x in value]})
-              | {f"an answer to: {cli.shorten(asked, 80)}": [cli.shorten(t, 100) for t in texts]}))
+    value = first.get("gold") or first.get("scores")
+    best = sorted(range(len(first["ranks"])), key=lambda i: (first["ranks"][i], value and value[i]))
+    say(table(dict(rank=[first["ranks"][i] for i in best])
+              | ({"gold" if "gold" in first else "score": [f"{value[i]:.2f}" for i in best]}
+                 if value else {})
+              | {f"an answer to: {cli.shorten(asked, 80)}": [
+                  cli.shorten(first["completions"][i], 100) for i in best]}))
     say("\n" + labels.words(metrics, config.init))
     run.finish(metrics, f"python reward.py --data={config.out}/rankings.jsonl --init="
                + config.init.split(",")[0])

@@ -74,15 +74,17 @@ def describe(records):
         len(r["completions"][i]) > len(r["completions"][j]) for r, i, j in pairs]))
     if all("second" in r for r in records):
         metrics["agreement"] = agreement(*([r[k] for r in records] for k in ("ranks", "second")))
-    if all("gold" in r for r in records):
-        golds = [g for r in records for g in r["gold"]]
+    golds = [g for r in records for g in r.get("gold", ())]
+    if golds:
         metrics |= dict(gold=mean(golds), gold_std=float(np.std(golds)), gold_accuracy=mean([
             # how far gold itself gets on these labels: the ceiling for an unbiased reward model
-            r["gold"][i] > r["gold"][j] for r, i, j in pairs if r["gold"][i] != r["gold"][j]]))
+            r["gold"][i] > r["gold"][j] for r, i, j in pairs
+            if "gold" in r and r["gold"][i] != r["gold"][j]]))
     if all("first" in r for r in records):
         metrics |= {k: mean([r[k] for r in records]) for k in ("first", "differ")}
     metrics |= wins(records)
-    return metrics | (against_file(records) if all("before" in r for r in records) else {})
+    again = [r for r in records if "before" in r]
+    return metrics | (against_file(again) if again else {})
 
 
 def words(m, init):

@@ -53,7 +53,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def refused(self):
         """Whether the request was refused, as none of our page and of this run."""
-        url, port = urlsplit(self.path), self.server.server_port
+        port = self.server.server_port
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            self.answer(400, "this is no address")
+            return True
         hosts = self.headers.get_all("Host", [])
         if hosts not in ([f"127.0.0.1:{port}"], [f"localhost:{port}"]):
             why = f"the address has to begin with http://127.0.0.1:{port}/"
@@ -78,9 +83,9 @@ class Handler(BaseHTTPRequestHandler):
             saved=str(session.rankings), **more)
 
     def do_GET(self):
-        path = urlsplit(self.path).path
         if self.refused():
             return
+        path = urlsplit(self.path).path
         if path == "/":
             nonce = secrets.token_urlsafe(16)
             self.answer(200, HTML.read_text("utf-8").replace("NONCE", nonce), "text/html", nonce)
@@ -92,9 +97,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, "there is nothing here")
 
     def do_POST(self):
-        action = urlsplit(self.path).path[1:]
         if self.refused():
             return
+        action = urlsplit(self.path).path[1:]
         if action not in ("rank", "skip", "undo", "stop"):
             return self.answer(404, "there is nothing here")
         try:
@@ -177,7 +182,7 @@ def serve(session, port=0, linger=10.0):
     choice in which it can still be taken back. UserError: a port that cannot be had, a disk that
     takes no more.
     """
-    if not session.finished:
+    if not session.finished or not session.records():  # all skipped: undo is still possible
         with start(session, port) as server:
             threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
             print(f"label at http://127.0.0.1:{server.server_port}/?token={server.token}\n"

@@ -300,6 +300,10 @@ def check_answers(record, where="record"):
                 dropped="with fewer than two answers")
         record["ranks"] = [1] * len(answers)
     checked = check_ranking(record, where)
+    sources, n = record.get("sources", []), len(checked["completions"])
+    if "sources" in record and (not isinstance(sources, list) or len(sources) != n
+                                or not all(type(s) is int and s >= 0 for s in sources)):
+        _fail(where, f"'sources' must be {n} numbers from 0: which writer each answer is from")
     known = {k: record[k] for k in ("world", "policy", "sources") if k in record}
     return {k: v for k, v in checked.items() if k != "gold" and not (k == "ranks" and unranked)} \
         | known

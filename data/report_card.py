@@ -40,7 +40,7 @@ def rates(x, clusters, groups, names):
 def calibration(margins, right):
     """Ten equal bins of the confidence in a pair's winner, sigmoid(|margin|): of each that is not
     empty its mean confidence, the share of its pairs that are right, and their number."""
-    p = np.abs(0.5 - 1 / (1 + np.exp(-margins))) + 0.5  # >= 0.5
+    p = 1 / (1 + np.exp(-np.abs(margins)))  # >= 0.5
     bins = np.minimum((p - 0.5) * 20, 9).astype(int)
     return [dict(confidence=float(p[bins == b].mean()), accuracy=float(right[bins == b].mean()),
                  pairs=int((bins == b).sum())) for b in range(10) if (bins == b).any()]

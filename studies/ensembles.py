@@ -129,7 +129,9 @@ def tables(found, config):
     head = ["", "one network", *(f"{config.members}, {way}" for way in SCORE_BY)]
     lines = ["# Ensembles of reward models", "",
              f"{len(found)} seeds, {config.members} members; PPO at beta {config.beta:g}. A mean "
-             "over the seeds, and the smallest and the largest of them.", "",
+             "over the seeds, and the smallest and the largest of them. The first member of the "
+             "ensemble is the one network. Members disagree, so their mean spreads less than each: "
+             "the same beta then holds the policy tighter. Compare at the same KL.", "",
              f"    python studies/ensembles.py --seeds={config.seeds} --members={config.members} "
              f"--beta={config.beta:g}", ""]
     for part, (title, rows) in enumerate((("On held-out pairs", PAIRS), ("PPO", PPO))):
@@ -145,6 +147,10 @@ def tables(found, config):
 
 def main(config):
     device = common.find_device(config.device)  # refuses one that is not there before the runs
+    for flags in (config.reward_flags, config.ppo_flags):
+        if not all("=" in flag for flag in flags.split(",") if flag):
+            raise UserError(f"{flags}: further flags are name=value, with commas between them")
+    common.make_folder("table", Path(config.table).parent)
     with ThreadPoolExecutor(config.workers) as pool:
         found = list(pool.map(lambda seed: one_seed(seed, config, device),
                               range(1, config.seeds + 1)))

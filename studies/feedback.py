@@ -19,13 +19,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
 import cli
-from cli import NotNegative, Positive, UserError
+from cli import Positive, UserError
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Config:
     seeds: Positive[int] = 3  # from 1 on; of every stage
     rounds: Positive[int] = 3  # of DPO
     prompts: Positive[int] = 5500  # training prompts that are labelled
-    held_out: NotNegative[int] = 500  # held-out ones
+    held_out: Positive[int] = 500  # held-out ones
     iterations: Positive[int] = 60  # of PPO
     eval_prompts: Positive[int] = 512  # held-out prompts
     max_new_tokens: Positive[int] = 48
@@ -150,7 +150,7 @@ def gold_accuracy(path, rankings, config):
     rows, masks = zip(*tokenizer.encode_pieces(
         [pieces for r in records for pieces, _ in ranking_rows(tokenizer, r)]))
     scores = iter(batches.over_rows(model, rows, masks, tokenizer.pad,
-                                    model.head.weight.device).tolist())
+                                    model.gpt.wte.weight.device).tolist())
     right = []
     for r in records:
         score, gold = [next(scores) for _ in r["gold"]], r["gold"]
@@ -164,6 +164,8 @@ def labelers(config, seed):
     base, folder, found = pipeline(config, seed), Path(config.out) / "labelers" / f"s{seed}", {}
     init, rankings = str(base / "sft"), base / "label" / "rankings.jsonl"
     labels = dict(simulated=final(base / "label"))
+    if labels["simulated"] is None:
+        raise UserError(f"{base / 'label'} holds no finished run of label.py")
     labels["principles"] = run("label", folder / "label", config, answers=str(rankings),
                                labeler="principles", prompts=config.prompts,
                                held_out=config.held_out, seed=seed)
@@ -216,11 +218,15 @@ def main(config):
             each = list(pool.map(lambda seed, work=work: work(config, seed),
                                  range(1, config.seeds + 1)))
         text = table(head, each)
-        (Path(config.out) / f"{name}.md").write_text(text)
+        flags = [f"--{f.name}={cli.as_text(getattr(config, f.name))}" for f in fields(config)
+                 if getattr(config, f.name) != f.default and f.name not in (
+                     "part", "runs", "out", "page", "workers", "device")]
+        head = (f"`python studies/feedback.py {' '.join([f'--part={name}', *flags])}`: means of "
+                f"{config.seeds} seeds, their range in brackets; {config.eval_prompts} held-out "
+                "prompts.\n\n")
+        (Path(config.out) / f"{name}.md").write_text(head + text)
         print(f"\n{text}")
-    lines = ["# Who labels, and how often\n",
-             f"Written by `python studies/feedback.py`, {config.seeds} seeds: means, and the range "
-             f"over seeds in brackets; {config.eval_prompts} held-out prompts.\n"]
+    lines = ["# Who labels, and how often\n"]
     for name, (*_, title) in PARTS.items():
         path = Path(config.out) / f"{name}.md"
         if path.exists():

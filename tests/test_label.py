@@ -1,6 +1,7 @@
 """label.py: what is ranked, and by whom. The naive twin (test_naive.py) has the whole runs."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -510,11 +511,10 @@ def test_a_new_run_takes_nothing_of_the_one_before(folder):
         stop_at(patch, 9)
         with pytest.raises(Stop):
             run(*SMALL)
-    for name in ("choices.jsonl", "rankings.jsonl"):
-        (folder / "out" / name).write_text("{}\n")
+    (folder / "out" / "rankings.jsonl").write_text("{}\n")
     again, _ = run(*SMALL, "--seed=2", "--overwrite=true")
     new, _ = run(*SMALL, "--seed=2", out="new")
-    assert again == new and not (folder / "out" / "choices.jsonl").exists()
+    assert again == new
 
 
 # --- a person ------------------------------------------------------------------------------------
@@ -604,7 +604,106 @@ def test_a_person_in_the_terminal_who_skips_all(folder, person):
     assert not (folder / "out" / "card.json").exists()
 
 
+def answer(monkeypatch, *lines):
+    """What a person types in the terminal."""
+    typed = "\n".join([*lines, *["q"] * 3]) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+
+
+OWN = [dict(prompt=f"Name fruit {n}.", completions=["A pear.", f"Fruit {n}."]) for n in range(3)]
+
+
+def test_a_person_ranks_their_own_answers(folder, monkeypatch, capsys):
+    # catches an end that only works where a score or gold is known, nan in a card
+    write_jsonl("own.jsonl", OWN)
+    answer(monkeypatch, "2 1", "1=2", "1 2")
+    found, final = run("--labeler=terminal", "--answers=own.jsonl", "--repeat=0", out="my labels")
+    assert len(found) == 3 and final["kind"] == "final" and final["ties"] == 1
+    said = capsys.readouterr().out
+    assert "rank  an answer to: Name fruit" in said and "next: python reward.py" in said
+    assert "gold" not in json.loads((folder / "my labels" / "card.json").read_text())["metrics"]
+    answer(monkeypatch, *["1=2"] * 3)
+    run("--labeler=terminal", "--answers=own.jsonl", "--repeat=0", out="tied")
+    card = (folder / "tied" / "card.json").read_text()
+    assert "NaN" not in card and json.loads(card)["metrics"]["longer_preferred"] is None
+    answer(monkeypatch)
+    write_jsonl("ten.jsonl", [*OWN, dict(prompt="P", completions=list("abcdefghij"))])
+    run_in = ["--labeler=terminal", "--answers=ten.jsonl", "--repeat=0", "--out=ten ones"]
+    label.main(cli.read_flags(label.Config, run_in))
+    said = capsys.readouterr().out
+    assert "dropped 1 records with more than 9 answers" in said
+    assert "0 of 3 prompts are ranked" in said and "'--out=ten ones'" in said
+
+
+def test_choices_of_a_person_are_never_lost(folder, monkeypatch):
+    # catches a start that deletes them: without its state, again, by a program, over its own input
+    write_jsonl("own.jsonl", OWN)
+    flags = ["--labeler=terminal", "--answers=own.jsonl", "--repeat=0"]
+    answer(monkeypatch, "2 1")
+    run_in = lambda *more: label.main(cli.read_flags(label.Config, [*more, "--out=mine"]))
+    run_in(*flags)
+    choices, made = folder / "mine" / "choices.jsonl", (folder / "mine/choices.jsonl").read_bytes()
+    assert made.count(b"\n") == 1
+    state = (folder / "mine" / "state.pt").read_bytes()
+    refused = "holds 1 choices of a person, which are never overwritten"
+    for more in ([*flags, "--overwrite=true"], [*SMALL, "--overwrite=true", "--init=sft"],
+                 [*SMALL, "--init=sft"]):
+        with pytest.raises(UserError, match=refused):
+            run_in(*more)
+    (folder / "mine" / "state.pt").unlink()
+    with pytest.raises(UserError, match=refused):
+        run_in(*flags)
+    (folder / "mine" / "state.pt").write_bytes(state)
+    with pytest.raises(UserError, match="answers=mine/rankings.jsonl lies in --out=mine"):
+        run_in("--labeler=model", "--reward_model=reward", "--answers=mine/rankings.jsonl",
+               "--overwrite=true")
+    assert choices.read_bytes() == made
+    answer(monkeypatch, "1 2")
+    run_in(*flags)  # and it goes on
+    assert choices.read_bytes().startswith(made) and choices.read_bytes().count(b"\n") == 2
+
+
+def test_another_port(folder, person):
+    # catches a port that is taken and locks the person out
+    flags = [*SMALL, "--labeler=page", "--repeat=0.25"]
+    run(*flags, "--port=8123")
+    person["left"] = 100
+    found, _ = run(*flags)
+    assert person["port"] == 0 and len(person["sessions"]) == 2 and len(found) > 5
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "rankings.jsonl", "rankings.jsonl.part"])
+def test_files_of_no_run(folder, name):
+    # catches foreign answers that are ranked as the run's own, foreign labels that are overwritten
+    (folder / "out").mkdir()
+    write_jsonl(folder / "out" / name, OWN)
+    with pytest.raises(UserError, match=f"{name} is there without the log of a run"):
+        run(*SMALL)
+    assert rows(folder / "out" / name) == OWN and not (folder / "out" / "log.jsonl").exists()
+
+
+def test_figures_of_a_mixed_file(folder):
+    # catches figures that vanish because one record has no ranks
+    records = [dict(prompt=f"Say {n}.", completions=["No.", "Yes.", "Go on."], ranks=[1, 2, 3])
+               for n in range(4)] + OWN
+    write_jsonl("mixed.jsonl", records)
+    _, final = run("--labeler=model", "--reward_model=reward", "--answers=mixed.jsonl",
+                   "--held_out=50")
+    assert final["prompts"] == 7 and final["file_pairs"] + final["tied_here"] == 12
+
+
+@pytest.mark.parametrize("sources", [["a", "b"], [0], [0, -1], [0, 1.5], "01", [True, False]])
+def test_sources_that_are_none(sources):
+    with pytest.raises(UserError, match="'sources' must be 2 numbers from 0"):
+        check_answers(dict(prompt="P", completions=["a", "b"], ranks=[1, 2], sources=sources))
+
+
 @pytest.mark.parametrize("flags, why", [
+    (["--noise=3", "--labeler=page"], "--noise=3.0 needs --labeler=simulated"),
+    (["--length=3", "--labeler=model"], "--length=3.0 needs --labeler=simulated"),
+    (["--k=4", "--answers=pairs.jsonl"], "--k=4 needs no --answers"),
+    (["--temperature=1", "--answers=pairs.jsonl"], "--temperature=1.0 needs no --answers"),
+    (["--init=sft,"], "--init=sft,: a name is missing beside a comma"),
     (["--labeler=me"], "--labeler=me: choose one of simulated, model"),
     (["--judge=sft"], "--judge=sft needs --labeler=principles"),
     (["--principles=x.txt"], "--principles=x.txt needs --labeler=principles"),
@@ -622,7 +721,7 @@ def test_a_person_in_the_terminal_who_skips_all(folder, person):
 def test_flags_that_nothing_reads_are_refused(folder, flags, why):
     # catches a flag that is ignored, a folder that is made for a run that cannot start
     with pytest.raises(UserError, match=re.escape(why)):
-        run("--max_new_tokens=8", *flags, out="new")
+        run(*["--max_new_tokens=8"] * ("--answers=" not in "".join(flags)), *flags, out="new")
     assert not (folder / "new").exists()
 
 
