@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import cli
+from data import batches
 from data.records import collate
 from data.report_card import world
 from data.synthetic.gold import gold_reward
@@ -48,11 +49,13 @@ def best_tokens(model, tokens, mask, places, allowed, n):
     """For every row the n tokens of the largest estimated gain at each of its places,
     (places, n), best first. places: for every row the positions that may be edited; allowed: the
     ids that may come in, (V,); the token that stands there is none."""
-    gradients, found = embedding_gradients(model, tokens, mask), []
+    found = []
     for row, where in enumerate(places):
         gain, here = 0.0, tokens[row, where][:, None]
+        # a row at a time: only here are activations kept
+        gradients = embedding_gradients(model, tokens[row:row + 1], mask[row:row + 1])
         for gradient, member in zip(gradients, model.members):
-            table, g = member.gpt.wte.weight.detach(), gradient[row, where]
+            table, g = member.gpt.wte.weight.detach(), gradient[0, where]
             gain = gain + g @ table[allowed].T - (g * table[here[:, 0]]).sum(1)[:, None]
         gain = gain.masked_fill(allowed == here, -torch.inf)  # (places, V)
         found.append(allowed[gain.topk(min(n, len(allowed) - 1)).indices])
@@ -72,7 +75,7 @@ def attack(model, rows, masks, pad, allowed, edits, device, rng, guided=True):
     @torch.no_grad()
     def score(tokens, mask):
         with autocast(device):
-            return model(tokens, mask)
+            return batches.in_pieces(lambda p: model(tokens[p], mask[p]), batches.ends(mask), 64)
 
     before = score(ids, mask)
     now = before.clone()

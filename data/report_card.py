@@ -103,7 +103,8 @@ def report_card(scores, elements, noise=None, each=None):
         metrics["gold_correlation"] = rank_correlation(scores, facts["gold"], facts["key"])
         metrics["by_gold_gap"] = rates(right, asked, np.digitize(np.abs(gap), GAPS) - 1, [
             {"from": low} for low in GAPS[:-1]])
-        family = np.array([FAMILIES.index(world()[key].family) for key in facts["key"].tolist()])
+        prompts = map(world().get, facts["key"].tolist())  # None: of another version of the world
+        family = np.array([FAMILIES.index(p.family) if p else -1 for p in prompts])
         metrics["by_family"] = rates(right, asked, family[winner], [
             dict(family=name) for name in FAMILIES])
         for line in metrics["by_family"]:

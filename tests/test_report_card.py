@@ -91,6 +91,14 @@ def test_gold_that_never_differs():
     assert "family harmful" in show(card)
 
 
+def test_a_prompt_that_the_world_does_not_have_is_of_no_family():
+    # catches a crash, and pairs that are counted with another family
+    elements = elements_of(CHARS, GOLD, PAIRS)
+    elements[0].source.facts["key"][:3] = 5
+    card = report_card(SCORES, elements, noise=1.0)
+    assert [t["family"] for t in card["by_family"]] == ["advice"] and card["pairs"] == 5
+
+
 def test_other_data_have_no_gold():
     # catches families of prompts that have none
     nan = [[math.nan] * len(c) for c in CHARS]
