@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -244,8 +245,22 @@ def test_it_ends_when_all_is_done(served, capsys):
     page.thread.join(5)
     assert not page.thread.is_alive()
     assert "0 of 1 questions labelled, 1 skipped" in capsys.readouterr().out
+    serve(page.session, linger=0.1)  # all skipped: it can still be taken back
+    assert "http" in capsys.readouterr().out
+    page.session.undo(page.session.id)
+    page.session.rank(page.session.id, [1, 2])
     serve(page.session)  # nothing to ask: no page
     assert "http" not in capsys.readouterr().out
+
+
+def test_an_address_that_is_none(served, capsys):
+    # catches a traceback in the labeler's terminal
+    page = served(make_items(1))
+    with socket.create_connection(("127.0.0.1", page.port), timeout=5) as wire:
+        wire.sendall(f"GET http://[x/ HTTP/1.1\r\nHost: 127.0.0.1:{page.port}\r\n\r\n".encode())
+        assert wire.recv(100).startswith(b"HTTP/1.0 400")
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
 
 
 def test_stop(served, capsys):
