@@ -245,11 +245,13 @@ def test_a_finished_run_is_not_touched(tmp_path):
 
 def test_only_the_files_of_a_run_are_removed(tmp_path):
     # catches an --out that names a folder with other people's files, or with another stage's run
-    for name in ("model.py", "state.md", "models.txt", "model.pt.bak"):
+    names = ("model.py", "state.md", "models.txt", "model.pt.bak", "rankings.jsonl",
+             "choices.jsonl")
+    for name in names:
         (tmp_path / name).write_text("mine")
     common.Run("x", Config(out=str(tmp_path), overwrite=True), torch.device("cpu"))
     common.Run("x", Config(out=str(tmp_path), overwrite=True), torch.device("cpu"))
-    assert len([p for p in tmp_path.iterdir() if p.read_text() == "mine"]) == 4
+    assert len([p for p in tmp_path.iterdir() if p.read_text() == "mine"]) == 6
     with pytest.raises(UserError, match="holds a x run: choose another --out"):
         common.Run("y", Config(out=str(tmp_path), overwrite=True), torch.device("cpu"))
 
