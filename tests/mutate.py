@@ -69,7 +69,7 @@ EQUIVALENT = [
      "kl_per_token=None)", FLOAT),
     ("reward.py", "(torch.sign(margin) / 2 + 0.5).mean().item()",
      "(torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
-    ("reward.py", "/ model.scale.item()))", "/ model.scale))", FLOAT),
+    ("reward.py", "/ member.scale.item()))", "/ member.scale))", FLOAT),
     ("model.py", "if len(active) == 0:", "if len(active) == -1:",
      "time only: an empty batch goes on"),
     ("model.py", "def generate(model, prompts, max_new_tokens, eos, temperature=1.0, "
@@ -95,10 +95,8 @@ EQUIVALENT = [
     ("grpo.py", "step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])",
      "step += torch.stack([(weight * x).sum() for x in (loss, kl)])", MEMORY),
     ("grpo.py", "if check and not steps:", "if check:", "it is set to False behind the first one"),
-    ("reward.py", "for t in table) / len(margins),", "for t in table) / len(longer),",
-     "they are of one length"),
-    ("label.py", "parents=run.parents, metrics=metrics), indent=1)",
-     "parents=run.parents, metrics=metrics), indent=-1)", "white space"),
+    ("label.py", "parents=run.parents, metrics=known), indent=1,",
+     "parents=run.parents, metrics=known), indent=-1,", "white space"),
     ("data/synthetic/people.py", "def demonstrations(prompts, seed, quality=0.5):",
      "def demonstrations(prompts, seed, quality=-0.5):", "no stage leaves it out"),
 ]
