@@ -20,7 +20,7 @@ from data.records import (
 )
 from data.text import pack
 from data.tokenizer import load_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 tok = load_tokenizer("synthetic")
@@ -70,11 +70,12 @@ def test_prompt_ids_are_a_prefix(prompt, response):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.integers(0, tok.pad), min_size=1, max_size=9), min_size=1, max_size=5),
-       st.data())
-def test_masks_come_from_lengths(rows, data):
+@given(st.lists(st.lists(st.tuples(st.integers(0, tok.pad), st.integers(0, 1)), min_size=1,
+                         max_size=9), min_size=1, max_size=5))
+@example([[(tok.pad, 1), (tok.eos, 1)], [(5, 1), (tok.pad, 0), (tok.pad, 1)]])
+def test_masks_come_from_lengths(rows):
     # catches a mask made by comparing ids: rows here hold PAD and EOS ids inside
-    masks = [data.draw(st.lists(st.integers(0, 1), min_size=len(r), max_size=len(r))) for r in rows]
+    rows, masks = ([[pair[n] for pair in row] for row in rows] for n in (0, 1))
     tokens, mask = collate(rows, masks, tok.pad)
     for row, m, tokens_row, mask_row in zip(rows, masks, tokens, mask):
         assert tokens_row.tolist() == row + [tok.pad] * (tokens.size(1) - len(row))
