@@ -142,6 +142,13 @@ def _read_value(name, text, kind):
     return value
 
 
+def check_needs(config, rules):
+    """UserError for a flag that nothing would read. rules: (flag, what it needs, is that there)."""
+    for name, needed, given in rules:
+        if getattr(config, name) != getattr(type(config), name) and not given:
+            raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
+
+
 def say(text=""):
     """Print above the bar, if there is one."""
     tqdm.write(text)

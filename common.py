@@ -19,7 +19,6 @@ import torch
 
 from cli import NOTES, UserError, as_text, note, out_of_memory
 from data.files import file_hash, is_data, missing
-from data.instruments import clustered_se  # noqa: F401 (all stages take it from here)
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -177,10 +176,11 @@ class Run:
     First row of the log: config, parents, versions, device. Then a row per logged step; their keys
     are frozen at the first one of each kind, so a typo in a metric's name cannot pass. Last row:
     final. parents: {stage: hash} of the checkpoints that the run starts from; the hashes of its
-    data files are added, and checkpoints carry them all.
+    data files are added, and checkpoints carry them all. result: the file that the end of the run
+    writes. others: further files of this stage, which go when it starts again.
     """
 
-    def __init__(self, stage, config, device, parents=None, result="model.pt"):
+    def __init__(self, stage, config, device, parents=None, result="model.pt", others=()):
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.parents = Path(config.out), dict(parents or {})
         self.keys, self.start = {}, time.time()
@@ -223,8 +223,7 @@ class Run:
                     note(f"warning: {self.folder} was started with {key} {before[key]}, here is "
                          f"{here}: it goes on, but not to the last digit", sys.stderr)
         elif before:  # an earlier run of this stage: its files go, and nothing else
-            own = ("rankings.jsonl", "rankings.jsonl.part") if stage == "label" else ()
-            for name in (result, "model.pt", "state.pt", "answers.jsonl", *own, "log.jsonl"):
+            for name in (result, "model.pt", "state.pt", "answers.jsonl", *others, "log.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("model-epoch*.pt"):
                 path.unlink()

@@ -94,14 +94,20 @@ def load_networks(config, device, reward_model=True):
     parents, block_size, judge = {parent["stage"]: parent["hash"]}, policy.config.block_size, None
     if reward_model:
         common.ensure_input(config, "reward_model", "reward")
-        judge, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device,
-                                                           config.score_by)
-        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.init)
+        judge, rm_parent = load_judge(config, tokenizer, config.init, device)
         common.check_lineage(parent["stage"], parent["hash"], rm_parent["parents"],
                              config.reward_model)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, judge.gpt.config.block_size)
     return policy, reference, judge, tokenizer, parents, block_size
+
+
+def load_judge(config, tokenizer, other, device):
+    """(reward model, checkpoint without weights) of --reward_model, which has to read the tokens of
+    the checkpoint at `other`."""
+    judge, own, checkpoint = load_reward_model(config.reward_model, device, config.score_by)
+    common.check_same_tokenizer(own, tokenizer, config.reward_model, other)
+    return judge, checkpoint
 
 
 def check_start(log_ratio, kl=None, limit=1e-4):
@@ -133,7 +139,7 @@ def rollout_metrics(batch, prompts, texts, beta, clock, synthetic):
     if batch["ref_logp"] is not None:
         seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
         # the answers to a question depend on each other: clustered by question
-        kl, se = seq_kl.mean().item(), common.clustered_se(
+        kl, se = seq_kl.mean().item(), instruments.clustered_se(
             seq_kl.cpu().numpy(), [question(p, synthetic) for p in prompts])
         row = dict(objective=row["objective"] - beta * kl, kl=kl, kl_se=se,
                    kl_per_token=seq_kl.sum().item() / n_tokens)
@@ -245,7 +251,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     differ = np.array([a["ids"] != b["ids"] for a, b in zip(sft, drawn)])
     cluster = [question(t, synthetic) for t in texts]
     with_se = lambda name, x: {name: float(np.mean(x)),
-                               f"{name}_se": common.clustered_se(x, cluster)}
+                               f"{name}_se": instruments.clustered_se(x, cluster)}
     metrics = dict(judged=len(texts), questions=len(set(cluster)),
                    **with_se("kl", (logp - ref_logp).numpy()))
     for name, (before, after) in measured.items():
@@ -452,7 +458,7 @@ def summary(values):
     for name, (x, cluster) in values.items():
         if not len(x):
             continue  # of no prompt was the plain question answered right
-        se = common.clustered_se(x, cluster)
+        se = instruments.clustered_se(x, cluster)
         metrics |= {name: float(x.mean()), f"{name}_se": se}
         if x.dtype == bool:
             low, high = instruments.rate_interval(x, se, len(set(cluster)))
@@ -463,7 +469,7 @@ def summary(values):
 def gap_errors(values, before):
     """{name_gap_se: error of the difference to the reference}, where both have the same items: they
     answer the same prompts, so the error is that of the differences."""
-    return {f"{name}_gap_se": common.clustered_se(x.astype(float) - before[name][0], cluster)
+    return {f"{name}_gap_se": instruments.clustered_se(x.astype(float) - before[name][0], cluster)
             for name, (x, cluster) in values.items()
             if len(x) and name in before and list(cluster) == list(before[name][1])}
 
@@ -510,14 +516,18 @@ def who_wins(worth, answers, cluster):
     return found
 
 
+def standard_error(metrics, name):
+    """Standard error of a figure; of a rate that of its interval, if that is wider."""
+    width = metrics.get(f"{name}_high", 0) - metrics.get(f"{name}_low", 0)
+    return max(metrics.get(f"{name}_se") or 0, width / (2 * 1.96))
+
+
 def differs(name, metrics, before):
     """Is it more than two standard errors off the reference's? The error is that of the difference;
-    where the items are not the same, or all differ alike, that of both, of a rate the width of its
-    interval."""
-    width = lambda m: (m.get(f"{name}_high", 0) - m.get(f"{name}_low", 0)) / (2 * 1.96)
-    error = lambda m: max(m[f"{name}_se"], width(m))
+    where the items are not the same, or all differ alike, that of both."""
     gap, se = metrics[name] - before[name], metrics.get(f"{name}_gap_se", 0)
-    return abs(gap) > 2 * (se if se > 1e-9 else math.hypot(error(metrics), error(before)))
+    both = math.hypot(standard_error(metrics, name), standard_error(before, name))
+    return abs(gap) > 2 * (se if se > 1e-9 else both)
 
 
 def judgement(metrics, before, rows):
@@ -591,9 +601,7 @@ def make_report(config, device):
         common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
                                     config.reference)
     if config.reward_model:
-        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device,
-                                                                  config.score_by)
-        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.reference)
+        reward_model, rm_parent = load_judge(config, tokenizer, config.reference, device)
         parents["reward"], room = rm_parent["hash"], min(room, reward_model.gpt.config.block_size)
     own = config.data != "synthetic"
     prompts = choose_prompts(config, tokenizer, room)
@@ -752,13 +760,11 @@ def choose_prompts(config, tokenizer, block_size):
 
 def main(config):
     device = common.set_up(config, "evaluate")
-    for name, needed, given in (
-            ("select", "no --policies and no --sets", not (config.policies or config.sets)),
-            ("sets", "--policies=", config.policies),
-            ("best_of", "--reward_model=", config.reward_model),
-            ("score_by", "--reward_model=", config.reward_model)):
-        if getattr(config, name) != getattr(Config, name) and not given:
-            raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
+    cli.check_needs(config, (
+        ("select", "no --policies and no --sets", not (config.policies or config.sets)),
+        ("sets", "--policies=", config.policies),
+        ("best_of", "--reward_model=", config.reward_model),
+        ("score_by", "--reward_model=", config.reward_model)))
     if config.select or config.policies:
         if config.out == Config.out:
             config = replace(config, out="out/select" if config.select else "out/report")
@@ -773,9 +779,7 @@ def main(config):
     block_size = min(policy.config.block_size, reference.config.block_size)
     reward_model = None
     if config.reward_model:
-        reward_model, rm_tokenizer, rm_parent = load_reward_model(config.reward_model, device,
-                                                                  config.score_by)
-        common.check_same_tokenizer(rm_tokenizer, tokenizer, config.reward_model, config.policy)
+        reward_model, rm_parent = load_judge(config, tokenizer, config.policy, device)
         parents["reward"] = rm_parent["hash"]
         block_size = min(block_size, reward_model.gpt.config.block_size)
     prompts, synthetic = choose_prompts(config, tokenizer, block_size), config.data == "synthetic"

@@ -351,15 +351,12 @@ def check_flags(config):
               for f in fields(Labeler)]
     sampling = [(name, "no --answers: nothing is sampled", not config.answers)
                 for name in ("init", "data", "k", "oversample", "temperature", "max_new_tokens")]
-    for name, needed, given in (("judge", "--labeler=principles", by),
-                                ("principles", "--labeler=principles", by),
-                                ("reward_model", "--labeler=model", config.labeler == "model"),
-                                ("score_by", "--labeler=model", config.labeler == "model"),
-                                ("port", "--labeler=page", config.labeler == "page"),
-                                ("repeat", "a person as the labeler", person),
-                                *biases, *sampling):
-        if getattr(config, name) != getattr(Config, name) and not given:
-            raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
+    cli.check_needs(config, (
+        ("judge", "--labeler=principles", by), ("principles", "--labeler=principles", by),
+        ("reward_model", "--labeler=model", config.labeler == "model"),
+        ("score_by", "--labeler=model", config.labeler == "model"),
+        ("port", "--labeler=page", config.labeler == "page"),
+        ("repeat", "a person as the labeler", person), *biases, *sampling))
 
 
 def main(config):
@@ -387,7 +384,8 @@ def main(config):
     rank, card, about, judges = LABELERS[config.labeler](config, device)
     if config.labeler in PERSONS and not config.overwrite:  # the same command goes on
         config = replace(config, resume=(Path(config.out) / "state.pt").exists())
-    run = common.Run("label", config, device, parents | judges, result="card.json")
+    run = common.Run("label", config, device, parents | judges, result="card.json",
+                     others=("rankings.jsonl", "rankings.jsonl.part"))
     print(card)
 
     # --- sample and rank -----------------------------------------------------

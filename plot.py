@@ -402,21 +402,22 @@ def main(config):
         raise UserError("name the folder of a run: python plot.py out/ppo")
     if len(config.folders) > len(COLOURS):
         raise UserError(f"{len(config.folders)} runs: at most {len(COLOURS)} can be told apart")
-    report = read_report(config.folders[0])
-    if report and (config.text or len(config.folders) > 1):
-        raise UserError(f"{config.folders[0]} holds a report, which is drawn alone; as text it is "
-                        f"{config.folders[0]}/report.md")
-    if report and len(report["checkpoints"]) > len(COLOURS):
-        raise UserError(f"{config.folders[0]}: {len(report['checkpoints'])} checkpoints, of which "
-                        f"at most {len(COLOURS)} can be told apart")
-    if not report:
+    first = config.folders[0]
+    if report := read_report(first):
+        if config.text or len(config.folders) > 1:
+            raise UserError(f"{first} holds a report, which is drawn alone; as text it is "
+                            f"{first}/report.md")
+        if len(report["checkpoints"]) > len(COLOURS):
+            raise UserError(f"{first}: {len(report['checkpoints'])} checkpoints, of which at most "
+                            f"{len(COLOURS)} can be told apart")
+        figure, name = report_picture(report), "report.png"
+    else:
         runs = [read_run(folder) for folder in config.folders]
-    if config.text:
-        print(as_characters(runs, shutil.get_terminal_size().columns))
-        return
-    name = "report.png" if report else "curves.png"
-    path = Path(config.out or f"{config.folders[0]}/{name}")
-    figure = report_picture(report) if report else picture(runs)
+        if config.text:
+            print(as_characters(runs, shutil.get_terminal_size().columns))
+            return
+        figure, name = picture(runs), "curves.png"
+    path = Path(config.out or f"{first}/{name}")
     try:
         figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # no such folder; a format that it does not know

@@ -161,8 +161,13 @@ class Ensemble(nn.Module):
         return combine(self.each(tokens, response_mask).T, self.score_by)
 
     def raw(self, tokens, response_mask):
-        """(B,): the score in log-odds, the unit of a member's `raw`, by their mean scale."""
-        return self(tokens, response_mask) * sum(m.scale for m in self.members) / len(self.members)
+        """(B,): the score in log-odds, the unit of a member's `raw`."""
+        return self.in_log_odds(self.each(tokens, response_mask))
+
+    def in_log_odds(self, each):
+        """(B,) of the members' scores (B, N): what they combine to, by their mean scale."""
+        scale = sum(m.scale for m in self.members) / len(self.members)
+        return combine(each.T, self.score_by) * scale
 
 
 def reward_loss(chosen, rejected):
@@ -196,11 +201,13 @@ def score_batch(score, tokens, mask, size):
 
 def evaluate(model, elements, pad, device, noise=None):
     """The reward model's report card on held-out rankings, see `report_card`."""
-    rows = all_rows(elements)
-    scores = batches.over_rows(model.raw, *rows, pad, device, bar="held-out answers").numpy()
-    each = batches.over_rows(model.each, *rows, pad, device).numpy() \
-        if isinstance(model, Ensemble) else None
-    return report_card(scores, elements, noise, each)
+    score = lambda fn: batches.over_rows(fn, *all_rows(elements), pad, device,
+                                         bar="held-out answers")
+    if not isinstance(model, Ensemble):
+        return report_card(score(model.raw).numpy(), elements, noise)
+    each = score(model.each)
+    return report_card(model.in_log_odds(each.to(device)).cpu().numpy(), elements, noise,
+                       each.numpy())
 
 
 def epoch_order(train, epoch, config):

@@ -57,6 +57,7 @@ import torch
 import common
 from cli import plus_minus, progress, say, shorten, table
 from data import batches
+from data.instruments import clustered_se
 from data.records import Split, check_demonstration, collate, demonstration_rows, fits, question
 from data.synthetic.gold import gold_reward
 from data.synthetic.people import demonstrations
@@ -166,7 +167,7 @@ def main(config):
         if config.data == "synthetic":
             gold = [gold_reward(t, s["text"]) for t, s in zip(texts, samples)]
             metrics["gold"] = float(np.mean(gold))
-            metrics["gold_se"] = common.clustered_se(gold, [question(t) for t in texts])
+            metrics["gold_se"] = clustered_se(gold, [question(t) for t in texts])
         for i in range(min(8, len(texts))):
             run.log("sample", epoch=epoch, prompt=texts[i], response=samples[i]["text"],
                     gold=gold and gold[i])

@@ -32,6 +32,13 @@ def rate_interval(x, se, n):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def clustered_rate(x, clusters):
+    """(mean of x (n,), low, high): a rate and its 95% interval, whose entries depend on each other
+    within a cluster."""
+    x = np.asarray(x, float)
+    return float(x.mean()), *rate_interval(x, clustered_se(x, clusters), len(set(clusters)))
+
+
 def rank_correlation(x, y, groups):
     """Spearman's rank correlation of x and y within groups, all (n,): of their ranks among those of
     their group (equal ones share their mean rank), less the group's mean. A large group weighs more

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.instruments import clustered_se, rate_interval
+from data.instruments import clustered_rate
 from data.records import question, ranking_pairs
 
 
@@ -15,9 +15,7 @@ def share(name, values, clusters):
     clustered: the pairs of a question depend on each other."""
     if not values:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
-    low, high = rate_interval(values, clustered_se(np.array(values, float), clusters),
-                              len(set(clusters)))
-    return {name: mean(values), f"{name}_low": low, f"{name}_high": high}
+    return dict(zip((name, f"{name}_low", f"{name}_high"), clustered_rate(values, clusters)))
 
 
 def agreement(first, second):

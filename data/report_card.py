@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 import cli
-from data.instruments import clustered_se, rank_correlation, rate_interval
+from data.instruments import clustered_rate, clustered_se, rank_correlation
 from data.records import prompt_digest
 from data.synthetic.world import FAMILIES, all_prompts
 
@@ -26,9 +26,8 @@ def world():
 
 def rate(x, clusters, **known):
     """A line of a table: pairs, the mean of x (n,), and its 95% interval (low, high)."""
-    x, clusters = np.asarray(x, float), np.asarray(clusters)
-    low, high = rate_interval(x, clustered_se(x, clusters), len(np.unique(clusters)))
-    return known | dict(pairs=len(x), accuracy=float(x.mean()), low=low, high=high)
+    mean, low, high = clustered_rate(x, clusters)
+    return known | dict(pairs=len(x), accuracy=mean, low=low, high=high)
 
 
 def rates(x, clusters, groups, names):

@@ -11,9 +11,6 @@ at the same score or KL.
     python studies/ensembles.py --seeds=1 --ppo_flags=iterations=10    # a quick look
 """
 
-import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,10 +42,10 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import numpy as np
 
 import common
-from common import ROOT
 from data.load import load_rankings
 from data.records import embedded
 from reward import SCORE_BY, evaluate, load_reward_model
+from studies import runs
 
 WAYS = ("single", *SCORE_BY)  # the columns: one network, then the ensemble by each way
 PAIRS = (("accuracy", "held-out pairs ordered as labelled, %", 100),
@@ -62,45 +59,15 @@ PPO = (("score", "score of the policy", 1), ("gold", "gold, the true reward", 1)
 
 
 def train(stage, folder, config, extra, **flags):
-    """The last row of a stage's log: it runs now unless the folder holds the run already, finished
-    and with these flags. UserError if it holds one with others, or if the stage fails."""
+    """`runs.run` with further flags, "name=value" with commas between."""
     flags |= dict(flag.split("=", 1) for flag in extra.split(",") if flag)
-    flags |= dict(out=str(folder), device=config.device)
-    if not (folder / "model.pt").exists():
-        command = [sys.executable, str(ROOT / f"{stage}.py"), "--overwrite=true",
-                   *(f"--{name}={value}" for name, value in flags.items())]
-        threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
-        done = subprocess.run(command, env=threads, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command[1:])} failed: {done.stderr[-500:]}")
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    made = {name: cli.as_text(value) for name, value in rows[0]["config"].items()}
-    for name, value in flags.items():
-        if name not in ("out", "device") and not same(made[name], value):
-            raise UserError(f"{folder} holds a run with --{name}={made[name]}, wanted: {value}. "
-                            "Delete it, or choose another --out")
-    inputs = [rows[0]["parents"].get(name) for name in ("sft", "reward")]
-    for made_from, name in zip(inputs, ("init", "reward_model")):
-        if name in flags and made_from != common.load_checkpoint(
-                flags[name], ("sft", "reward"))["hash"]:
-            raise UserError(f"{folder} was made from another {flags[name]} than there is now. "
-                            "Delete it, or choose another --out")
-    print(f"{folder}: done", flush=True)
-    return rows[-1]
-
-
-def same(made, wanted):
-    """Whether a flag's value is what was asked for: 1e-3 is 0.001."""
-    try:
-        return float(made) == float(wanted)
-    except ValueError:
-        return str(made) == str(wanted)
+    return runs.run(stage, folder, config, flags, runs.inputs(flags))
 
 
 def one_seed(seed, config, device):
     """{way: (metrics on held-out pairs, PPO's last row)} of one seed."""
-    runs, out = Path(config.runs.format(seed=seed)), Path(config.out)
-    init, data = runs / "sft", runs / "label" / "rankings.jsonl"
+    folder, out = Path(config.runs.format(seed=seed)), Path(config.out)
+    init, data = folder / "sft", folder / "label" / "rankings.jsonl"
     world = embedded(data)
     if world is None:
         raise UserError(f"{data}: expected rankings of the embedded world, as label.py writes "
@@ -110,12 +77,13 @@ def one_seed(seed, config, device):
     folders = {n: out / f"reward-{n}-seed{seed}" for n in (1, config.members)}
     for n, folder in folders.items():
         train("reward", folder, config, config.reward_flags, ensemble=n, **shared)
+    single, tokenizer, _ = load_reward_model(folders[1], device)
+    held_out = load_rankings(data, tokenizer, single.gpt.config.block_size).held_out
     found = {}
     for way in WAYS:
         folder = folders[1 if way == "single" else config.members]
         by = "mean" if way == "single" else way
-        model, tokenizer, _ = load_reward_model(folder, device, by)
-        held_out = load_rankings(data, tokenizer, model.gpt.config.block_size).held_out
+        model = load_reward_model(folder, device, by)[0]
         card = evaluate(model, held_out, tokenizer.pad, device, world["noise"])
         last = train("ppo", out / f"ppo-{way}-beta{config.beta}-seed{seed}", config,
                      config.ppo_flags, init=str(init), reward_model=str(folder), score_by=by,

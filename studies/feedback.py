@@ -15,8 +15,6 @@ Runs that are there with the same settings and inputs are used again.
 """
 
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -49,50 +47,17 @@ class Config:
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import numpy as np
-import torch
 
 import common
-from common import ROOT
 from data import batches
-from data.files import file_hash
 from data.records import check_ranking, ranking_rows
 from reward import load_reward_model
+from studies import runs
+from studies.runs import final
 
 
-def final(path):
-    """The last row of a finished run's log, else None."""
-    try:
-        last = json.loads((Path(path) / "log.jsonl").read_text().splitlines()[-1])
-    except (OSError, IndexError, json.JSONDecodeError):
-        return None
-    return last if last["kind"] == "final" else None
-
-
-def run(stage, folder, config, **wanted):
-    """The last row of a run's log, made now unless the folder holds it already. UserError if that
-    was made with other flags or from other inputs."""
-    wanted |= dict(out=str(folder), device=config.device)
-    if final(folder) is None:
-        flags = [f"--{name}={cli.as_text(value)}" for name, value in wanted.items()]
-        threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
-        done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *flags,
-                               "--overwrite=true"], env=threads, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{stage}.py {' '.join(flags)} failed: {done.stderr[-500:]}")
-    first = json.loads((folder / "log.jsonl").read_text().split("\n")[0])
-    for name, value in wanted.items():
-        if name not in ("out", "device") and first["config"][name] != value:
-            raise UserError(f"{folder} holds a run with --{name}={first['config'][name]}, wanted: "
-                            f"{value}. Delete it, or choose another --out")
-    for name in {"init", "reward_model", "data", "answers", "policy"} & set(wanted):
-        path = Path(wanted[name])
-        made = torch.load(path / "model.pt", weights_only=True, mmap=True)["hash"] \
-            if path.is_dir() else file_hash(path)[:16]
-        if made not in first["parents"].values():
-            raise UserError(f"{folder} was made from another {path} than there is now. Delete it, "
-                            "or choose another --out")
-    print(f"{folder}: done", flush=True)
-    return final(folder)
+def run(stage, folder, config, **flags):
+    return runs.run(stage, folder, config, flags, runs.inputs(flags))
 
 
 def pipeline(config, seed):
@@ -213,11 +178,11 @@ def main(config):
     if set(wanted) - set(PARTS):
         raise UserError(f"--part={config.part}: expected both, {' or '.join(PARTS)}")
     for name in wanted:
-        work, head, _ = PARTS[name]
+        work, column, _ = PARTS[name]
         with ThreadPoolExecutor(config.workers) as pool:
             each = list(pool.map(lambda seed, work=work: work(config, seed),
                                  range(1, config.seeds + 1)))
-        text = table(head, each)
+        text = table(column, each)
         flags = [f"--{f.name}={cli.as_text(getattr(config, f.name))}" for f in fields(config)
                  if getattr(config, f.name) != f.default and f.name not in (
                      "part", "runs", "out", "page", "workers", "device")]

@@ -13,8 +13,6 @@ best-of-n is the bound log n - (n - 1) / n (Stiennon et al. 2020; exact where no
 
 import json
 import math
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -52,14 +50,15 @@ import common
 import dpo
 import grpo
 import ppo
-from common import ROOT, clustered_se
 from data import batches
 from data.load import load_prompts
 from data.files import file_hash
+from data.instruments import clustered_se
 from data.records import embedded, question
 from data.synthetic.gold import gold_reward
 from evaluate import response_rows
 from reward import load_reward_model
+from studies import runs
 
 # name: (stage, its settings, beta). In PPO and GRPO beta is in units of the score, in DPO in units
 # of the log-odds of a label: the reward model's output before its stored scale divides it, which is
@@ -83,28 +82,13 @@ def train(job, config, hashes):
     folder = Path(config.out) / f"{name}-beta{beta}-seed{seed}"
     shared = ("init", "eval_prompts", "temperature", "max_new_tokens", "device")
     shared += ("data",) if name == "DPO" else ("reward_model", "missing_eos")
-    wanted = asdict(settings) | {field: getattr(config, field) for field in shared}
-    wanted |= dict(beta=beta, seed=seed, out=str(folder), overwrite=True)
-    if name == "DPO":
-        wanted["reference_cache"] = f"{config.out}/reference_logps"
-    if not (folder / "model.pt").exists():
-        flags = [f"--{field}={cli.as_text(value)}" for field, value in wanted.items()]
-        threads = dict(os.environ, OMP_NUM_THREADS="1") if config.workers > 1 else None
-        done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *flags], env=threads,
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{stage}.py {' '.join(flags)} failed: {done.stderr[-500:]}")
-    first, *_, last = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    for field, value in wanted.items():
-        made = first["config"].get(field)
-        if value is not None and made != value and field not in (  # None: by the model's size
-                "out", "overwrite", "resume", "reference_cache"):
-            raise UserError(f"{folder} holds a run with --{field}={made}, wanted: {value}. Delete "
-                            "it, or choose another --out")
-    for role in ("sft", "data" if name == "DPO" else "reward"):
-        if first.get("parents", {}).get(role) != hashes[role]:
-            raise UserError(f"{folder} was made from another {role} than there is now. Delete it, "
-                            "or choose another --out")
+    flags = asdict(settings) | {field: getattr(config, field) for field in shared}
+    flags |= dict(beta=beta, seed=seed)
+    for field in ("out", "overwrite", "resume", "reference_cache"):
+        flags.pop(field, None)
+    more = dict(reference_cache=f"{config.out}/reference_logps") if name == "DPO" else {}
+    made_from = {role: hashes[role] for role in ("sft", "data" if name == "DPO" else "reward")}
+    last = runs.run(stage, folder, config, flags, made_from, **more)
     print(f"{name} beta={beta} seed={seed}: KL {last['kl']:.2f}, gold {last['gold']:.2f}, "
           f"win rate {last['gold_win_rate']:.1%}", flush=True)
     return last

@@ -9,7 +9,6 @@ checkpoints apart if they differ by more than two standard errors, the same way 
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at 
 
 import cli
 from cli import Positive, UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -31,7 +28,11 @@ class Config:
     out: str = "out/instruments"  # instruments.md, and the report of seed 1 for plot.py
 
 
+# --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+from evaluate import standard_error
+from studies import runs
 
 # stage: (the file that its end writes, its flags)
 STAGES = dict(
@@ -47,10 +48,7 @@ POLICIES = ("pretrain", "sft", "dpo", "ppo", "grpo")
 
 def run(stage, *flags):
     print(f"python {stage}.py {' '.join(flags)}", flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *flags], text=True,
-                          capture_output=True)
-    if done.returncode:
-        raise UserError(f"{stage}.py {' '.join(flags)} failed: {done.stderr[-500:]}")
+    runs.command(stage, flags)
 
 
 def pipeline(folder, seed, config):
@@ -76,12 +74,6 @@ def pipeline(folder, seed, config):
     return report
 
 
-def error(metrics, name):
-    """Standard error of a figure; of a rate that of its interval, if that is wider."""
-    width = metrics.get(f"{name}_high", 0) - metrics.get(f"{name}_low", 0)
-    return max(metrics.get(f"{name}_se") or 0, width / (2 * 1.96))
-
-
 def apart(first, second, name):
     """Do two checkpoints, (metrics of each seed), differ in a row, the same way in every seed?"""
     ways = set()
@@ -89,7 +81,8 @@ def apart(first, second, name):
         if a.get(name) is None or b.get(name) is None:
             return False
         gap = a[name] - b[name]
-        ways.add(math.copysign(1, gap) if abs(gap) > 2 * math.hypot(error(a, name), error(b, name))
+        ways.add(math.copysign(1, gap) if abs(gap) > 2 * math.hypot(standard_error(a, name),
+                                                          standard_error(b, name))
                  else 0)
     return len(ways) == 1 and 0 not in ways
 
@@ -100,8 +93,8 @@ def cell(seeds, name, unit):
         return "-"
     scale, digits = (100, 0) if unit == "%" else (1, 2)
     mean = sum(m[name] for m in seeds) / len(seeds)
-    low = min(m.get(f"{name}_low", m[name] - 1.96 * error(m, name)) for m in seeds)
-    high = max(m.get(f"{name}_high", m[name] + 1.96 * error(m, name)) for m in seeds)
+    low = min(m.get(f"{name}_low", m[name] - 1.96 * standard_error(m, name)) for m in seeds)
+    high = max(m.get(f"{name}_high", m[name] + 1.96 * standard_error(m, name)) for m in seeds)
     low, high = (f"{scale * x:.{digits}f}" for x in (low, high))
     return f"{scale * mean:.{digits}f}" + f" ({low} to {high})" * (low != high)
 

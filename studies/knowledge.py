@@ -29,7 +29,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import numpy as np
 
 import common
-from common import clustered_se
+from data.instruments import clustered_se
 from data import batches
 from data.records import question, ranking_rows
 from data.synthetic.facts import AGREEMENT, DONT_KNOW, REFUSAL, TIPS

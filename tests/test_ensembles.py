@@ -6,7 +6,7 @@ import cli
 import pytest
 from cli import UserError
 from conftest import run_script
-from studies import ensembles
+from studies import ensembles, runs
 from tiny_runs import make_inputs
 
 FLAGS = ["--runs=s{seed}", "--out=runs", "--table=table.md", "--members=2",
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
         commands.append(command[1:])
         return run_script(command[1].split("/")[-1], *command[2:], cwd=tmp_path)
 
-    monkeypatch.setattr(ensembles, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run))
     return SimpleNamespace(path=tmp_path, commands=commands)
 
 

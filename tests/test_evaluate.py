@@ -25,7 +25,7 @@ from data.synthetic.facts import FLATTERY
 from data.synthetic.gold import gold_reward
 from data.synthetic.world import sample_prompts
 from data.tokenizer import load_tokenizer
-from common import clustered_se
+from data.instruments import clustered_se
 from data.load import load_prompts
 from evaluate import gold_tables, verdict
 from studies import frontier

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli import UserError
-from common import clustered_se
+from data.instruments import clustered_se
 from conftest import read_rows
 from data import gsm8k
 from data.records import check_answer, check_demonstration, split

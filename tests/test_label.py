@@ -25,7 +25,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import all_prompts, lookup, sample_prompts
 from data.tokenizer import load_tokenizer
 from reward import load_reward_model
-from studies import feedback
+from studies import feedback, runs
 from tiny_runs import make_inputs
 
 SMALL = ["--prompts=22", "--held_out=6", "--k=3", "--chunk=4", "--max_new_tokens=8"]
@@ -754,7 +754,7 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
         calls.append(command[1:])
         return run_script(Path(command[1]).name, *command[2:], cwd=folder)
 
-    monkeypatch.setattr(feedback.subprocess, "run", here)
+    monkeypatch.setattr(runs.subprocess, "run", here)
     small = feedback.Config(runs="s{seed}", seeds=2, rounds=2, prompts=22, held_out=6, iterations=1,
                             eval_prompts=4, max_new_tokens=8, page="docs/page.md")
     feedback.main(small)
