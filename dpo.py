@@ -80,6 +80,9 @@ from model import autocast, token_logprobs
 # simpo, and the two ipo aim at a margin of 1 / (2 beta).
 LOSSES = ("dpo", "cdpo", "ipo", "ipo_mean", "dpo_norm", "simpo", "kto")
 
+NOT_LEARNT = ("the training pairs are not learnt: a coin orders them as well. Do the labels "
+              "contradict each other? Is --lr or --beta too low?")
+
 
 # --- the losses: one value a pair (kto: an answer), no reduction ----------------------------------
 #
@@ -344,13 +347,14 @@ def per_step(train, config):
     return count / steps, best / steps
 
 
-def update(policy, reference, optimizer, batch, others, average, config, pad, check=False):
+def update(policy, reference, optimizer, batch, others, average, config, pad, step=None):
     """Train the policy on what `batch_of` returned: one optimiser step, its learning rate set.
 
     The loss is its sum over pairs (kto: labelled answers) divided by their number in an average
-    step; average: what `per_step` returns. check: assert that every log-ratio is 0. Returns tensors
-    or floats: loss and accuracy, means over the pairs or answers of this step; baseline, kto's z0;
-    grad_norm, before clipping.
+    step; average: what `per_step` returns. step: its number; in step 0 assert that every log-ratio
+    is 0. UserError, before the optimiser's step, where the loss or the gradient is not finite.
+    Returns tensors or floats: loss and accuracy, means over the pairs or answers of this step;
+    baseline, kto's z0; grad_norm, before clipping.
     """
     device, baseline = policy.wte.weight.device, 0.0
     tokens, mask, ref, length, label, winners, losers, best = batch_tensors(batch, pad, device)
@@ -371,13 +375,14 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, ch
         loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
         reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
         right = ordered(reward[winners] - reward[losers])
-    if check:
+    if step == 0:
         check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
     total = loss / average[0]
     if config.nll > 0 and best:  # SFT on the best answers, nats per token
         total = total - config.nll * seq_logp[best].sum() / average[1]
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+    common.check_finite(config, step, loss=loss, grad_norm=norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(loss=loss.detach() / count, accuracy=right.sum() / count, baseline=baseline,
@@ -433,7 +438,9 @@ def main(config):
         """Held-out pairs beside training pairs, in one row of the log."""
         policy.eval()
         metrics = pair_metrics(policy, held_out, config, tokenizer.pad)
+        common.check_finite(config, f"after epoch {epoch}", held_out_loss=metrics["loss"])
         trained = pair_metrics(policy, watched, config, tokenizer.pad)
+        run.watch(NOT_LEARNT, epoch > 0 and trained["accuracy"] < 0.52, 1)
         metrics |= dict(epoch=epoch, train_loss=trained["loss"], train_accuracy=trained["accuracy"])
         run.log("validation", **metrics)
         say(f"epoch {epoch}: " + ", ".join(
@@ -460,10 +467,11 @@ def main(config):
         batch, others = batch_of(train, order, i, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         trained = update(policy, reference, optimizer, batch, others, average, config,
-                         tokenizer.pad, check=step == 0)
+                         tokenizer.pad, step)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
+            run.watch(NOT_LEARNT, row["accuracy"] <= 0.5, 10)
             answers, seconds = sum(len(e.numbers) for e in batch), time.perf_counter() - start
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
                     answers_per_s=answers / seconds)

@@ -310,7 +310,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
     response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
     ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
-    Raises ValueError for an empty prompt or one that leaves no room in the context.
+    Raises ValueError for an empty prompt or one that leaves no room in the context, and
+    FloatingPointError where the first logits are not finite.
     """
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
@@ -349,10 +350,14 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         else:
             # the first token whose cumulative probability exceeds u: one random number a row. fp64,
             # because fp32 sums round away the rare tokens; unlike multinomial it never syncs
-            p = F.softmax(logits / temperature, dim=-1)
+            logits = logits / temperature
+            p = F.softmax(logits, dim=-1)
             cumulative = p.double().cumsum(-1)
             u = torch.rand(len(p), 1, dtype=torch.double, device=device, generator=generator)
             token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
+        if step == 0 and not logits.isfinite().all():  # a nan is no token, and no error on a GPU
+            raise FloatingPointError("the logits are not finite at temperature "
+                                     f"{temperature}")
         token = token.masked_fill(done[rows], pad)
         tokens[rows, position[rows]] = token
         position[rows] += ~done[rows]

@@ -157,6 +157,7 @@ def main(config):
         logp = batches.over_rows(
             lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1), data.held_out.ids,
             data.held_out.masks, tokenizer.pad, device, bar="held-out loss")
+        common.check_finite(config, f"after epoch {epoch}", held_out_loss=logp)
         metrics = dict(epoch=epoch,
                        loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
@@ -164,6 +165,9 @@ def main(config):
             common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
+        run.watch(f"hardly any sample ends: below 5% before --max_new_tokens="
+                  f"{config.max_new_tokens}. Raise it, or train for more --epochs",
+                  epoch > 0 and metrics["eos_rate"] < 0.05, 1)
         gold = None
         if config.data == "synthetic":
             gold = [gold_reward(t, s["text"]) for t, s in zip(texts, samples)]
@@ -219,6 +223,7 @@ def main(config):
                 mix = text_loss(model, text[rows].to(device))
             (config.pretrain_mix * mix).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
