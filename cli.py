@@ -191,9 +191,9 @@ def check_needs(config, rules):
             raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
 
 
-def say(text=""):
+def say(text="", file=None):
     """Print above the bar, if there is one."""
-    tqdm.write(text)
+    tqdm.write(text, file=file)
 
 
 def note(text, file=None):

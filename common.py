@@ -27,7 +27,7 @@ except ImportError:  # Windows: no lock
     fcntl = None
 
 from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line, interrupt,
-                 note, out_of_memory, to_json)
+                 note, out_of_memory, say, to_json)
 from data.files import file_hash, is_data, missing
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -433,14 +433,15 @@ class Run:
         self._write(dict(kind=kind, **row))
 
     def watch(self, text, bad, patience=5):
-        """Warn once, when something has been bad so often in a row; `finish` says it again. Called
-        before the `log` of the row that it is about, so that the note stands behind it."""
+        """Warn once, when something has been bad so often in a row; `finish` says it again. To be
+        called behind the `log` of the row that it is about."""
         count = self.watched.get(text, 0)
         if count >= 0:
             self.watched[text] = count + 1 if bad else 0
         if self.watched[text] >= patience:
             self.watched[text] = -1
-            note(f"warning: {text}", sys.stderr)
+            say(f"warning: {text}", sys.stderr)
+            self._write(dict(kind="note", text=f"warning: {text}"))
 
     def save_model(self, model, tokenizer, metrics, name="model.pt"):
         save_checkpoint(self.folder / name, model, self.stage, tokenizer, self.config, metrics,

@@ -440,7 +440,6 @@ def main(config):
         metrics = pair_metrics(policy, held_out, config, tokenizer.pad)
         common.check_finite(config, f"after epoch {epoch}", held_out_loss=metrics["loss"])
         trained = pair_metrics(policy, watched, config, tokenizer.pad)
-        run.watch(NOT_LEARNT, epoch > 0 and trained["accuracy"] < 0.52, 1)
         metrics |= dict(epoch=epoch, train_loss=trained["loss"], train_accuracy=trained["accuracy"])
         run.log("validation", **metrics)
         say(f"epoch {epoch}: " + ", ".join(
@@ -471,13 +470,16 @@ def main(config):
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
-            run.watch(NOT_LEARNT, row["accuracy"] <= 0.5, 10)
             answers, seconds = sum(len(e.numbers) for e in batch), time.perf_counter() - start
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
                     answers_per_s=answers / seconds)
+            run.watch(NOT_LEARNT, row["accuracy"] <= 0.5, 10)
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
         if i + 1 == steps_per_epoch:
-            metrics = validate(epoch + 1)
+            before, metrics = metrics, validate(epoch + 1)
+            run.watch(NOT_LEARNT, metrics["train_accuracy"] < 0.52, 1)
+            run.watch("the loss of the training pairs has risen over an epoch: lower --lr",
+                      metrics["train_loss"] > before["train_loss"], 1)
             run.save_model(policy, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
     save(steps)
 

@@ -156,10 +156,15 @@ def rollout_metrics(batch, prompts, texts, beta, clock, synthetic):
     return row
 
 
+def never_ends(config):
+    return (f"hardly any response ends, below 5% before --max_new_tokens={config.max_new_tokens}: "
+            "raise it, take an --init that ends its responses, or lower --lr")
+
+
 def watch_rollouts(run, config, row, batch, score, reward_model=None):
     """Warn of what makes the iterations of ppo.py and grpo.py useless; UserError above --max_kl.
 
-    row: that of the log, before it is written; batch: what `prepare` returned; score (B,): as the
+    row: that of the log; batch: what `prepare` returned; score (B,): as the
     reward model, if there is one, gives it.
     """
     kl, finished = row["kl"], batch["finished"]
@@ -174,9 +179,7 @@ def watch_rollouts(run, config, row, batch, score, reward_model=None):
     run.watch("no signal: the responses that are compared all get the same score, so nothing is "
               "learnt. Read the samples: are prompts too hard, or all responses cut? Take easier "
               "prompts, a better --init, a higher --temperature or --max_new_tokens", same)
-    run.watch(f"hardly any response ends, below 5% before --max_new_tokens={config.max_new_tokens}"
-              ": raise it, or take an --init that ends its responses, or lower --lr",
-              row["eos_rate"] < 0.05)
+    run.watch(never_ends(config), row["eos_rate"] < 0.05)
     run.watch("the entropy has collapsed, to below 0.03 nats a token: every prompt gets one answer "
               "only. Raise --beta, or lower --lr", row["entropy"] < 0.03)
     if reward_model is not None:
@@ -301,6 +304,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
             metrics |= dict(best_of=n, **with_se("gold_best_of_n", best),
                             **with_se("gold_over_best_of_n", measured["gold"][1] - best))
     report(metrics)
+    run.watch(never_ends(config), metrics["eos_rate"] < 0.05, 1)
     write_jsonl(run.folder / "answers.jsonl", (
         dict(prompt=texts[i], reference=sft[i]["text"], policy=drawn[i]["text"],
              **{f"{name}_{who}": side[i].item() for name, sides in measured.items()

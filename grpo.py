@@ -455,8 +455,8 @@ def main(config):
             no_signal=1 - has_signal(batch["score"], config.k).float().mean().item(),
             kept=batch["kept"].mean().item(), advantage_std=batch["advantage"].std().item(),
             **rollout_metrics(batch, asked, texts, config.beta, clock, synthetic), **trained)
-        watch_rollouts(run, config, row, batch, score, reward_model)
         run.log(**row)
+        watch_rollouts(run, config, row, batch, score, reward_model)
         if step % config.log_every == 0 or step + 1 == config.iterations:  # of one group
             show_samples(run, step, asked, texts[:min(config.k, 4)], score=batch["score"],
                          advantage=batch["advantage"])

@@ -345,19 +345,18 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     forward = None
     for step in range(max_new_tokens):
         logits = model.logits(last)
+        # sampled from nan, a token would be an id that does not exist
+        if step == 0 and not (logits / (temperature or 1)).isfinite().all():
+            raise FloatingPointError(f"the logits are not finite at temperature {temperature}")
         if temperature == 0:
             token = logits.argmax(-1)
         else:
             # the first token whose cumulative probability exceeds u: one random number a row. fp64,
             # because fp32 sums round away the rare tokens; unlike multinomial it never syncs
-            logits = logits / temperature
-            p = F.softmax(logits, dim=-1)
+            p = F.softmax(logits / temperature, dim=-1)
             cumulative = p.double().cumsum(-1)
             u = torch.rand(len(p), 1, dtype=torch.double, device=device, generator=generator)
             token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
-        if step == 0 and not logits.isfinite().all():  # a nan is no token, and no error on a GPU
-            raise FloatingPointError("the logits are not finite at temperature "
-                                     f"{temperature}")
         token = token.masked_fill(done[rows], pad)
         tokens[rows, position[rows]] = token
         position[rows] += ~done[rows]

@@ -469,10 +469,10 @@ def main(config):
         row = dict(step=step, beta=beta, lr=config.lr * factor,
                    score=raw_score[finished].mean().item(), **critic_metrics(batch), **trained,
                    **rollout_metrics(batch, asked, texts, beta, clock, synthetic))
+        run.log(**row)
         watch_rollouts(run, config, row, batch, raw_score, reward_model)
         run.watch("the critic is worse than a constant: explained variance below 0. Raise "
                   "--critic_lr, or take more iterations", row["explained_variance"] < 0, 10)
-        run.log(**row)
         if step % config.log_every == 0 or step + 1 == config.iterations:
             seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
             show_samples(run, step, asked, texts[:4], score=batch["score"], kl=seq_kl)

@@ -214,7 +214,10 @@ def main(config):
 
     # --- what it can do ------------------------------------------------------
     metrics = dict(loss=validation_loss(config.steps))
+    common.check_finite(config, config.steps, perplexity=torch.tensor(metrics["loss"]).exp())
     metrics["perplexity"] = math.exp(metrics["loss"])
+    run.watch("the loss is worse than that of guessing: lower --lr and --muon_lr",
+              metrics["loss"] > math.log(model.config.n_tokens), 1)
     model.eval()
     if config.data == "synthetic":
         metrics.update(base_gold(model, tokenizer, config, run, device))

@@ -331,10 +331,10 @@ def main(config):
         # --- log: nothing from here on changes the weights -------------------
         if step % 5 == 0:
             value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()
-            run.watch("the training pairs are not learnt: a coin orders them as well. Do the "
-                      "labels contradict each other? Is --lr too low?", accuracy <= 0.5, 10)
             run.log(step=n, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start), member=number)
+            run.watch("the training pairs are not learnt: a coin orders them as well. Do the "
+                      "labels contradict each other? Is --lr too low?", accuracy <= 0.5, 10)
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
     save(total)
 

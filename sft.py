@@ -49,6 +49,7 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+import math
 import time
 
 import numpy as np
@@ -165,9 +166,6 @@ def main(config):
             common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
-        run.watch(f"hardly any sample ends: below 5% before --max_new_tokens="
-                  f"{config.max_new_tokens}. Raise it, or train for more --epochs",
-                  epoch > 0 and metrics["eos_rate"] < 0.05, 1)
         gold = None
         if config.data == "synthetic":
             gold = [gold_reward(t, s["text"]) for t, s in zip(texts, samples)]
@@ -177,6 +175,12 @@ def main(config):
             run.log("sample", epoch=epoch, prompt=texts[i], response=samples[i]["text"],
                     gold=gold and gold[i])
         run.log("validation", **metrics)
+        if epoch > 0:
+            run.watch(f"hardly any sample ends, below 5% before --max_new_tokens="
+                      f"{config.max_new_tokens}: raise it, or train for more --epochs",
+                      metrics["eos_rate"] < 0.05, 1)
+            run.watch("the loss is worse than that of guessing: lower --lr",
+                      metrics["loss"] > math.log(model.config.n_tokens), 1)
         say(f"epoch {epoch}: held-out loss {metrics['loss']:.3f} nats a token, "
             f"{metrics['eos_rate']:.1%} of samples end, after {metrics['length']:.1f} tokens"
             + (f", gold {plus_minus(metrics['gold'], metrics['gold_se'])}" if "gold" in metrics
