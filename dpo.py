@@ -29,7 +29,8 @@ class Config(cli.Config):
     data: str = "out/label/rankings.jsonl"  # file of rankings, pairs or (kto) labels
     out: str = "out/dpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
     beta: Positive[float] | None = None  # its unit depends on the loss, see LOSSES
@@ -352,9 +353,9 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, st
 
     The loss is its sum over pairs (kto: labelled answers) divided by their number in an average
     step; average: what `per_step` returns. step: its number; in step 0 assert that every log-ratio
-    is 0. UserError, before the optimiser's step, where the loss or the gradient is not finite.
-    Returns tensors or floats: loss and accuracy, means over the pairs or answers of this step;
-    baseline, kto's z0; grad_norm, before clipping.
+    is 0, unless there is a --reference. UserError, before the optimiser's step, where the loss or
+    the gradient is not finite. Returns tensors or floats: loss and accuracy, means over the pairs
+    or answers of this step; baseline, kto's z0; grad_norm, before clipping.
     """
     device, baseline = policy.wte.weight.device, 0.0
     tokens, mask, ref, length, label, winners, losers, best = batch_tensors(batch, pad, device)
@@ -375,7 +376,7 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, st
         loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
         reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
         right = ordered(reward[winners] - reward[losers])
-    if step == 0:
+    if step == 0 and not config.reference:
         check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
     total = loss / average[0]
     if config.nll > 0 and best:  # SFT on the best answers, nats per token
@@ -399,7 +400,6 @@ def check_config(config):
 
 def main(config):
     device = common.set_up(config, "dpo")
-    common.lock(config.out)
     check_config(config)
 
     # --- two networks, and the data ------------------------------------------
@@ -485,9 +485,10 @@ def main(config):
 
     metrics |= compare(policy, reference, tokenizer, prompts, config, run, bool(origin))[0]
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if origin else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

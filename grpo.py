@@ -33,7 +33,8 @@ class Config(cli.Config):
     #                          model any prompts
     out: str = "out/grpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     reward: str = "verifier"  # "verifier": 1 for a right response, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
@@ -308,7 +309,8 @@ def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
     device, totals, steps, seen, ptx = tokens.device, {}, [], 0.0, None
     lengths = batches.ends(mask)
-    ratio_max, check = torch.zeros((), device=device), iteration == 0
+    check = iteration == 0 and not config.reference
+    ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
@@ -394,7 +396,6 @@ def load_sides(config, tokenizer, room):
 
 def main(config):
     device = common.set_up(config, "grpo")
-    common.lock(config.out)
     config = resolve(config)
 
     # --- two networks, or three with a reward model, and the prompts ---------
@@ -470,9 +471,10 @@ def main(config):
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, verifier=config.reward == "verifier")
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

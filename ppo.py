@@ -31,7 +31,8 @@ class Config(cli.Config):
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     out: str = "out/ppo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     reward_model: str = "out/reward"  # score, and start of the critic
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     # --- an iteration
@@ -349,7 +350,7 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 with autocast(device):
                     ptx = text_loss(policy, picked)
                 (config.ptx_coef * ptx).backward()
-            if iteration == 0 and not norms:
+            if iteration == 0 and not norms and not config.reference:
                 check_start((logp - old_logp[p]) * mask[p],
                             ((old_logp - batch["ref_logp"]) * mask)[p].sum(1).mean())
             norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), config.grad_clip)
@@ -398,7 +399,6 @@ def check_config(config):
 
 def main(config):
     device = common.set_up(config, "ppo")
-    common.lock(config.out)
     check_config(config)
 
     # --- four networks, and the prompts --------------------------------------
@@ -487,9 +487,10 @@ def main(config):
                             reward_model, config.best_of)
     metrics["beta"] = beta
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)
