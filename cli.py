@@ -119,7 +119,8 @@ def run_main(main, config, folder=None):
             if getattr(config, "temperature", 1.0) < 1e-6:
                 why = f"raise --temperature (now {config.temperature})"
             elif rates:
-                why = f"the weights are destroyed: lower {' or '.join(rates)}"
+                why = (f"the weights are destroyed: lower {' or '.join(rates)}, or take another "
+                       "--init")
             else:
                 why = "the weights are destroyed: make the checkpoint again, with a lower --lr"
             raise UserError(f"{error}: {why}") from None

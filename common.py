@@ -220,7 +220,8 @@ def advice(config, name=""):
         if value is not None and (value > high or value < low and flag not in RATES):
             found.append(f"{'lower' if value > high else 'raise'} --{flag} (now {value})")
     found = found or [f"lower --{flag} (now {as_text(getattr(config, flag))})"
-                      for flag in RATES if hasattr(config, flag)]
+                      for flag in RATES if hasattr(config, flag)] + [
+                      "take another --init"] * hasattr(config, "lr")
     if not found:
         return "The checkpoint it comes from is destroyed: make it again, with a lower --lr"
     return "A learning rate or a coefficient is likely out of range: " + ", or ".join(found)

@@ -182,13 +182,12 @@ def watch_rollouts(run, config, row, batch, score, reward_model=None):
         raise UserError(f"step {row['step']}: the KL to the reference is {kl:.1f} nats a sequence, "
                         f"above --max_kl={config.max_kl}: lower --lr, or raise --beta (now "
                         f"{row.get('beta', config.beta)}). {common.last_state(config)}")
-    if "no_signal" in row:  # all answers right is no signal either, but nothing to worry about
-        same = row["no_signal"] == 1 and row["accuracy"] != 1
-    else:
-        same = (batch["score"].amax() - batch["score"].amin()).item() < 1e-4
+    spread = (batch["score"].amax() - batch["score"].amin()).item()  # rounding apart
+    same = spread < 1e-4 or row.get("no_signal") == 1  # in each group
     run.watch("no signal: the responses that are compared all get the same score, so nothing is "
               "learnt. Read the samples: are prompts too hard, or all responses cut? Take easier "
-              "prompts, a better --init, a higher --temperature or --max_new_tokens", same)
+              "prompts, a better --init, a higher --temperature or --max_new_tokens",
+              same and row.get("accuracy") != 1)  # all right: done, and nothing to worry about
     run.watch(never_ends(config), row["eos_rate"] < 0.05)
     run.watch("the entropy has collapsed, to below 0.03 nats a token: every prompt gets one answer "
               "only. Raise --beta, or lower --lr", row["entropy"] < 0.03)
