@@ -94,10 +94,12 @@ DESTROYED = [
     ("evaluate", ["--policy=sft_nan"], "sft_nan is destroyed"),
     ("sample", ["--models=sft,sft_nan"], "sft_nan is destroyed"),
     # finite weights, and a forward pass that is not
-    *((stage, ["--init=sft_large"], "not finite") for stage in ("label", "ppo", "grpo", "reward")),
+    *((stage, ["--init=sft_large"], "the weights are destroyed: lower --lr")
+      for stage in ("ppo", "grpo", "reward")),
+    ("label", ["--init=sft_large"], "make the checkpoint again"),
     *((stage, ["--init=sft_large"], "held_out_loss is nan") for stage in ("sft", "dpo")),
-    ("evaluate", ["--policy=sft_large"], "the logits are not finite"),
-    ("sample", ["--models=sft_large"], "the logits are not finite"),
+    ("evaluate", ["--policy=sft_large"], "make the checkpoint again"),
+    ("sample", ["--models=sft_large"], "make the checkpoint again"),
 ]
 # extreme, and still finite to the end
 HARMLESS = [
