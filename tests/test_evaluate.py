@@ -191,7 +191,9 @@ def test_a_policy_against_itself(folder):
     assert {"gold", "gold_sft", "gold_win_rate", "tie_rate", "length", "eos_rate", "score",
             "gold_best_of_n"} <= set(final)
     again = run_script("evaluate.py", *flags, cwd=folder)
-    assert again.returncode == 2 and "already holds" in again.stderr
+    assert again.returncode == 0 and "holds this run, finished" in again.stdout
+    other = run_script("evaluate.py", *flags, "--seed=2", cwd=folder)
+    assert other.returncode == 2 and "a finished run with --seed=1, not as here" in other.stderr
     wrong = run_script("evaluate.py", "--policy=reward", cwd=folder)
     assert wrong.returncode == 2 and "is a reward checkpoint" in wrong.stderr
 
