@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
 import re
@@ -112,6 +113,17 @@ def run_main(main, config, folder=None):
             raise UserError("out of memory: lower " + " or ".join(flags or ["the model's size"]) + (
                 ", or take --checkpointing=true" if hasattr(config, "checkpointing")
                 else "")) from None
+        except FloatingPointError as error:  # see model.generate
+            rates = [f"--{name} (now {as_text(getattr(config, name))})"
+                     for name in ("lr", "critic_lr") if hasattr(config, name)]
+            if getattr(config, "temperature", 1.0) < 1e-6:
+                why = f"raise --temperature (now {config.temperature})"
+            elif rates:
+                why = (f"the weights are destroyed: lower {' or '.join(rates)}, or take another "
+                       "--init")
+            else:
+                why = "the weights are destroyed: make the checkpoint again, with a lower --lr"
+            raise UserError(f"{error}: {why}") from None
 
 
 def out_of_memory(error):
@@ -225,9 +237,9 @@ def check_needs(config, rules):
             raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
 
 
-def say(text=""):
+def say(text="", file=None):
     """Print above the bar, if there is one."""
-    tqdm.write(text)
+    tqdm.write(text, file=file)
 
 
 def note(text, file=None):
@@ -241,6 +253,24 @@ def progress(items, name, **options):
     terminal, or without a name."""
     return tqdm(items, name, mininterval=1, delay=1, leave=False, disable=None if name else True,
                 **options)
+
+
+def to_json(value, **options):
+    """JSON text. nan and infinities, which JSON does not know, become null, nested ones too."""
+    try:
+        return json.dumps(value, default=float, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(value), **options)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def table(columns):

@@ -3,6 +3,7 @@
 No loss and no training loop lives here.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line, interrupt,
-                 make_folder, note, out_of_memory)
+                 make_folder, note, out_of_memory, say, to_json)
 from data.files import file_hash, is_data, missing
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -170,6 +171,73 @@ def round_blocks(model):
             module.to(torch.bfloat16)
 
 
+# --- numbers that go wrong -----------------------------------------------------------------------
+
+# flags that can make numbers overflow, with what is usual where the default is auto
+RATES = dict(lr=1e-3, muon_lr=2e-2, critic_lr=1e-3)
+SUSPECTS = RATES | dict(
+    beta=0.3, temperature=1.0, missing_eos=-3.0, gamma=1.0, lam=1.0, ptx_coef=0.0, nll=0.0,
+    pretrain_mix=0.5, entropy_coef=0.0, simpo_margin=0.5, desirable=1.0, undesirable=1.0,
+    weight_decay=0.1)
+
+
+def check_finite(config, step, **values):
+    """UserError unless every value is finite: a loss, a gradient norm, scores, a module's weights.
+
+    Called before the optimiser's step, so that nothing bad gets into weights, states or the log.
+    values: tensors (any shape) and modules, on one device; one look at it for all of them. step:
+    the number of the optimiser step or iteration, or words that say where.
+    """
+    numbers = {name: norms(v) if isinstance(v, torch.nn.Module) else torch.as_tensor(v).detach()
+               for name, v in values.items()}
+    if torch.stack([v.isfinite().all() for v in numbers.values()]).all():
+        return
+    name, bad = next((name, v[~v.isfinite()][0].item()) for name, v in numbers.items()
+                     if not v.isfinite().all())
+    where = f"step {step}" if isinstance(step, int) else step
+    if isinstance(values[name], torch.nn.Module):
+        what = f"the weights of the {name} are no longer finite"
+    else:
+        what = f"{name} is {bad}"
+    raise UserError(f"{where}: {what}. {advice(config, name)}. {last_state(config)}")
+
+
+def norms(module):
+    """The norm of each tensor of a module. Above 1e19 it is infinite, as the first square is: no
+    forward pass would give a number."""
+    return torch.stack([v.float().norm() for v in module.state_dict().values()])
+
+
+def advice(config, name=""):
+    """The likely cause of a `name` that is not finite: flags far from what is usual, with their
+    values; the learning rates if there is none."""
+    if name == "score":
+        return "The reward model is destroyed: make it again, with a lower --lr"
+    found = []
+    for flag, usual in SUSPECTS.items():
+        value, default = getattr(config, flag, None), getattr(type(config), flag, None)
+        low, high = (usual / 10, usual * 10) if default is None else (default, default)
+        if value is not None and (value > high or value < low and flag not in RATES):
+            found.append(f"{'lower' if value > high else 'raise'} --{flag} (now {value})")
+    found = found or [f"lower --{flag} (now {as_text(getattr(config, flag))})"
+                      for flag in RATES if hasattr(config, flag)] + [
+                      "take another --init"] * hasattr(config, "lr")
+    if not found:
+        return "The checkpoint it comes from is destroyed: make it again, with a lower --lr"
+    return "A learning rate or a coefficient is likely out of range: " + ", or ".join(found)
+
+
+def last_state(config):
+    """In words, what a run that stops leaves behind."""
+    path, step = Path(config.out) / "state.pt", "an earlier step"
+    if not path.is_file():
+        return "Nothing is saved"
+    with contextlib.suppress(Exception):  # whatever is wrong with the file is another matter
+        step = f"step {torch.load(path, 'cpu', weights_only=True, mmap=True)['step']}"
+    return (f"Nothing of it is saved: {path} is still that of {step}; --overwrite=true starts "
+            "again, with other flags")
+
+
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
@@ -224,6 +292,7 @@ class Run:
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.parents = Path(config.out), dict(parents or {})
         self.keys, self.start = {}, time.time()
+        self.watched = {}  # {warning: how often in a row, or -1 once it was said}
         self.saved, self.saved_at, self.stop = None, time.monotonic(), None
         self.settings = dataclasses.asdict(config)
         for name in DATA:
@@ -301,8 +370,7 @@ class Run:
 
     def _write(self, row, new=False):
         rows = (row, *(dict(kind="note", text=text) for text in NOTES))
-        rows = [{k: None if v != v else v for k, v in each.items()} for each in rows]  # no nan
-        text = "".join(json.dumps(each, default=float) + "\n" for each in rows)
+        text = "".join(to_json(each) + "\n" for each in rows)
         path = self.folder / "log.jsonl"
         if new:  # in one piece: a first row is there or not, never half of it
             path.with_suffix(".tmp").write_text(text)
@@ -318,6 +386,17 @@ class Run:
             raise KeyError(f"log row of kind {kind!r}: keys differ by {keys ^ set(row)}")
         self._write(dict(kind=kind, **row))
 
+    def watch(self, text, bad, patience=5):
+        """Warn once, when something has been bad so often in a row; `finish` says it again. To be
+        called behind the `log` of the row that it is about."""
+        count = self.watched.get(text, 0)
+        if count >= 0:
+            self.watched[text] = count + 1 if bad else 0
+        if self.watched[text] >= patience:
+            self.watched[text] = -1
+            say(f"warning: {text}", sys.stderr)
+            self._write(dict(kind="note", text=f"warning: {text}"))
+
     def save_model(self, model, tokenizer, metrics, name="model.pt"):
         save_checkpoint(self.folder / name, model, self.stage, tokenizer, self.config, metrics,
                         self.parents)
@@ -328,6 +407,7 @@ class Run:
         self._write(dict(kind="final", **metrics, seconds=seconds))
         (self.folder / "state.pt").unlink(missing_ok=True)
         print(f"\n{self.stage}: done after {seconds} s, result in {self.folder}"
+              + "".join(f"\nwarning: {text}" for text, n in self.watched.items() if n < 0)
               + (f"\ncurves: python plot.py {self.folder}" if "lr" in self.settings else "")
               + (f"\nnext: {then}" if then else ""), flush=True)
 
@@ -341,10 +421,14 @@ class Run:
     def save_state(self, step, steps, **state):
         """Everything an exact resume needs before step `step` of `steps`, modules and optimisers
         among it; written whole or not at all. If a signal asked to stop, it ends the run."""
+        for name, value in state.items():
+            if isinstance(value, torch.nn.Module):
+                check_finite(self.config, step, **{name: value})
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
         with open(self.folder / "log.jsonl", "rb") as log:
             os.fsync(log.fileno())  # the rows that the state counts on
         state |= dict(step=step, rng=torch.get_rng_state(), seconds=time.time() - self.start,
+                      watched=self.watched,
                       log_size=(self.folder / "log.jsonl").stat().st_size)
         if self.device.type == "cuda":  # only dropout draws from it
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -370,6 +454,7 @@ class Run:
         if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.start -= state["seconds"]  # of the sessions before
+        self.watched = state.pop("watched")
         self.saved = state["step"]
         with open(self.folder / "log.jsonl", "r+") as f:
             f.truncate(state["log_size"])
@@ -422,6 +507,7 @@ def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None
 
     parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares.
     """
+    check_finite(config, f"{path} is not written", model=model)
     gpt = model if isinstance(model, GPT) else model.gpt
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     save_file(dict(format="rlhf-1", stage=stage, weights=weights,
@@ -470,6 +556,9 @@ def build(network, checkpoint, path, device):
         why = " ".join(str(error).split())[:150]
         raise UserError(f"{path} is damaged, or of another version of this project: "
                         f"{type(error).__name__}: {why}") from None
+    if not norms(model).isfinite().all():
+        raise UserError(f"{path} is destroyed: the weights of this {checkpoint['stage']} model are "
+                        "not finite. Make it again, with a lower --lr")
     return model.to(device).eval(), tokenizer
 
 

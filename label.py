@@ -62,7 +62,6 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import json
 from pathlib import Path
 
 import common
@@ -241,7 +240,9 @@ def by_model(config, device):
             [[*head, (text, 1), (tokenizer.eos, 1)] for text in item["completions"]]))
         if max(map(len, rows)) > model.gpt.config.block_size:
             return None
-        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device).tolist()
+        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device)
+        common.check_finite(config, f"prompt {n}", score=scores)
+        scores = scores.tolist()
         return dict(ranks=principles.ranks_of(scores, 0.0), scores=scores)
 
     accuracy = parent["metrics"].get("accuracy")
@@ -414,10 +415,8 @@ def main(config):
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})
     write_jsonl(run.folder / "rankings.jsonl", records)
     (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
-    known = {k: None if v != v else v for k, v in metrics.items()}  # JSON knows no nan
-    (run.folder / "card.json").write_text(json.dumps(dict(
-        card=card, labeler=about, parents=run.parents, metrics=known), indent=1,
-        allow_nan=False) + "\n")
+    (run.folder / "card.json").write_text(cli.to_json(dict(
+        card=card, labeler=about, parents=run.parents, metrics=metrics), indent=1) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
     value = first.get("gold") or first.get("scores")

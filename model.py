@@ -310,7 +310,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
     response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
     ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
-    Raises ValueError for an empty prompt or one that leaves no room in the context.
+    Raises ValueError for an empty prompt or one that leaves no room in the context, and
+    FloatingPointError where the first logits are not finite.
     """
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
@@ -344,6 +345,9 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     forward = None
     for step in range(max_new_tokens):
         logits = model.logits(last)
+        # sampled from nan, a token would be an id that does not exist
+        if step == 0 and not (logits / (temperature or 1)).isfinite().all():
+            raise FloatingPointError(f"the logits are not finite at temperature {temperature}")
         if temperature == 0:
             token = logits.argmax(-1)
         else:

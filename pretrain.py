@@ -156,12 +156,13 @@ def main(config):
           f"in rows of {data.train.shape[1]}, {len(data.held_out)} rows held out")
 
     @torch.no_grad()
-    def validation_loss():
+    def validation_loss(step):
         model.eval()
         with autocast(device):
             parts = data.held_out.split(config.batch_size)
             total = sum(text_loss(model, rows).item() * len(rows)
                         for rows in progress(parts, "held-out loss"))
+        common.check_finite(config, step, held_out_loss=total)
         return total / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
@@ -180,7 +181,7 @@ def main(config):
         if run.due(step, config.eval_every):
             save(step)
         if step % config.eval_every == 0:
-            run.log("validation", step=step, loss=validation_loss())
+            run.log("validation", step=step, loss=validation_loss(step))
         start = time.perf_counter()
         model.train()
         factor = common.cosine(step, config.steps, config.warmup)
@@ -197,6 +198,7 @@ def main(config):
             loss.backward()
             loss_sum = loss_sum + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         adamw.step()
         muon.step()
         model.zero_grad(set_to_none=True)
@@ -210,8 +212,11 @@ def main(config):
     save(config.steps)
 
     # --- what it can do ------------------------------------------------------
-    metrics = dict(loss=validation_loss())
+    metrics = dict(loss=validation_loss(config.steps))
+    common.check_finite(config, config.steps, perplexity=torch.tensor(metrics["loss"]).exp())
     metrics["perplexity"] = math.exp(metrics["loss"])
+    run.watch("the loss is worse than that of guessing: lower --lr and --muon_lr",
+              metrics["loss"] > math.log(model.config.n_tokens), 1)
     model.eval()
     if config.data == "synthetic":
         metrics.update(base_gold(model, tokenizer, config, run, device))

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, note
+from cli import UserError, note, to_json
 from data.files import each_row, json_rows
 from data.synthetic.world import all_prompts, lookup
 from data.verifier import broken_constraints, is_gold
@@ -415,14 +415,14 @@ def write_jsonl(path, records):
     # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its JSON escape
     with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
         for record in records:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.write(to_json(record, ensure_ascii=False) + "\n")
     temporary.replace(path)
 
 
 def append_jsonl(path, records):
     """More lines, as write_jsonl writes them."""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        f.writelines(to_json(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def whole_lines(path, unit=1, total=0):

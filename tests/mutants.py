@@ -832,6 +832,11 @@ PPO = [
            "            norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), "
            "config.grad_clip)\n"
            "                          for m in (policy, critic)])\n"
+           "            common.check_finite(config, iteration, "
+           "policy_loss=totals[\"policy_loss\"],\n"
+           "                                value_loss=totals[\"value_loss\"], grad_norm="
+           "norms[-1][0],\n"
+           "                                critic_grad_norm=norms[-1][1])\n"
            "            for optimizer in optimizers:\n"
            "                optimizer.step()\n",
            "            for optimizer in optimizers:\n"
@@ -1363,6 +1368,9 @@ GRPO = [
            "            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), "
            "config.grad_clip)\n"
            "            steps.append(torch.stack([*step, norm]))\n"
+           "            common.check_finite(config, iteration, policy_loss=step[0], "
+           "kl_loss=step[1],\n"
+           "                                grad_norm=norm)\n"
            "            optimizer.step()\n",
            "            optimizer.step()\n"
            "            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), "
