@@ -50,15 +50,24 @@ def find_device(name):
     return device
 
 
-def stream(seed, stage, purpose, step=0, device=None):
-    """The one place where a random stream is made: numpy's Generator, or torch's on a device.
+def stream(seed, stage, purpose, step=0):
+    """The one place where a random stream is made, a numpy Generator.
 
     It is named by all four, so that no two purposes draw the same numbers, in one stage or in two,
     and a resumed run draws what it would have drawn.
     """
-    number = stable_seed(seed, stage, purpose, step)
-    return np.random.default_rng(number) if device is None else \
-        torch.Generator(device).manual_seed(number)
+    return np.random.default_rng(stable_seed(seed, stage, purpose, step))
+
+
+def uniforms(seed, stage, purpose, step, prompts, max_new_tokens, samples=1):
+    """What `generate` samples with: (prompts * samples, max_new_tokens), float64 in [0, 1).
+
+    prompts: their numbers. Each has a stream of its own, named by step and number: what is sampled
+    for it depends neither on the prompts beside it nor on the device or the number of processes.
+    """
+    return torch.from_numpy(np.array([
+        stream(seed, stage, purpose, (step, n)).random((samples, max_new_tokens))
+        for n in prompts]).reshape(-1, max_new_tokens))
 
 
 def stable_seed(*parts):

@@ -223,12 +223,11 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     policy.eval()
     n, device = best_of if synthetic and reward_model is not None else 1, run.device
     texts, ids, answers = zip(*prompts)
-    draw = lambda model, name, rows: batches.sample_texts(
-        model, tokenizer, rows, config.max_new_tokens,
-        common.stream(config.seed, "evaluate", name, device=device), config.temperature,
-        bar=f"samples of the {name}")
-    drawn = draw(policy, "policy", ids)
-    every = draw(reference, "reference", [i for i in ids for _ in range(n)])
+    draw = lambda model, name, samples: batches.sample_texts(
+        model, tokenizer, ids, config.max_new_tokens,
+        common.uniforms(config.seed, "evaluate", name, 0, range(len(ids)), config.max_new_tokens,
+                        samples), config.temperature, samples=samples, bar=f"samples of the {name}")
+    drawn, every = draw(policy, "policy", 1), draw(reference, "reference", n)
     sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
     logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
                                         config.temperature, "KL") for model in (policy, reference))
@@ -372,8 +371,9 @@ ROWS = (
 def ask(model, tokenizer, ids, config, purpose, samples=1):
     """One list of samples for all prompts. Every model draws with the same random numbers, so that
     what differs is the models."""
-    rng = common.stream(config.seed, "report", purpose, device=model.wte.weight.device)
-    return batches.sample_texts(model, tokenizer, ids, config.max_new_tokens, rng,
+    uniforms = common.uniforms(config.seed, "report", purpose, 0, range(len(ids)),
+                               config.max_new_tokens, samples)
+    return batches.sample_texts(model, tokenizer, ids, config.max_new_tokens, uniforms,
                                 config.temperature, samples=samples, bar=purpose)
 
 

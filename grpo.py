@@ -225,7 +225,8 @@ def rollout(policy, train, tokenizer, config, step):
     with autocast(device):
         tokens, mask, finished = generate(
             policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
-            config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
+            config.temperature, common.uniforms(config.seed, "grpo", "answers", step,
+                                                range(n_prompts), config.max_new_tokens, config.k),
             samples=config.k)
     texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
     return [p for p in prompts for _ in range(config.k)], texts, tokens, mask, finished

@@ -165,7 +165,7 @@ def read_answers(config):
     return lines
 
 
-def draw(run, config, writers, prompts, device):
+def draw(run, config, writers, prompts):
     """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
     path = run.folder / "answers.jsonl"
@@ -179,9 +179,10 @@ def draw(run, config, writers, prompts, device):
         for s, (model, tokenizer, _) in enumerate(writers):
             ids = [tokenizer.encode_prompt(p["prompt"]) for p in part]
             name = f"answers {s}" if s else "answers"
+            uniforms = common.uniforms(config.seed, "label", name, 0, range(
+                start, start + len(ids)), config.max_new_tokens, each)
             samples.append(batches.sample_texts(
-                model, tokenizer, ids, config.max_new_tokens,
-                common.stream(config.seed, "label", name, start, device), config.temperature,
+                model, tokenizer, ids, config.max_new_tokens, uniforms, config.temperature,
                 batch_size=len(ids) * each, samples=each))
         new = []
         for i, prompt in enumerate(part):
@@ -393,7 +394,7 @@ def main(config):
     if config.answers:
         run.save_state(step=0)
     else:
-        lines = draw(run, config, writers, lines, device)
+        lines = draw(run, config, writers, lines)
     noise = config.noise if config.labeler == "simulated" else 0.0
     items = [(n, dict(prompt=line["prompt"], completions=line["completions"], **facts(line, noise)))
              for n, line in enumerate(lines) if len(line["completions"]) > 1]

@@ -258,7 +258,8 @@ def rollout(policy, train, tokenizer, config, step):
     with autocast(device):
         return prompts, *generate(
             policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
-            config.temperature, common.stream(config.seed, "ppo", "answers", step, device))
+            config.temperature, common.uniforms(config.seed, "ppo", "answers", step,
+                                                range(len(prompts)), config.max_new_tokens))
 
 
 def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):

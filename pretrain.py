@@ -207,7 +207,7 @@ def main(config):
     metrics["perplexity"] = math.exp(metrics["loss"])
     model.eval()
     if config.data == "synthetic":
-        metrics.update(base_gold(model, tokenizer, config, run, device))
+        metrics.update(base_gold(model, tokenizer, config, run))
     run.save_model(model, tokenizer, metrics)
     say(f"\nHeld-out loss {metrics['loss']:.3f} nats a token, perplexity "
         f"{metrics['perplexity']:.2f}"
@@ -216,7 +216,7 @@ def main(config):
                + ("" if config.data == "synthetic" else " --data=DEMONSTRATIONS.jsonl"))
 
 
-def base_gold(model, tokenizer, config, run, device, n=512):
+def base_gold(model, tokenizer, config, run, n=512):
     """Gold reward of what the base model writes after held-out prompts given as plain text."""
     prompts = sample_prompts(n, held_out=True, seed=0)
     prompts = [p for p in prompts
@@ -224,8 +224,8 @@ def base_gold(model, tokenizer, config, run, device, n=512):
     if not prompts:
         return {}
     ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
-    samples = batches.sample_texts(model, tokenizer, ids, 48, common.stream(
-        config.seed, "pretrain", "samples", device=device), bar="samples")
+    samples = batches.sample_texts(model, tokenizer, ids, 48, common.uniforms(
+        config.seed, "pretrain", "samples", 0, range(len(ids)), 48), bar="samples")
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
     say(table({"prompt": [shorten(p.text, 40) for p in prompts[:3]],
                "continuation": [shorten(s["text"], 100) for s in samples[:3]]}))

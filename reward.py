@@ -249,10 +249,10 @@ def main(config):
     if not asked:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no training prompt leaves that "
                         f"much room in the context of {policy.config.block_size}")
-    samples = batches.sample_texts(policy, tokenizer, [e.prompt for e in asked],
-                                   config.max_new_tokens,
-                                   common.stream(config.seed, "reward", "samples", device=device),
-                                   bar="samples")
+    samples = batches.sample_texts(
+        policy, tokenizer, [e.prompt for e in asked], config.max_new_tokens,
+        common.uniforms(config.seed, "reward", "samples", 0, range(len(asked)),
+                        config.max_new_tokens), bar="samples")
     del policy
     complete = [(e, s["ids"]) for e, s in zip(asked, samples) if s["finished"]]
     if len(complete) < len(samples):

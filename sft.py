@@ -160,7 +160,8 @@ def main(config):
                        loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
             model, tokenizer, ids, config.max_new_tokens,
-            common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
+            common.uniforms(config.seed, "sft", "samples", epoch, range(len(ids)),
+                            config.max_new_tokens), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
         gold = None

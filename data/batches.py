@@ -88,10 +88,11 @@ def over_rows(fn, rows, masks, pad, device, size=64, bar=None):
     return in_pieces(piece, torch.as_tensor(lengths), size, bar, most=2**14)
 
 
-def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
+def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, uniforms, temperature=1.0,
                  batch_size=256, samples=1, bar=None):
     """Sampled responses of each prompt (a list of ids): [{"text", "ids", "finished"}], in order.
 
+    uniforms (prompts * samples, max_new_tokens): as `generate` takes them.
     samples: how many of each; those of a prompt are adjacent, and it is read once for all of them.
     batch_size counts responses. ids are the response's tokens, EOS included if it ended
     (`finished`). bar: shows progress under this name.
@@ -101,10 +102,11 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=
     parts = by_length(torch.arange(len(lengths)), lengths, max(1, batch_size // samples),
                       most=max(1, 2**15 // samples))  # of the cache
     for part in progress(parts, bar):
-        with autocast(model.wte.weight.device):
-            tokens, mask, done = generate(model, [prompt_ids[i] for i in part], max_new_tokens,
-                                          tokenizer.eos, temperature, rng, samples=samples)
         rows = [i * samples + k for i in part.tolist() for k in range(samples)]
+        with autocast(model.wte.weight.device):
+            tokens, mask, done = generate(
+                model, [prompt_ids[i] for i in part], max_new_tokens, tokenizer.eos, temperature,
+                None if uniforms is None else uniforms[rows], samples=samples)
         for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
             ids = [t for t, keep in zip(row, m) if keep]
             results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)
