@@ -19,8 +19,12 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
+import shlex
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
@@ -41,6 +45,21 @@ class UserError(Exception):
     """Bad input: printed as one line, exit status 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; its argument is the number of the signal."""
+
+
+def interrupt(number, frame=None):
+    raise Interrupted(number)
+
+
+def catch_signals(handler):
+    """handler(number, frame) is called on Ctrl-C and on SIGTERM."""
+    if threading.current_thread() is threading.main_thread():  # others get none
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
 @dataclass
 class Config:
     """What means the same in every run; each script adds its own."""
@@ -48,12 +67,15 @@ class Config:
     out: str = ""  # output folder
     seed: NotNegative[int] = 1  # of every random stream
     device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
+    resume: bool | None = None  # auto: go on with an interrupted run; true: or stop; false: never
     overwrite: bool = False  # start again in a folder that holds a run
+    save_minutes: NotNegative[float] = 5  # a state is saved this often at least
 
 
 def parse(config_class):
     """The settings that the command line gives. --help prints them all and stops."""
+    # until `run_main` there is nothing to save, and torch is imported for seconds
+    catch_signals(lambda number, _: os._exit(128 + number))
     with one_line_errors():
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(config_class))
@@ -65,9 +87,15 @@ def run_main(main, config):
     """What every script ends with: main(config), a user error as one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
     NOTES.clear()
+    catch_signals(interrupt)
     with one_line_errors():
         try:
             main(config)
+        except KeyboardInterrupt as stop:
+            print("\ninterrupted" + (
+                f"; the same command goes on:\n    {command_line()}" if hasattr(config, "resume")
+                else ""), file=sys.stderr)
+            sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -92,9 +120,12 @@ def one_line_errors():
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def command_line():
+    """The command as it was typed, without --overwrite=true: that would start again."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite=true"]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
 def read_flags(config_class, argv):

@@ -45,7 +45,9 @@ class Config(cli.Config):
     # --- answers
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
     samples: Positive[int] = 10  # of a report: answers to one prompt, for how much they vary
-    resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
+    # no flags: an evaluation is short, and starts again
+    resume: ClassVar[bool | None] = None
+    save_minutes: ClassVar[float] = 5
     temperature: Positive[float] = 1.0  # of both models
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS
@@ -587,6 +589,7 @@ def markdown(columns):
 
 
 def make_report(config, device):
+    common.lock(config.out)
     paths = [config.reference, *(p.strip() for p in config.policies.split(",") if p.strip())]
     paths = list(dict.fromkeys(paths))  # each once; the reference may be named again
     common.ensure_input(config, "reference", "sft")
@@ -703,6 +706,7 @@ def write_report(folder, config, found, columns, rows, words, prompts):
 def select(config, device):
     """Which epoch of an SFT run? Its validation loss is least early, people like later ones better:
     InstructGPT took the one with the best reward-model score. A line for each, and the best."""
+    common.lock(config.out)
     folder = Path(config.select)
     paths = sorted((p for p in folder.glob("model-epoch*.pt") if p.stem[11:].isdigit()),
                    key=lambda p: int(p.stem[11:]))
@@ -713,7 +717,8 @@ def select(config, device):
     reward_model, tokenizer, rm_parent = load_reward_model(config.reward_model, device,
                                                            config.score_by)
     config, rows = common.sized(config, "evaluate", reward_model.gpt), []
-    parents, prompts, run = dict(reward=rm_parent["hash"]), None, None
+    parents = {path.stem: common.load_checkpoint(path, ("sft",))["hash"] for path in paths}
+    parents["reward"], prompts, run = rm_parent["hash"], None, None
     for path in paths:
         model, own, checkpoint = common.load_policy(path, ("sft",), device)
         common.check_same_tokenizer(tokenizer, own, config.reward_model, str(path))
@@ -769,6 +774,7 @@ def main(config):
         if config.out == Config.out:
             config = replace(config, out="out/select" if config.select else "out/report")
         return (select if config.select else make_report)(config, device)
+    common.lock(config.out)
     common.ensure_input(config, "policy", "ppo")
     policy, tokenizer, parent = common.load_policy(config.policy, STAGES, device)
     common.ensure_input(config, "reference", "sft")

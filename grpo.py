@@ -390,6 +390,7 @@ def load_sides(config, tokenizer, room):
 
 def main(config):
     device = common.set_up(config, "grpo")
+    common.lock(config.out)
     config = resolve(config)
 
     # --- two networks, or three with a reward model, and the prompts ---------
@@ -412,10 +413,14 @@ def main(config):
 
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     first = run.load_state(policy=policy, optimizer=optimizer).get("step", 0)
+
+    def save(step):
+        run.save_state(step, config.iterations, policy=policy, optimizer=optimizer)
+
     bar = progress(range(first, config.iterations), "grpo", initial=first, total=config.iterations)
     for step in bar:
-        if step % config.save_every == 0:
-            run.save_state(policy=policy, optimizer=optimizer, step=step)
+        if run.due(step, config.save_every):
+            save(step)
         clock = [time.perf_counter()]
 
         # --- rollout: K answers to each prompt -------------------------------
@@ -454,6 +459,7 @@ def main(config):
                 "1 it is a sum of\nadvantages, and those of a group sum to 0. Its gradient does "
                 "not. Watch score and accuracy.")
         bar.set_postfix({name: f"{row[name] or 0:.2f}" for name in ("score", "kl", "no_signal")})
+    save(config.iterations)
 
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, verifier=config.reward == "verifier")

@@ -393,6 +393,7 @@ def check_config(config):
 
 def main(config):
     device = common.set_up(config, "ppo")
+    common.lock(config.out)
     check_config(config)
 
     # --- four networks, and the prompts --------------------------------------
@@ -424,10 +425,13 @@ def main(config):
     first, beta = state.get("step", 0), state.get("beta", config.beta)
     running = RunningStd(*state.get("running", ()))
 
+    def save(step):
+        run.save_state(step, config.iterations, beta=beta, running=running.state(), **kept)
+
     bar = progress(range(first, config.iterations), "ppo", initial=first, total=config.iterations)
     for step in bar:
-        if step % config.save_every == 0:
-            run.save_state(step=step, beta=beta, running=running.state(), **kept)
+        if run.due(step, config.save_every):
+            save(step)
         clock = [time.perf_counter()]
 
         # --- rollout: the policy answers a batch of prompts ------------------
@@ -465,13 +469,14 @@ def main(config):
             show_samples(run, step, asked, texts[:4], score=batch["score"], kl=seq_kl)
         bar.set_postfix({name: f"{row[name]:.2f}" for name in ("score", "kl", "eos_rate")})
 
-        if config.kl_target > 0:
+        if config.kl_target > 0 and step + 1 < config.iterations:
             beta = adapt_beta(beta, row["kl"], config.kl_target, config.batch_size,
                               config.kl_horizon)
+    save(config.iterations)
 
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, config.best_of)
-    metrics["beta"] = row["beta"]
+    metrics["beta"] = beta
     run.save_model(policy, tokenizer, metrics)
     run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
                + ("" if synthetic else f" --data={config.data}"))

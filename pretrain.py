@@ -126,6 +126,7 @@ LLAMA = dict(rope_theta=10000.0, norm="rms", mlp="swiglu", bias="none")
 
 def main(config):
     device = common.set_up(config, "pretrain")
+    common.lock(config.out)
 
     # --- model and data ------------------------------------------------------
     parents = {}
@@ -171,10 +172,15 @@ def main(config):
     muon = Muon(matrices, config.muon_lr, config.weight_decay)
     micro_batch = config.micro_batch or config.batch_size
     first = run.load_state(model=model, adamw=adamw, muon=muon).get("step", 0)
+
+    def save(step):
+        run.save_state(step, config.steps, model=model, adamw=adamw, muon=muon)
+
     bar = progress(range(first, config.steps), "pretrain", initial=first, total=config.steps)
     for step in bar:
+        if run.due(step, config.eval_every):
+            save(step)
         if step % config.eval_every == 0:
-            run.save_state(model=model, adamw=adamw, muon=muon, step=step)
             run.log("validation", step=step, loss=validation_loss())
         start = time.perf_counter()
         model.train()
@@ -201,6 +207,8 @@ def main(config):
             run.log(step=step, loss=value, lr=config.lr * factor, grad_norm=norm.item(),
                     tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}", tok_per_s=f"{count / seconds:.0f}")
+
+    save(config.steps)
 
     # --- what it can do ------------------------------------------------------
     metrics = dict(loss=validation_loss())

@@ -88,9 +88,9 @@ def test_a_row_draws_with_its_own_numbers(tiny):
     prompts, numbers = [[1 + i % 12] * (1 + i % 4) for i in range(40)], uniforms(40, 12)
     response = lambda row, mask: row[mask.bool()].tolist()
     draw = lambda which: [response(*row) for row in zip(*generate(
-        tiny, [prompts[i] for i in which], 12, EOS, 1.0, numbers[which])[:2])]
+        tiny, [prompts[i] for i in which], 12, 4, 1.0, numbers[which])[:2])]
     together = draw([*range(40)])
-    assert len({len(r) for r in together}) > 4  # rows leave the batch at different times
+    assert sorted(map(len, together))[20] < 10  # rows leave the batch, at different times
     assert draw([*range(39, -1, -1)]) == together[::-1]
     assert [draw([i])[0] for i in range(40)] == together
     for row in range(40):  # another number changes this row, from that token on
