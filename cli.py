@@ -25,11 +25,17 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
 
 # --name=value where the value is a number: a bare int or float may be any finite one
 Number = TypeVar("Number", int, float)
@@ -83,14 +89,16 @@ def parse(config_class):
         return read_flags(config_class, sys.argv[1:])
 
 
-def run_main(main, config):
-    """What every script ends with: main(config), a user error as one line."""
+def run_main(main, config, folder=None):
+    """What every script ends with: main(config), a user error as one line. folder: locked, this
+    script writes there and no other process may."""
     sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
     NOTES.clear()
     catch_signals(interrupt)
     with one_line_errors():
         try:
-            main(config)
+            with locked(folder) if folder else contextlib.nullcontext():
+                main(config)
         except KeyboardInterrupt as stop:
             print("\ninterrupted" + (
                 f"; the same command goes on:\n    {command_line()}" if hasattr(config, "resume")
@@ -120,6 +128,43 @@ def one_line_errors():
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def make_folder(flag, path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={path} is no folder that can be written to: "
+                        f"{error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder, which goes at the end if nothing was written to it. UserError if another
+    process holds it; the kernel takes the lock of one that is dead."""
+    make_folder("out", folder)
+    path, file = Path(folder).resolve() / "lock", None
+    while file is None and fcntl:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by process {file.read() or '?'}: wait for it, or "
+                            "choose another --out=DIR") from None
+        # who held it may have deleted it between these two lines, and a third have made a new one
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file = None
+    if file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} since {time.strftime('%d %b %H:%M')}")
+        file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something
+            path.parent.rmdir()
 
 
 def command_line():

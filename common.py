@@ -3,8 +3,6 @@
 No loss and no training loop lives here.
 """
 
-import atexit
-import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -21,13 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
-
 from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line, interrupt,
-                 note, out_of_memory)
+                 make_folder, note, out_of_memory)
 from data.files import file_hash, is_data, missing
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -43,7 +36,6 @@ CHECKPOINTS = ("init", "policy", "reference", "policies", "reward_model", "judge
 # last digits only
 FREE = ("out", "resume", "overwrite", "port", "log_every", "save_every", "save_minutes", "device",
         "micro_batch", "checkpointing", "reference_cache")
-LOCKS = {}  # {path of a folder's lock: its open file}
 
 
 # --- device, precision, seeds --------------------------------------------------------------------
@@ -190,46 +182,6 @@ def round_blocks(model):
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
-def make_folder(flag, path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--{flag}={path} is no folder that can be written to: "
-                        f"{error.strerror}") from None
-
-
-def lock(folder):
-    """Hold the folder until this process ends, however it ends: `flock` is freed by the kernel.
-    UserError if another process holds it."""
-    make_folder("out", folder)
-    path = Path(folder).resolve() / "lock"
-    while fcntl and path not in LOCKS:
-        with open(path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(f"{folder} is in use by process {file.read() or '?'}: wait for "
-                                "it, or choose another --out=DIR") from None
-            # who held it may have deleted it between these two lines, and a third made a new one
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"{os.getpid()} since {time.strftime('%d %b %H:%M')}")
-                file.flush()
-                LOCKS[path] = os.dup(file.fileno())  # holds on when `file` is closed
-
-
-@atexit.register
-def unlock():
-    """Free the folders; those into which nothing was written go."""
-    while LOCKS:
-        path, descriptor = LOCKS.popitem()
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
-
-
 def first_row(folder):
     """The row of settings of the run that a folder holds, None where there is no log. UserError
     where the log is none of ours."""
@@ -321,7 +273,7 @@ class Run:
                         new=True)
         flags = [f"--{f.name}={as_text(self.settings[f.name])}" for f in dataclasses.fields(config)
                  if self.settings[f.name] != f.default and f.name != "out"]
-        print(f"{stage}: {'goes on' if self.resuming else 'writes'} in {self.folder}, runs on "
+        print(f"{stage}: {'goes on in' if self.resuming else 'writes to'} {self.folder}, runs on "
               f"{self._machine()['device']}; {' '.join(flags) or 'flags at their defaults'}",
               flush=True)
 

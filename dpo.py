@@ -29,7 +29,8 @@ class Config(cli.Config):
     data: str = "out/label/rankings.jsonl"  # file of rankings, pairs or (kto) labels
     out: str = "out/dpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
     beta: Positive[float] | None = None  # its unit depends on the loss, see LOSSES
@@ -394,7 +395,6 @@ def check_config(config):
 
 def main(config):
     device = common.set_up(config, "dpo")
-    common.lock(config.out)
     check_config(config)
 
     # --- two networks, and the data ------------------------------------------
@@ -460,7 +460,7 @@ def main(config):
         batch, others = batch_of(train, order, i, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         trained = update(policy, reference, optimizer, batch, others, average, config,
-                         tokenizer.pad, check=step == 0)
+                         tokenizer.pad, check=step == 0 and not config.reference)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
@@ -475,9 +475,10 @@ def main(config):
 
     metrics |= compare(policy, reference, tokenizer, prompts, config, run, bool(origin))[0]
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if origin else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

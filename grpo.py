@@ -33,7 +33,8 @@ class Config(cli.Config):
     #                          model any prompts
     out: str = "out/grpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     reward: str = "verifier"  # "verifier": 1 for a right response, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
@@ -390,7 +391,6 @@ def load_sides(config, tokenizer, room):
 
 def main(config):
     device = common.set_up(config, "grpo")
-    common.lock(config.out)
     config = resolve(config)
 
     # --- two networks, or three with a reward model, and the prompts ---------
@@ -439,7 +439,7 @@ def main(config):
         common.set_lr(optimizer, config.lr * factor)
         trained = update(policy, optimizer, batch, config,
                          common.stream(config.seed, "grpo", "minibatches", step), text,
-                         check=step == 0)
+                         check=step == 0 and not config.reference)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -464,9 +464,10 @@ def main(config):
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, verifier=config.reward == "verifier")
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

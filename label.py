@@ -354,7 +354,6 @@ def check_flags(config):
 
 def main(config):
     device = common.set_up(config, "label")
-    common.lock(config.out)
     check_flags(config)
     check_folder(config)
 
@@ -435,4 +434,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

@@ -31,7 +31,8 @@ class Config(cli.Config):
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     out: str = "out/ppo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     reward_model: str = "out/reward"  # score, and start of the critic
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     # --- an iteration
@@ -393,7 +394,6 @@ def check_config(config):
 
 def main(config):
     device = common.set_up(config, "ppo")
-    common.lock(config.out)
     check_config(config)
 
     # --- four networks, and the prompts --------------------------------------
@@ -454,7 +454,7 @@ def main(config):
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
                          config, common.stream(config.seed, "ppo", "minibatches", step), text,
-                         check=step == 0)
+                         check=step == 0 and not config.reference)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -478,9 +478,10 @@ def main(config):
                             reward_model, config.best_of)
     metrics["beta"] = beta
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

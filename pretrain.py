@@ -126,7 +126,6 @@ LLAMA = dict(rope_theta=10000.0, norm="rms", mlp="swiglu", bias="none")
 
 def main(config):
     device = common.set_up(config, "pretrain")
-    common.lock(config.out)
 
     # --- model and data ------------------------------------------------------
     parents = {}
@@ -244,4 +243,4 @@ def base_gold(model, tokenizer, config, run, n=512):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

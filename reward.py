@@ -218,7 +218,6 @@ def epoch_order(train, epoch, config):
 
 def main(config):
     device = common.set_up(config, "reward")
-    common.lock(config.out)
     common.ensure_input(config, "init", "sft")
     common.ensure_input(config, "data", "label")
 
@@ -376,4 +375,4 @@ def read_demos(config, train, tokenizer, noise, quality):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

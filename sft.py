@@ -112,7 +112,6 @@ def epoch_order(train, epoch, config):
 
 def main(config):
     device = common.set_up(config, "sft")
-    common.lock(config.out)
     common.ensure_input(config, "init", "pretrain")
 
     # --- model and data ------------------------------------------------------
@@ -240,4 +239,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)
