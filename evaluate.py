@@ -663,7 +663,8 @@ def make_report(config, device):
             "no policy should be trained on it.")
     for path, text in words.items():
         say(f"\n{path}: {text}")
-    write_report(run.folder, config, found, columns, rows, words, prompts)
+    if cli.first_process():
+        write_report(run.folder, config, found, columns, rows, words, prompts)
     run.finish(dict(prompts=len(prompts), checkpoints=len(found)))
 
 
@@ -684,7 +685,7 @@ def write_report(folder, config, found, columns, rows, words, prompts):
                                         encoding="utf-8")
     # a program of its own: it stands on a higher floor, and matplotlib may not be there
     drawn = subprocess.run([sys.executable, str(common.ROOT / "plot.py"), str(folder)],
-                           capture_output=True, text=True)
+                           capture_output=True, text=True, env=cli.one_process())
     if drawn.returncode:
         note("no picture of the report: " + "".join(drawn.stderr.splitlines()[-1:]))
     lines = [f"# Report\n\nAgainst {config.reference}, on {len(texts)} prompts of {config.data}, "

@@ -66,7 +66,7 @@ import json
 from pathlib import Path
 
 import common
-from cli import note, progress, say, table
+from cli import first_process, note, processes, progress, say, table
 from data import batches, labels, principles
 from data.files import file_hash
 from data.load import load_prompts
@@ -164,7 +164,7 @@ def draw(run, config, writers, prompts):
     """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
     path = run.folder / "answers.jsonl"
-    lines = whole_lines(path, config.chunk, len(prompts))
+    lines = common.by_the_first(lambda: whole_lines(path, config.chunk, len(prompts)))
     each = -(-(config.k + config.oversample) // len(writers))  # draws of each writer
     for start in progress(range(len(lines), len(prompts), config.chunk), "answers",
                           initial=len(lines) // config.chunk, total=-(-len(prompts) //
@@ -298,9 +298,10 @@ def rank_all(run, config, rank, items):
     """What rank says of each of `items`, (n, item), in order. Until all are ranked they stand in
     another file than rankings.jsonl: no stage trains on half of them by mistake."""
     path = run.folder / "rankings.jsonl.part"
-    if config.labeler == "simulated":  # its noise is one stream for a chunk, and it is quick
+    # the simulated one begins again: its noise is one stream for a chunk, and it is quick
+    found = [] if config.labeler == "simulated" else common.by_the_first(lambda: whole_lines(path))
+    if not found and first_process():
         path.unlink(missing_ok=True)
-    found = whole_lines(path)
     for n, item in progress(items[len(found):], "label", initial=len(found), total=len(items)):
         found.append(rank(n, item))
         append_jsonl(path, found[-1:])
@@ -335,6 +336,9 @@ def check_flags(config):
         raise UserError(f"--labeler={config.labeler}: choose one of {', '.join(LABELERS)}")
     if config.k < 2:
         raise UserError(f"--k={config.k}: a ranking needs at least two answers")
+    if person and processes()[1] > 1:
+        raise UserError(f"--labeler={config.labeler}: a person answers one process; start it "
+                        "without torchrun")
     if person and config.k > 9:
         raise UserError(f"--k={config.k}: a person ranks at most 9 answers")
     if config.repeat > 0.5:
@@ -414,11 +418,12 @@ def main(config):
     for r in records[:6]:
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})
     write_jsonl(run.folder / "rankings.jsonl", records)
-    (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
     known = {k: None if v != v else v for k, v in metrics.items()}  # JSON knows no nan
-    (run.folder / "card.json").write_text(json.dumps(dict(
-        card=card, labeler=about, parents=run.parents, metrics=known), indent=1,
-        allow_nan=False) + "\n")
+    if first_process():
+        (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
+        (run.folder / "card.json").write_text(json.dumps(dict(
+            card=card, labeler=about, parents=run.parents, metrics=known), indent=1,
+            allow_nan=False) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
     value = first.get("gold") or first.get("scores")

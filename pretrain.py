@@ -159,10 +159,10 @@ def main(config):
     def validation_loss():
         model.eval()
         with autocast(device):
-            parts = data.held_out.split(config.batch_size)
+            parts = batches.share(data.held_out.split(config.batch_size))
             total = sum(text_loss(model, rows).item() * len(rows)
                         for rows in progress(parts, "held-out loss"))
-        return total / len(data.held_out)
+        return common.total(torch.tensor(total, dtype=torch.double)).item() / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
     # the matrices of the blocks go to Muon, the rest (embeddings, biases, gains) to AdamW
@@ -189,20 +189,23 @@ def main(config):
         # the batch depends on seed and step alone, so a resumed run reads what it would have read
         rng = common.stream(config.seed, "pretrain", "rows", step)
         tokens = data.train[rng.integers(0, len(data.train), config.batch_size)].to(device)
-        count, loss_sum = tokens[:, 1:].numel(), 0.0
-        for part in tokens.split(micro_batch):
+        count, loss_sum = tokens[:, 1:].numel(), torch.zeros((), device=device)
+        mine = batches.share(tokens)
+        for j in range(0, len(mine), micro_batch):
+            part = mine[j:j + micro_batch]
             with autocast(device):
                 # a mean over its tokens; all rows are of one length, so it counts by its rows
                 loss = text_loss(model, part) * len(part) / len(tokens)
             loss.backward()
             loss_sum = loss_sum + loss.detach()
+        common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         adamw.step()
         muon.step()
         model.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0 or step + 1 == config.steps:
-            value, seconds = loss_sum.item(), time.perf_counter() - start
+            value, seconds = common.total(loss_sum).item(), time.perf_counter() - start
             run.log(step=step, loss=value, lr=config.lr * factor, grad_norm=norm.item(),
                     tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}", tok_per_s=f"{count / seconds:.0f}")
