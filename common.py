@@ -145,9 +145,13 @@ def join_processes(device):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # when a process ends, torchrun ends the others; the time is for the stages before this one
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=7))
+        try:
+            # when a process ends, torchrun ends the others; the time is for stages before this one
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(days=7))
+        except ValueError as error:
+            raise UserError("several processes are started by torchrun; WORLD_SIZE is set here, "
+                            f"but not all that it sets: {error}") from None
     return device
 
 

@@ -357,8 +357,8 @@ def check_flags(config):
 
 
 def main(config):
-    device = common.set_up(config, "label")
     check_flags(config)
+    device = common.set_up(config, "label")
     check_folder(config)
 
     # --- prompts or answers, and the labeler ---------------------------------

@@ -5,19 +5,24 @@ rankings have 2 to 4 answers, and in some steps a process has no row at all.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+import re
+import signal
 import socket
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 
 import cli
 import common
 import numpy as np
 import pytest
 import torch
-from data import batches
+from conftest import run_script
 from data.records import write_jsonl
 from tiny_runs import make_inputs
 
@@ -55,42 +60,54 @@ RUNS = dict(
 STAGE = dict(kto="dpo", report="evaluate")  # of runs that are called otherwise
 
 
-def work(rank, count, port, folder, runs):
-    """The runs {name: flags} in process `rank` of `count`, one after the other."""
+def work(rank, count, port, folder, said, runs, strike=None):
+    """The runs {name: flags} in process `rank` of `count`, one after the other, as by command line.
+    strike (process, step, signal): that process sends itself the signal in that optimiser step."""
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
                        LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     os.chdir(folder)
-    said = open(f"said{count}-{rank}.txt", "w", errors="backslashreplace")  # noqa: SIM115
-    sys.stdout = sys.stderr = said
-    torch.cuda.is_available = lambda: False
+    out, err = (open(f"{said}/{name}{rank}", "w", buffering=1) for name in ("out", "err"))
+    sys.stderr, torch.cuda.is_available, steps = err, lambda: False, itertools.count()
+
+    def struck(*modules, real=common.sum_gradients):
+        if strike and strike[0] == rank and strike[1] == next(steps):
+            os.kill(os.getpid(), strike[2])
+        real(*modules)
+
+    common.sum_gradients = struck
     try:
         for name, flags in runs.items():
-            cli.NOTES.clear()
-            stage = MODULES[STAGE.get(name, name)]
-            out = [f"--out=out{count}/{name}"] + [f"--reference_cache=out{count}/cache"
-                                                  ] * (stage.__name__ == "dpo")
-            stage.main(cli.read_flags(stage.Config, [*flags, *out]))
-            said.flush()
+            stage, sys.stdout = MODULES[STAGE.get(name, name)], out
+            cache = [f"--reference_cache=out{count}/cache"] * (stage.__name__ == "dpo")
+            to = [f"--out=out{count}/{name}"] * (not any(f.startswith("--out=") for f in flags))
+            sys.argv = [f"{stage.__name__}.py", *to, *cache, *flags]
+            config = cli.parse(stage.Config)
+            cli.run_main(stage.main, config, config.out)
+    except SystemExit as stop:
+        os._exit(stop.code)
     except BaseException:
         traceback.print_exc()
-        said.flush()
         os._exit(1)
 
 
-def run_in(count, folder, runs):
+def run_in(count, folder, runs, strike=None, status=0):
+    """([what each process printed], [what it wrote to stderr]); all have to end with the status."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [FORKS.Process(target=work, args=(rank, count, port, folder, runs))
+    said = tempfile.mkdtemp(dir=folder)
+    started = [FORKS.Process(target=work, args=(rank, count, port, folder, said, runs, strike))
                for rank in range(count)]
     for process in started:
         process.start()
     for process in started:
         process.join(120)
-    said = [(folder / f"said{count}-{rank}.txt").read_text() for rank in range(count)]
-    assert [p.exitcode for p in started] == [0] * count, "\n".join(said)
+    said = [[Path(said, f"{name}{rank}").read_text() for rank in range(count)]
+            for name in ("out", "err")]
+    expected = [status] * count if isinstance(status, int) else status
+    assert [p.exitcode for p in started] == expected, "\n".join(said[0] + said[1])
     return said
 
 
@@ -106,21 +123,22 @@ def folder(tmp_path_factory):
     (folder / "other").mkdir()
     torch.save(other, folder / "other" / "model.pt")
     rng = np.random.default_rng(0)
-    say = lambda: " ".join(rng.choice(["Al", "Bo", "likes", "rain", "no", "42"], 1 + rng.integers(6)))
+    words = ["Al", "Bo", "likes", "rain", "no", "42"]
+    say = lambda: " ".join(rng.choice(words, 1 + rng.integers(6)))
     write_jsonl(folder / "pairs.jsonl", [
         dict(prompt=f"Tell {say()} {i}.", completions=[f"{say()} {k}" for k in range(2 + i % 3)],
              ranks=[1 + (k + i) % (2 + i % 3) for k in range(2 + i % 3)], held_out=i >= 10)
         for i in range(15)])
-    said = {n: run_in(n, folder, RUNS) for n in (1, 2, 3)}
-    (folder / "said.json").write_text(json.dumps(said))
+    for n in (1, 2, 3):
+        (folder / f"said{n}.json").write_text(json.dumps(run_in(n, folder, RUNS)[0]))
     return folder
 
 
 def rows(path):
-    """The rows of a JSON lines file without what differs from run to run."""
+    """The rows of a JSON lines file without what differs from run to run; no notes."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith(("per_s", "seconds")) and k not in (
-        "config", "command", "processes")} for row in lines]
+        "config", "command", "processes")} for row in lines if row.get("kind") != "note"]
 
 
 def same(a, b):
@@ -150,3 +168,68 @@ def test_processes_change_nothing(folder, name, count):
                            for p in (some, one))
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-7)
+
+
+def test_the_first_process_alone_prints(folder):
+    # catches a table for every process, and a first one that is silent
+    one, (first, *others) = (json.loads((folder / f"said{n}.json").read_text()) for n in (1, 3))
+    assert others == ["", ""]
+    # but for the time, the size of what rounding left, and where the reference's numbers are cached
+    lines = [[re.sub(r"[\d.]+ s\b|out\d/|\|log ratio\|.*|cache/.*|-(?=0.000)", "", line)
+              for line in text.splitlines()] for text in (one[0], first)]
+    assert lines[0] == lines[1] and len(lines[0]) > 100
+
+
+def test_a_killed_process_ends_the_run_which_others_finish(folder):
+    # catches a process that waits for a dead one, a state that only as many processes can go on
+    # from, a row that is missing or doubled
+    flags = [*RUNS["sft"], "--batch_size=5", "--save_every=3", "--out=killed"]
+    flags.remove("--batch_size=7")
+    _, err = run_in(2, folder, dict(sft=flags), (1, 4, signal.SIGKILL), [2, -signal.SIGKILL])
+    assert err[0].splitlines() == [
+        "sft.py: error: another process of this run ended, and so this one does; the same command "
+        "goes on from the last saved state"]
+    assert (folder / "killed" / "state.pt").exists()
+    _, err = run_in(3, folder, dict(sft=flags))
+    assert err[0].count("was started with processes 2, here is 3") == 1 and err[1:] == ["", ""]
+    run_in(1, folder, dict(sft=[*flags[:-1], "--out=whole"]))
+    assert same(*(rows(folder / out / "log.jsonl") for out in ("killed", "whole")))
+
+
+def test_processes_stop_together(folder):
+    # catches a signal that ends one process, in the middle of a step, while others wait for it
+    flags = [*RUNS["ppo"], "--save_every=9", "--out=stopped"]
+    _, err = run_in(2, folder, dict(ppo=flags), (1, 2, signal.SIGTERM), 128 + signal.SIGTERM)
+    assert err[0].startswith("\ninterrupted; the same command goes on:\n    torchrun "
+                             "--nproc_per_node=2 ppo.py") and err[1] == ""
+    assert torch.load(folder / "stopped" / "state.pt", weights_only=True)["step"] == 1
+    run_in(1, folder, dict(ppo=flags))
+    assert same(*(rows(folder / out / "log.jsonl") for out in ("stopped", "out1/ppo")))
+
+
+@pytest.mark.parametrize("rank, waits", [(0, []), (1, [5])])
+def test_an_error_of_all_is_said_once(monkeypatch, capsys, rank, waits):
+    # catches a line for every process; torchrun ends those that wait
+    slept, before = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--epoch=2"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank))):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(MODULES["sft"].Config)
+    assert stop.value.code == 2 and slept == waits
+    assert capsys.readouterr().err.startswith("sft.py: error: unknown flag --epoch")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+
+
+def test_scripts_of_one_process_say_so(monkeypatch, tmp_path):
+    # catches two chats at once, two downloads of one file
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for script, flags in (("sample.py", ["--model=sft"]), ("plot.py", ["out/sft"]),
+                          ("label.py", ["--labeler=page"])):
+        result = run_script(script, *flags, cwd=tmp_path)
+        assert result.returncode == 2 and "start it without torchrun" in result.stderr
+        assert result.stderr.count("\n") == 1
