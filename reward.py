@@ -312,7 +312,8 @@ def main(config):
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
             rows = common.stream(seed, "reward", "text", step).integers(0, len(text), 16)
-            (config.pretrain_mix * batches.text_share(member.gpt, text[rows])).backward()
+            mix = batches.text_share(member.gpt, text[rows])
+            (config.pretrain_mix * mix).backward()
         common.sum_gradients(member)
         norm = torch.nn.utils.clip_grad_norm_(member.parameters(), config.grad_clip)
         optimizer.step()

@@ -215,7 +215,8 @@ def main(config):
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = common.stream(config.seed, "sft", "text", step).integers(
                 0, len(text), max(1, config.batch_size // 2))
-            (config.pretrain_mix * batches.text_share(model, text[rows])).backward()
+            mix = batches.text_share(model, text[rows])
+            (config.pretrain_mix * mix).backward()
         common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()

@@ -67,8 +67,8 @@ EQUIVALENT = [
     ("evaluate.py", "row = dict(objective=score.mean().item(), kl=None, kl_se=None, "
      "kl_per_token=None)", "row = dict(objective=score.mean(), kl=None, kl_se=None, "
      "kl_per_token=None)", FLOAT),
-    ("reward.py", "(torch.sign(margin) / 2 + 0.5).mean().item()",
-     "(torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
+    ("reward.py", "sums += torch.stack([loss, right.sum()]).detach()",
+     "sums += torch.stack([loss, right.sum()])", MEMORY),
     ("reward.py", "/ member.scale.item()))", "/ member.scale))", FLOAT),
     ("model.py", "if len(active) == 0:", "if len(active) == -1:",
      "time only: an empty batch goes on"),
