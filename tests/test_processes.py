@@ -14,15 +14,17 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import cli
 import common
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from data.records import write_jsonl
 from tiny_runs import make_inputs
 
@@ -102,8 +104,10 @@ def run_in(count, folder, runs, strike=None, status=0):
                for rank in range(count)]
     for process in started:
         process.start()
+    end = time.monotonic() + 100
     for process in started:
-        process.join(120)
+        process.join(max(0, end - time.monotonic()))
+        process.kill()  # if it waits for another one
     said = [[Path(said, f"{name}{rank}").read_text() for rank in range(count)]
             for name in ("out", "err")]
     expected = [status] * count if isinstance(status, int) else status
@@ -222,6 +226,21 @@ def test_an_error_of_all_is_said_once(monkeypatch, capsys, rank, waits):
     assert capsys.readouterr().err.startswith("sft.py: error: unknown flag --epoch")
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
         signal.signal(number, handler)
+
+
+def test_the_stage_before_is_one_process(monkeypatch, tmp_path):
+    # catches a child that waits for other processes, or believes that it is not the first one
+    started = []
+    monkeypatch.setattr(common.subprocess, "Popen", lambda command, env, **_: started.append(
+        (command, env)) or SimpleNamespace(wait=lambda: 0))
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    common.make_input(MODULES["sft"].Config(device="cpu"), "init", "pretrain")
+    [(command, env)] = started
+    assert command[1:] == [str(ROOT / "pretrain.py"), "--device=cpu"]
+    monkeypatch.delenv("WORLD_SIZE")
+    assert env == dict(os.environ) and cli.processes() == (0, 1)
 
 
 def test_scripts_of_one_process_say_so(monkeypatch, tmp_path):
