@@ -439,7 +439,8 @@ class Run:
                       log_size=(self.folder / "log.jsonl").stat().st_size)
         if self.device.type == "cuda":  # only dropout draws from it
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        save_file(state, self.folder / "state.pt")
+        if step != self.saved:  # else it is there: a resume needs no more room than it had
+            save_file(state, self.folder / "state.pt")
 
     def load_state(self, **targets):
         """On resume load the targets, modules and optimisers, and return the rest of the saved

@@ -698,7 +698,7 @@ def test_another_tokenizer_has_another_cache(cached):
 
 
 @pytest.mark.parametrize("content", [
-    dict(key="another", logps=torch.zeros(42)), dict(logps=torch.zeros(42)), [1.0], None, "fewer"])
+    dict(key="another", logps=torch.zeros(42)), dict(logps=torch.zeros(42)), [1.0], None, "more"])
 def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, capsys, content):
     # catches a file that was renamed, damaged or written by other code, used in silence
     monkeypatch.chdir(folder)
@@ -708,8 +708,8 @@ def test_a_cache_that_is_not_what_its_name_says_is_refused(folder, monkeypatch, 
     assert len(torch.load(path)["logps"]) == 42  # so that the files below err by their key alone
     if content is None:
         path.write_bytes(good[:100])
-    elif content == "fewer":
-        torch.save(dict(torch.load(path), logps=torch.zeros(3)), path)
+    elif content == "more":
+        torch.save(dict(torch.load(path), logps=torch.zeros(43)), path)
     else:
         torch.save(content, path)
     status, error = command(folder, monkeypatch, capsys, "--reference_cache=doubt",
