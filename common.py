@@ -416,16 +416,16 @@ class Run:
             step % every == 0 or self.stop is not None
             or time.monotonic() - self.saved_at > 60 * self.config.save_minutes)
         due, stop = total(torch.tensor([int(due), self.stop or 0]), most=True).tolist()
-        self.stop = stop or None  # processes stop together
+        self.stop = stop or None
         return bool(due)
 
     def save_state(self, step, steps, **state):
         """Everything an exact resume needs before step `step` of `steps`, modules and optimisers
         among it; written whole or not at all. If a signal asked to stop, it ends the run."""
-        stop = total(torch.tensor(self.stop or 0), most=True).item()
         if first_process():
             self._save_state(step, state)
         self.saved, self.saved_at = step, time.monotonic()
+        stop = total(torch.tensor(self.stop or 0), most=True).item()  # processes stop together
         if stop:
             raise Interrupted(stop)
         if step == steps:  # what follows the loop stops at once: it begins here again
