@@ -79,7 +79,8 @@ def test_right_answers_of_made_up_samples(folder, monkeypatch, tiny):
                   ["7.", "7", "7.", "6.", "no.", "-7."]))
     monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
         dict(text=t.strip("."), finished=t[-1] == ".", ids=[2]) for t in next(texts)])
-    config = evaluate.Config(out=str(folder / "right"), data="some.jsonl")
+    config = evaluate.Config(out=str(folder / "right"), data="some.jsonl",
+                             max_new_tokens=8)
     run = common.Run("evaluate", config, torch.device("cpu"))
     found, _, _ = evaluate.compare(tiny, tiny, load_tokenizer("synthetic"), asked, config, run,
                                    False, verifier=True)
@@ -96,7 +97,8 @@ def test_the_share_of_right_answers_by_constraints(folder, monkeypatch, tiny):
     texts = iter((["one two three", "one two three"], ["one", "two"]))
     monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
         dict(text=t, finished=t != "two", ids=[2]) for t in next(texts)])
-    config = evaluate.Config(out=str(folder / "forms"), data="some.jsonl")
+    config = evaluate.Config(out=str(folder / "forms"), data="some.jsonl",
+                             max_new_tokens=8)
     run = common.Run("evaluate", config, torch.device("cpu"))
     found, _, _ = evaluate.compare(tiny, tiny, load_tokenizer("synthetic"), asked, config, run,
                                    False, verifier=True)
