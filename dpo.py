@@ -256,8 +256,8 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
         device.type]))
     path = Path(config.reference_cache) / f"{key}.pt"
     logps, size = torch.zeros(0, dtype=torch.float64), 1024  # answers between two looks at the time
-    if path.exists():
-        cached = common.load_file(path)
+    cached = common.by_the_first(lambda: common.load_file(path) if path.exists() else None)
+    if cached is not None:
         if not isinstance(cached, dict) or cached.get("key") != key \
                 or not isinstance(cached.get("logps"), torch.Tensor) \
                 or len(cached["logps"]) > len(rows):
@@ -358,36 +358,43 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, st
     or answers of this step; baseline, kto's z0; grad_norm, before clipping.
     """
     device, baseline = policy.wte.weight.device, 0.0
-    tokens, mask, ref, length, label, winners, losers, best = batch_tensors(batch, pad, device)
-    with autocast(device):  # every answer once; micro_batch bounds the memory, not what is compared
-        seq_logp = batches.in_pieces(lambda p: token_logprobs(policy, tokens[p], mask[p]).sum(1),
-                                     batches.ends(mask), config.micro_batch)
     if config.loss == "kto":
         # a long prompt and a long answer that fit apart may not fit together
         others = [o for o in others if len(o[0]) <= policy.config.block_size]
         if others:  # z0, of the whole step
             baseline = kl_baseline(*(sequence_logprobs(m, *zip(*others), pad)
                                      for m in (policy, reference)))
-        count = label.abs().sum().clamp(min=1)  # labelled answers
-        loss = kto_loss(seq_logp - ref, label, baseline, config).sum()
-        right = ordered((seq_logp.detach() - ref - baseline) * label)[label != 0]
+        count = max(1, sum(sum(map(abs, e.labels)) for e in batch))  # labelled answers of the step
     else:
-        count = len(winners)  # pairs
-        loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
-        reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
-        right = ordered(reward[winners] - reward[losers])
-    if step == 0 and not config.reference:
-        check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
-    total = loss / average[0]
-    if config.nll > 0 and best:  # SFT on the best answers, nats per token
-        total = total - config.nll * seq_logp[best].sum() / average[1]
-    total.backward()
+        count = sum(len(e.pairs) for e in batch)  # pairs of the step
+    sums = torch.zeros(2, device=device)  # of this process's share: loss, right pairs or answers
+    if mine := batches.share(batch):
+        tokens, mask, ref, length, label, winners, losers, best = batch_tensors(mine, pad, device)
+        with autocast(device):  # every answer once; micro_batch bounds memory, not what is compared
+            seq_logp = batches.in_pieces(
+                lambda p: token_logprobs(policy, tokens[p], mask[p]).sum(1), batches.ends(mask),
+                config.micro_batch)
+        if config.loss == "kto":
+            loss = kto_loss(seq_logp - ref, label, baseline, config).sum()
+            right = ordered((seq_logp.detach() - ref - baseline) * label)[label != 0]
+        else:
+            loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
+            reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
+            right = ordered(reward[winners] - reward[losers])
+        if step == 0 and not config.reference:
+            check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
+        sums += torch.stack([loss.detach(), right.sum()])
+        total = loss / average[0]
+        if config.nll > 0 and best:  # SFT on the best answers, nats per token
+            total = total - config.nll * seq_logp[best].sum() / average[1]
+        total.backward()
+    common.sum_gradients(policy)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-    common.check_finite(config, step, loss=loss, grad_norm=norm)
+    common.check_finite(config, step, loss=sums[0], grad_norm=norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return dict(loss=loss.detach() / count, accuracy=right.sum() / count, baseline=baseline,
-                grad_norm=norm)
+    loss, right = common.total(sums)
+    return dict(loss=loss / count, accuracy=right / count, baseline=baseline, grad_norm=norm)
 
 
 def check_config(config):

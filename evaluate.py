@@ -268,12 +268,11 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     policy.eval()
     n, device = best_of if synthetic and reward_model is not None else 1, run.device
     texts, ids, answers = zip(*prompts)
-    draw = lambda model, name, rows: batches.sample_texts(
-        model, tokenizer, rows, config.max_new_tokens,
-        common.stream(config.seed, "evaluate", name, device=device), config.temperature,
-        bar=f"samples of the {name}")
-    drawn = draw(policy, "policy", ids)
-    every = draw(reference, "reference", [i for i in ids for _ in range(n)])
+    draw = lambda model, name, samples: batches.sample_texts(
+        model, tokenizer, ids, config.max_new_tokens,
+        common.uniforms(config.seed, "evaluate", name, 0, range(len(ids)), config.max_new_tokens,
+                        samples), config.temperature, samples=samples, bar=f"samples of the {name}")
+    drawn, every = draw(policy, "policy", 1), draw(reference, "reference", n)
     sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
     logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
                                         config.temperature, "KL") for model in (policy, reference))
@@ -418,8 +417,9 @@ ROWS = (
 def ask(model, tokenizer, ids, config, purpose, samples=1):
     """One list of samples for all prompts. Every model draws with the same random numbers, so that
     what differs is the models."""
-    rng = common.stream(config.seed, "report", purpose, device=model.wte.weight.device)
-    return batches.sample_texts(model, tokenizer, ids, config.max_new_tokens, rng,
+    uniforms = common.uniforms(config.seed, "report", purpose, 0, range(len(ids)),
+                               config.max_new_tokens, samples)
+    return batches.sample_texts(model, tokenizer, ids, config.max_new_tokens, uniforms,
                                 config.temperature, samples=samples, bar=purpose)
 
 
@@ -697,7 +697,8 @@ def make_report(config, device):
             "no policy should be trained on it.")
     for path, text in words.items():
         say(f"\n{path}: {text}")
-    write_report(run.folder, config, found, columns, rows, words, prompts)
+    if cli.first_process():
+        write_report(run.folder, config, found, columns, rows, words, prompts)
     run.finish(dict(prompts=len(prompts), checkpoints=len(found)))
 
 
@@ -716,7 +717,7 @@ def write_report(folder, config, found, columns, rows, words, prompts):
     (folder / "report.json").write_text(cli.to_json(content, indent=1) + "\n", encoding="utf-8")
     # a program of its own: it stands on a higher floor, and matplotlib may not be there
     drawn = subprocess.run([sys.executable, str(common.ROOT / "plot.py"), str(folder)],
-                           capture_output=True, text=True)
+                           capture_output=True, text=True, env=cli.one_process())
     if drawn.returncode:
         note("no picture of the report: " + "".join(drawn.stderr.splitlines()[-1:]))
     lines = [f"# Report\n\nAgainst {config.reference}, on {len(texts)} prompts of {config.data}, "

@@ -96,7 +96,7 @@ from data.text import text_rows
 from data.verifier import is_right
 from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
                       watch_rollouts)
-from model import autocast, generate, text_loss, token_logprobs, token_stats
+from model import autocast, generate, token_logprobs, token_stats
 from reward import SCORE_BY, score_batch
 
 
@@ -221,15 +221,17 @@ def rollout(policy, train, tokenizer, config, step):
     the row of train that each of the B responses answers; texts, the responses; the others as
     `generate` returns them.
     """
-    device, n_prompts = policy.wte.weight.device, config.batch_size // config.k
+    n_prompts = config.batch_size // config.k
     chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
         len(train), n_prompts, replace=len(train) < n_prompts)
-    prompts = [train[i] for i in chosen]
-    with autocast(device):
-        tokens, mask, finished = generate(
-            policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
-            config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
+    prompts, mine = [train[i] for i in chosen], batches.to_compute(n_prompts)
+    with autocast(policy.wte.weight.device):
+        answers = generate(
+            policy, [prompts[i][1] for i in mine], config.max_new_tokens, tokenizer.eos,
+            config.temperature, common.uniforms(config.seed, "grpo", "answers", step, mine,
+                                                config.max_new_tokens, config.k),
             samples=config.k)
+    tokens, mask, finished = batches.gather_answers(*answers, n_prompts, tokenizer.pad, config.k)
     texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
     return [p for p in prompts for _ in range(config.k)], texts, tokens, mask, finished
 
@@ -307,8 +309,8 @@ def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
     before clipping; the last ptx_loss or None.
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
-    device, totals, steps, seen, ptx = tokens.device, {}, [], 0.0, None
-    lengths = batches.ends(mask)
+    device, steps, ptx, lengths = tokens.device, [], None, batches.ends(mask)
+    totals = dict.fromkeys(("clip_fraction", "approx_kl", "seen"), 0.0)  # seen: response tokens
     check = iteration == 0 and not config.reference
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
@@ -321,7 +323,8 @@ def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
             weights[rows] = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
                                         config.max_new_tokens)
             step = torch.zeros(2, device=device)
-            for p in batches.by_length(rows, lengths, config.micro_batch) if len(rows) else ():
+            mine = batches.share(rows)
+            for p in batches.by_length(mine, lengths, config.micro_batch) if len(mine) else ():
                 weight = weights[p]
                 with autocast(device):
                     logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
@@ -329,31 +332,30 @@ def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
                 (weight * (loss + kl)).sum().backward()
                 step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])
                 ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
-                for name, value in info.items():
-                    totals[name] = totals.get(name, 0.0) + value
-                seen = seen + mask[p].sum()
+                for name, value in (info | dict(seen=mask[p].sum())).items():
+                    totals[name] = totals[name] + value
                 if check and not steps:
                     old_logp, ref_logp = batch["old_logp"][p], batch["ref_logp"]
                     check_start((logp - old_logp) * mask[p], None if ref_logp is None else
                                 ((old_logp - ref_logp[p]) * mask[p]).sum(1).mean())
                     check = False
             if config.ptx_coef > 0:
-                picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                with autocast(device):
-                    ptx = text_loss(policy, picked)
+                ptx = batches.text_share(policy, text[rng.integers(0, len(text), config.ptx_batch)])
                 (config.ptx_coef * ptx).backward()
+            common.sum_gradients(policy)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-            steps.append(torch.stack([*step, norm]))
+            steps.append(torch.stack([*common.total(step), norm]))
             common.check_finite(config, iteration, policy_loss=step[0], kl_loss=step[1],
                                 grad_norm=norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     mean = torch.stack(steps).mean(0).tolist() if steps else [0.0, 0.0, 0.0]
+    *sums, seen = common.total(torch.tensor([float(v) for v in totals.values()],
+                                            dtype=torch.double)).tolist()
     return dict(policy_loss=mean[0], kl_loss=mean[1], grad_norm=mean[2],
-                ratio_max=ratio_max.item(),
-                ptx_loss=ptx.item() if ptx is not None else None,
-                **{k: float(totals.get(k, 0.0) / max(seen, 1))
-                   for k in ("clip_fraction", "approx_kl")})
+                ratio_max=common.total(ratio_max, most=True).item(),
+                ptx_loss=common.total(ptx.detach()).item() if ptx is not None else None,
+                **{k: v / max(seen, 1) for k, v in zip(totals, sums)})
 
 
 # --- the stage -----------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 from pathlib import Path
 
 import common
-from cli import note, progress, say, table
+from cli import first_process, note, processes, progress, say, table
 from data import batches, labels, principles
 from data.files import file_hash
 from data.load import load_prompts
@@ -159,11 +159,11 @@ def read_answers(config):
     return lines
 
 
-def draw(run, config, writers, prompts, device):
+def draw(run, config, writers, prompts):
     """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
     path = run.folder / "answers.jsonl"
-    lines = whole_lines(path, config.chunk, len(prompts))
+    lines = common.by_the_first(lambda: whole_lines(path, config.chunk, len(prompts)))
     each = -(-(config.k + config.oversample) // len(writers))  # draws of each writer
     for start in progress(range(len(lines), len(prompts), config.chunk), "answers",
                           initial=len(lines) // config.chunk, total=-(-len(prompts) //
@@ -173,9 +173,10 @@ def draw(run, config, writers, prompts, device):
         for s, (model, tokenizer, _) in enumerate(writers):
             ids = [tokenizer.encode_prompt(p["prompt"]) for p in part]
             name = f"answers {s}" if s else "answers"
+            uniforms = common.uniforms(config.seed, "label", name, 0, range(
+                start, start + len(ids)), config.max_new_tokens, each)
             samples.append(batches.sample_texts(
-                model, tokenizer, ids, config.max_new_tokens,
-                common.stream(config.seed, "label", name, start, device), config.temperature,
+                model, tokenizer, ids, config.max_new_tokens, uniforms, config.temperature,
                 batch_size=len(ids) * each, samples=each))
         new = []
         for i, prompt in enumerate(part):
@@ -298,9 +299,10 @@ def rank_all(run, config, rank, items):
     """What rank says of each of `items`, (n, item), in order. Until all are ranked they stand in
     another file than rankings.jsonl: no stage trains on half of them by mistake."""
     path = run.folder / "rankings.jsonl.part"
-    if config.labeler == "simulated":  # its noise is one stream for a chunk, and it is quick
+    # the simulated one begins again: its noise is one stream for a chunk, and it is quick
+    found = [] if config.labeler == "simulated" else common.by_the_first(lambda: whole_lines(path))
+    if not found and first_process():
         path.unlink(missing_ok=True)
-    found = whole_lines(path)
     for n, item in progress(items[len(found):], "label", initial=len(found), total=len(items)):
         found.append(rank(n, item))
         append_jsonl(path, found[-1:])
@@ -335,6 +337,9 @@ def check_flags(config):
         raise UserError(f"--labeler={config.labeler}: choose one of {', '.join(LABELERS)}")
     if config.k < 2:
         raise UserError(f"--k={config.k}: a ranking needs at least two answers")
+    if person and processes()[1] > 1:
+        raise UserError(f"--labeler={config.labeler}: a person answers one process; start it "
+                        "without torchrun")
     if person and config.k > 9:
         raise UserError(f"--k={config.k}: a person ranks at most 9 answers")
     if config.repeat > 0.5:
@@ -353,8 +358,8 @@ def check_flags(config):
 
 
 def main(config):
-    device = common.set_up(config, "label")
     check_flags(config)
+    device = common.set_up(config, "label")
     check_folder(config)
 
     # --- prompts or answers, and the labeler ---------------------------------
@@ -384,7 +389,7 @@ def main(config):
     if config.answers:
         run.save_state(0, 0)
     else:
-        lines = draw(run, config, writers, lines, device)
+        lines = draw(run, config, writers, lines)
         run.save_state(len(lines), len(lines))
     noise = config.noise if config.labeler == "simulated" else 0.0
     items = [(n, dict(prompt=line["prompt"], completions=line["completions"], **facts(line, noise)))
@@ -414,9 +419,10 @@ def main(config):
     for r in records[:6]:
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})
     write_jsonl(run.folder / "rankings.jsonl", records)
-    (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
-    (run.folder / "card.json").write_text(cli.to_json(dict(
-        card=card, labeler=about, parents=run.parents, metrics=metrics), indent=1) + "\n")
+    if first_process():
+        (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
+        (run.folder / "card.json").write_text(cli.to_json(dict(
+            card=card, labeler=about, parents=run.parents, metrics=metrics), indent=1) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
     value = first.get("gold") or first.get("scores")

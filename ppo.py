@@ -91,7 +91,7 @@ from data.load import load_prompts
 from data.text import text_rows
 from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
                       watch_rollouts)
-from model import GPT, autocast, generate, text_loss, token_stats, trim
+from model import GPT, autocast, generate, token_stats, trim
 from reward import score_batch
 
 
@@ -254,14 +254,15 @@ def rollout(policy, train, tokenizer, config, step):
     train: as `load_prompts` returns it. Returns (prompts, tokens, mask, finished): prompts, the
     rows of train that were asked; the others as `generate` returns them.
     """
-    device = policy.wte.weight.device
     chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
         len(train), config.batch_size, replace=len(train) < config.batch_size)
-    prompts = [train[i] for i in chosen]
-    with autocast(device):
-        return prompts, *generate(
-            policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
-            config.temperature, common.stream(config.seed, "ppo", "answers", step, device))
+    prompts, mine = [train[i] for i in chosen], batches.to_compute(config.batch_size)
+    with autocast(policy.wte.weight.device):
+        answers = generate(
+            policy, [prompts[i][1] for i in mine], config.max_new_tokens, tokenizer.eos,
+            config.temperature, common.uniforms(config.seed, "ppo", "answers", step, mine,
+                                                config.max_new_tokens))
+    return prompts, *batches.gather_answers(*answers, len(prompts), tokenizer.pad)
 
 
 def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):
@@ -312,13 +313,15 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
     value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
     """
     tokens, mask, old_logp = batch["tokens"], batch["mask"], batch["old_logp"]
-    device, lengths, totals, norms, ptx = tokens.device, batches.ends(mask), {}, [], None
+    device, lengths, norms, ptx = tokens.device, batches.ends(mask), [], None
+    totals = dict.fromkeys(("clip_fraction", "approx_kl", "policy_loss", "value_loss"), 0.0)
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
             count = mask[rows].sum()  # response tokens of the whole optimiser step
-            for p in batches.by_length(rows, lengths, config.micro_batch):
+            mine = batches.share(rows)
+            for p in batches.by_length(mine, lengths, config.micro_batch) if len(mine) else ():
                 with autocast(device):
                     logp, ent, kl, _ = token_stats(
                         policy, tokens[p], mask[p], config.temperature,
@@ -344,13 +347,12 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 (v_loss / count).backward()  # another network: no weight between the two losses
                 ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
                 for k, v in info.items():
-                    totals[k] = totals.get(k, 0.0) + v
+                    totals[k] = totals[k] + v
             if config.ptx_coef > 0:
-                picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                with autocast(device):
-                    ptx = text_loss(policy, picked)
+                ptx = batches.text_share(policy, text[rng.integers(0, len(text), config.ptx_batch)])
                 (config.ptx_coef * ptx).backward()
-            if iteration == 0 and not norms and not config.reference:
+            common.sum_gradients(policy, critic)
+            if iteration == 0 and not norms and not config.reference and len(mine):
                 check_start((logp - old_logp[p]) * mask[p],
                             ((old_logp - batch["ref_logp"]) * mask)[p].sum(1).mean())
             norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), config.grad_clip)
@@ -362,11 +364,13 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     n_tokens = mask.sum().item()
-    return dict(ratio_max=ratio_max.item(),
+    sums = common.total(torch.tensor([float(v) for v in totals.values()],
+                                     dtype=torch.double)).tolist()
+    return dict(ratio_max=common.total(ratio_max, most=True).item(),
                 grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
                 critic_grad_norm=torch.stack([n[1] for n in norms]).mean().item(),
-                ptx_loss=ptx.item() if ptx is not None else None,
-                **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()})
+                ptx_loss=common.total(ptx.detach()).item() if ptx is not None else None,
+                **{k: v / (n_tokens * config.epochs) for k, v in zip(totals, sums)})
 
 
 def critic_metrics(batch):

@@ -79,7 +79,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokens import encode_rows, read_tokens
-from model import GPT, GPTConfig, autocast, text_loss, trim
+from model import GPT, GPTConfig, autocast, trim
 
 
 class RewardModel(nn.Module):
@@ -261,10 +261,10 @@ def main(config):
     if not asked:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no training prompt leaves that "
                         f"much room in the context of {policy.config.block_size}")
-    samples = batches.sample_texts(policy, tokenizer, [e.prompt for e in asked],
-                                   config.max_new_tokens,
-                                   common.stream(config.seed, "reward", "samples", device=device),
-                                   bar="samples")
+    samples = batches.sample_texts(
+        policy, tokenizer, [e.prompt for e in asked], config.max_new_tokens,
+        common.uniforms(config.seed, "reward", "samples", 0, range(len(asked)),
+                        config.max_new_tokens), bar="samples")
     del policy
     complete = [(e, s["ids"]) for e, s in zip(asked, samples) if s["finished"]]
     if len(complete) < len(samples):
@@ -310,26 +310,30 @@ def main(config):
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        tokens, mask = batch_rows(batch, tokenizer.pad, device)
-        winners, losers = pair_indices(batch)
-        scores = score_batch(member.raw, tokens, mask, config.micro_batch)  # every answer once
-        margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
-        loss = reward_loss(scores[winners], scores[losers])
-        (loss / pairs_per_step).backward()
+        count = sum(len(e.pairs) for e in batch)  # pairs of the step
+        sums = torch.zeros(2, device=device)
+        if mine := batches.share(batch):
+            tokens, mask = batch_rows(mine, tokenizer.pad, device)
+            winners, losers = pair_indices(mine)
+            scores = score_batch(member.raw, tokens, mask, config.micro_batch)  # each answer once
+            loss = reward_loss(scores[winners], scores[losers])
+            (loss / pairs_per_step).backward()
+            right = torch.sign(scores[winners] - scores[losers]) / 2 + 0.5
+            sums += torch.stack([loss, right.sum()]).detach()
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
             rows = common.stream(seed, "reward", "text", step).integers(0, len(text), 16)
-            with autocast(device):
-                mix = text_loss(member.gpt, text[rows].to(device))
+            mix = batches.text_share(member.gpt, text[rows])
             (config.pretrain_mix * mix).backward()
+        common.sum_gradients(member)
         norm = torch.nn.utils.clip_grad_norm_(member.parameters(), config.grad_clip)
         common.check_finite(config, n, loss=loss, grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 5 == 0:
-            value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()
+            value, accuracy = (common.total(sums) / count).tolist()
             run.log(step=n, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start), member=number)
             run.watch("the training pairs are not learnt: a coin orders them as well. Do the "

@@ -65,7 +65,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokens import encode_rows, read_tokens
-from model import autocast, text_loss, token_logprobs
+from model import autocast, token_logprobs
 
 
 def sft_loss(logp, response_mask):
@@ -162,7 +162,8 @@ def main(config):
                        loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
             model, tokenizer, ids, config.max_new_tokens,
-            common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
+            common.uniforms(config.seed, "sft", "samples", epoch, range(len(ids)),
+                            config.max_new_tokens), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
         gold = None
@@ -210,9 +211,9 @@ def main(config):
                   for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        loss_sum = 0.0
-        for j in range(0, len(chosen), micro_batch):
-            tokens, mask = batch(chosen[j:j + micro_batch])
+        mine, loss_sum = batches.share(chosen), torch.zeros((), device=device)
+        for j in range(0, len(mine), micro_batch):
+            tokens, mask = batch(mine[j:j + micro_batch])
             with autocast(device):
                 loss = sft_loss(token_logprobs(model, tokens, mask), mask)
             (loss / tokens_per_step).backward()
@@ -222,9 +223,9 @@ def main(config):
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = common.stream(config.seed, "sft", "text", step).integers(
                 0, len(text), max(1, config.batch_size // 2))
-            with autocast(device):
-                mix = text_loss(model, text[rows].to(device))
+            mix = batches.text_share(model, text[rows])
             (config.pretrain_mix * mix).backward()
+        common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         optimizer.step()
@@ -232,7 +233,8 @@ def main(config):
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             count = sum(sum(mask) for _, mask in chosen)  # response tokens of this step
-            value, seconds = loss_sum.item() / count, time.perf_counter() - start
+            loss_sum, seconds = common.total(loss_sum), time.perf_counter() - start
+            value = loss_sum.item() / count
             run.log(step=step, loss=value, lr=lr, grad_norm=norm.item(), tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}")
         if i + 1 == steps_per_epoch:

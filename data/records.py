@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, note, to_json
+from cli import UserError, first_process, note, to_json
 from data.files import each_row, json_rows
 from data.synthetic.world import all_prompts, lookup
 from data.verifier import broken_constraints, is_gold
@@ -409,6 +409,8 @@ def check_prompt(record, where="record"):
 
 
 def write_jsonl(path, records):
+    if not first_process():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -421,6 +423,8 @@ def write_jsonl(path, records):
 
 def append_jsonl(path, records):
     """More lines, as write_jsonl writes them."""
+    if not first_process():
+        return
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:
         f.writelines(to_json(record, ensure_ascii=False) + "\n" for record in records)
 

@@ -114,7 +114,8 @@ def best_of_n_rows(config, device):
     texts, ids, _ = zip(*load_prompts("synthetic", {"held-out": config.eval_prompts}, tokenizer,
                                       block_size - config.max_new_tokens)[0])
     drawn = batches.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
-                                 common.stream(config.seed, "frontier", "best of n", device=device),
+                                 common.uniforms(config.seed, "frontier", "best of n", 0,
+                                                 range(len(ids)), config.max_new_tokens, MOST + 1),
                                  config.temperature, samples=MOST + 1)
     ids = [i for i in ids for _ in range(MOST + 1)]
     shape = (len(texts), MOST + 1)

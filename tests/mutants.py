@@ -39,6 +39,7 @@ class Mutant(NamedTuple):
 
 # --- the model, sampling, log-probabilities ------------------------------------------------------
 
+MANY = "test_processes.py::test_processes_change_nothing"
 MODEL = [
     Mutant("padded_vocabulary_rows", "model.py",
            "head.weight[:self.config.n_tokens]",
@@ -98,8 +99,54 @@ MODEL = [
            "p = F.softmax(logits, dim=-1)",
            "test_model.py::test_samples_follow_the_tempered_softmax", "TRL 3169, OpenRLHF PR 853"),
     Mutant("one_random_number_for_the_batch", "model.py",
-           "u = torch.rand(len(p), 1,", "u = torch.rand(1, 1,",
+           "u = uniforms[rows, step, None]", "u = uniforms[rows[:1], step, None].expand(len(p), 1)",
            "test_model.py::test_samples_follow_the_tempered_softmax", "-"),
+    Mutant("random_numbers_of_the_rows_that_are_left", "model.py",
+           "u = uniforms[rows, step, None]", "u = uniforms[:len(p), step, None]",
+           "test_model.py::test_a_row_draws_with_its_own_numbers", "-"),
+    Mutant("one_random_stream_for_all_prompts", "common.py",
+           "stream(seed, stage, purpose, (step, n))", "stream(seed, stage, purpose, step)",
+           "test_naive.py::test_what_a_prompt_is_answered_depends_on_no_batch", "-"),
+    Mutant("gradients_of_one_process", "common.py",
+           "waiting.append(dist.all_reduce(p.grad, async_op=True))", "pass",
+           MANY, "-"),
+    Mutant("gradients_of_processes_without_rows_left_out", "common.py",
+           "    dist.all_reduce(found, dist.ReduceOp.MAX)\n", "", MANY, "-"),
+    Mutant("weights_without_a_gradient_get_one", "common.py",
+           "[p for p, some in zip(params, found.tolist()) if some]", "params", MANY, "-"),
+    Mutant("muon_before_the_sum", "pretrain.py",
+           "        common.sum_gradients(model)\n        norm = torch.nn.utils.clip_grad_norm_("
+           "model.parameters(), config.grad_clip)\n        adamw.step()\n        muon.step()\n",
+           "        muon.step()\n        common.sum_gradients(model)\n"
+           "        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)\n"
+           "        adamw.step()\n", MANY, "-"),
+    Mutant("every_process_adds_the_text", "data/batches.py",
+           "mine, device = share(tokens), model.wte.weight.device",
+           "mine, device = tokens, model.wte.weight.device", MANY, "-"),
+    Mutant("kl_baseline_of_a_share", "dpo.py",
+           "if others:  # z0, of the whole step",
+           "if others := batches.share(others):  # z0, of the whole step", MANY, "-"),
+    Mutant("each_process_counts_its_own_tokens", "ppo.py",
+           "count = mask[rows].sum()", "count = mask[batches.share(rows)].sum()", MANY, "-"),
+    Mutant("answers_in_the_order_of_processes", "data/batches.py",
+           "return torch.stack(parts, 1).flatten(0, 1)[:n]", "return torch.cat(parts)[:n]",
+           MANY, "-"),
+    Mutant("the_text_is_cut_to_the_first_process", "data/batches.py",
+           "    dist.all_reduce(width, dist.ReduceOp.MAX)\n",
+           "    dist.all_reduce(width, dist.ReduceOp.MIN)\n", MANY, "-"),
+    Mutant("each_process_stops_for_itself", "common.py",
+           "stop = total(torch.tensor(self.stop or 0), most=True).item()  # processes",
+           "stop = self.stop  # processes", "test_processes.py::test_processes_stop_together", "-"),
+    Mutant("every_process_speaks", "cli.py",
+           "return processes()[0] == 0", "return True",
+           "test_processes.py::test_the_first_process_alone_prints", "-"),
+    Mutant("a_child_is_one_of_several", "cli.py",
+           'if name != "WORLD_SIZE"}', 'if name != "WORLD"}',
+           "test_processes.py::test_the_stage_before_is_one_process", "-"),
+    Mutant("random_numbers_by_length", "data/batches.py",
+           "None if uniforms is None else uniforms[rows]",
+           "None if uniforms is None else uniforms[:len(rows)]",
+           "test_naive.py::test_what_a_prompt_is_answered_depends_on_no_batch", "-"),
     Mutant("no_temperature_in_log_probabilities", "model.py",
            "logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)",
            "logp_all = F.log_softmax(model.logits(hidden), dim=-1)",
@@ -397,12 +444,12 @@ DATA = [
            '"answers.jsonl", *others)', '"answers.jsonl", "rankings.jsonl", *others)',
            "test_common.py::test_only_the_files_of_a_run_are_removed", "-"),
     Mutant("half_of_a_chunk_goes_on", "label.py",
-           "lines = whole_lines(path, config.chunk, len(prompts))",
-           "lines = whole_lines(path, 1, len(prompts))",
+           "whole_lines(path, config.chunk, len(prompts))",
+           "whole_lines(path, 1, len(prompts))",
            "test_label.py::test_stopped_in_each_phase", "-"),
     Mutant("noise_of_a_resumed_labeler_starts_again", "label.py",
-           'if config.labeler == "simulated":  # its noise',
-           'if config.labeler == "nobody":  # its noise',
+           'found = [] if config.labeler == "simulated"',
+           'found = [] if config.labeler == "nobody"',
            "test_label.py::test_stopped_in_each_phase", "-"),
     Mutant("the_last_line_is_read_although_it_is_half", "data/records.py",
            r'.split(b"\n")[:-1] if', r'.split(b"\n") if',
@@ -759,8 +806,8 @@ PPO = [
            'torch.zeros_like(stats[0])], 1)',
            PREPARE, "nanoChatGPT"),
     Mutant("values_in_the_order_of_length", "data/batches.py",
-           'return results[torch.cat(parts).argsort()]',
-           'return results',
+           'results = results[torch.cat(parts).argsort()]',
+           'results = results',
            PREPARE, "-"),
     Mutant("values_of_the_padding", "ppo.py",
            "value = nn.functional.pad(value, (1, 0)) * response_mask",
@@ -848,7 +895,7 @@ PPO = [
            "test_ppo.py::test_gradients_are_clipped_before_the_step",
            "minChatGPT: clip before backward"),
     Mutant("metrics_divided_by_padding_too", "ppo.py",
-           "v.item() / (n_tokens * config.epochs)", "v.item() / (mask.numel() * config.epochs)",
+           "v / (n_tokens * config.epochs)", "v / (mask.numel() * config.epochs)",
            WIDE, "TRL 6809: clip fraction and approximate KL diluted"),
     Mutant("entropy_over_padding", "evaluate.py",
            'entropy=batch["entropy"].sum().item() / n_tokens',
@@ -1138,8 +1185,7 @@ DPO = [
            "cf. TRL 2423: precomputed reference log-probabilities that diverge"),
     Mutant("long_cache_accepted", "dpo.py",
            'or len(cached["logps"]) > len(rows):', "or False:", DOUBT, "-"),
-    Mutant("cache_never_used", "dpo.py", "    if path.exists():\n        cached",
-           "    if False:\n        cached",
+    Mutant("cache_never_used", "dpo.py", "if path.exists() else None)", "if False else None)",
            "test_dpo.py::test_the_cache_is_used_again_when_nothing_changed", "-"),
     Mutant("trace_writes_a_cache", "trace.py",
            'dpo.set_reference(batch, sequence_logprobs(reference, *all_rows(batch), '
@@ -1352,7 +1398,7 @@ GRPO = [
            G + "test_settings_reach_every_function",
            "nanoChatGPT: the reference shares the trained module"),
     Mutant("no_temperature_in_group_rollouts", "grpo.py",
-           "config.temperature, common.stream(", "1.0, common.stream(",
+           "config.temperature, common.uniforms(", "1.0, common.uniforms(",
            G + "test_settings_reach_every_function", "TRL 3169"),
     Mutant("no_temperature_in_old_group_log_probabilities", "grpo.py",
            'token_stats(policy, tokens[p], mask[p], config.temperature,\n                  '
@@ -1367,7 +1413,7 @@ GRPO = [
     Mutant("grpo_clipped_after_the_step", "grpo.py",
            "            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), "
            "config.grad_clip)\n"
-           "            steps.append(torch.stack([*step, norm]))\n"
+           "            steps.append(torch.stack([*common.total(step), norm]))\n"
            "            common.check_finite(config, iteration, policy_loss=step[0], "
            "kl_loss=step[1],\n"
            "                                grad_norm=norm)\n"
@@ -1375,7 +1421,7 @@ GRPO = [
            "            optimizer.step()\n"
            "            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), "
            "config.grad_clip)\n"
-           "            steps.append(torch.stack([*step, norm]))\n",
+           "            steps.append(torch.stack([*common.total(step), norm]))\n",
            G + "test_gradients_are_clipped_before_the_step", "minChatGPT: clip before backward"),
     Mutant("grpo_ptx_dropped", "grpo.py", PTX, "                pass\n",
            WRITTEN + "[kept0-options7]",

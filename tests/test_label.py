@@ -313,16 +313,16 @@ def test_a_text_of_two_writers_belongs_to_the_first_in_turn(tmp_path, monkeypatc
         dict(text=text, finished=True) for _ in range(options["batch_size"] // 2)
         for text in says[model]])
     run_ = SimpleNamespace(folder=tmp_path, save_state=lambda *_: None)
-    config = label.Config(k=4, chunk=2)
+    config = label.Config(k=4, chunk=2, max_new_tokens=3)
     writers = [(name, SimpleNamespace(encode_prompt=len), None) for name in "ab"]
-    lines = label.draw(run_, config, writers, [dict(prompt=p) for p in "123"], torch.device("cpu"))
+    lines = label.draw(run_, config, writers, [dict(prompt=p) for p in "123"])
     # in turn from a: x of a, y of b, y of a, z of b; from b: y of b, x of a, z of b, y of a
     first, second = (["x", "y", "z"], [0, 1, 1]), (["y", "x", "z"], [1, 0, 1])
     assert [(line["completions"], line["sources"]) for line in lines] == [first, second, first]
     (other := tmp_path / "other").mkdir()
     says["b"] = ["x", "z"]  # x of a, x of b; then the other way round
     lines = label.draw(SimpleNamespace(folder=other, save_state=run_.save_state), config,
-                       writers, [dict(prompt=p) for p in "12"], torch.device("cpu"))
+                       writers, [dict(prompt=p) for p in "12"])
     assert [line["sources"] for line in lines] == [[0, 0, 1], [1, 1, 0]]
 
 
