@@ -69,6 +69,7 @@ import common
 from cli import UserError, note, say
 from data import batches, instruments
 from data.choices import choice_logprobs, chosen
+from data.files import whole_file
 from data.load import load_prompts
 from data.records import question, write_jsonl
 from data.sets import load_sets, measure_set, set_rows
@@ -76,7 +77,6 @@ from data.synthetic.behaviour import four_choices, rates
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
 from data.text import text_rows
-from data.tokenizer import load_tokenizer
 from data.verifier import is_right
 from model import token_logprobs, token_stats
 from reward import load_reward_model
@@ -597,9 +597,9 @@ def make_report(config, device):
         checkpoint = common.load_checkpoint(path, STAGES)
         del checkpoint["weights"]  # read again when it is measured: one at a time
         parents[path] = checkpoint["hash"]
-        room = min(room, checkpoint["model"]["block_size"])
-        common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
-                                    config.reference)
+        own, size = common.declared(checkpoint, path)
+        room = min(room, size.block_size)
+        common.check_same_tokenizer(own, tokenizer, path, config.reference)
     if config.reward_model:
         reward_model, rm_parent = load_judge(config, tokenizer, config.reference, device)
         parents["reward"], room = rm_parent["hash"], min(room, reward_model.gpt.config.block_size)
@@ -668,8 +668,8 @@ def write_report(folder, config, found, columns, rows, words, prompts):
                                  if each["families"]}, verdicts=words,
                    rows={name: dict(label=label, unit=unit, better=better)
                          for name, label, unit, better in rows})
-    (folder / "report.json").write_text(json.dumps(content, indent=1, default=float) + "\n",
-                                        encoding="utf-8")
+    with whole_file(folder / "report.json", "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, default=float) + "\n")
     # a program of its own: it stands on a higher floor, and matplotlib may not be there
     drawn = subprocess.run([sys.executable, str(common.ROOT / "plot.py"), str(folder)],
                            capture_output=True, text=True)
@@ -697,7 +697,8 @@ def write_report(folder, config, found, columns, rows, words, prompts):
     write_jsonl(folder / "answers.jsonl", (
         dict(prompt=text, **{path: each["answers"][i]["text"] for path, each in found.items()})
         for i, text in enumerate(texts)))
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    with whole_file(folder / "report.md", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines))
 
 
 def select(config, device):

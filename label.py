@@ -69,7 +69,7 @@ from pathlib import Path
 import common
 from cli import note, progress, say, table
 from data import batches, labels, principles
-from data.files import file_hash
+from data.files import file_hash, whole_file
 from data.load import load_prompts
 from data.records import (append_jsonl, check_answers, prompt_digest, read_sides, whole_lines,
                           write_jsonl)
@@ -424,9 +424,9 @@ def main(config):
     write_jsonl(run.folder / "rankings.jsonl", records)
     (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
     known = {k: None if v != v else v for k, v in metrics.items()}  # JSON knows no nan
-    (run.folder / "card.json").write_text(json.dumps(dict(
-        card=card, labeler=about, parents=run.parents, metrics=known), indent=1,
-        allow_nan=False) + "\n")
+    with whole_file(run.folder / "card.json", "w") as file:
+        file.write(json.dumps(dict(card=card, labeler=about, parents=run.parents, metrics=known),
+                              indent=1, allow_nan=False) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
     value = first.get("gold") or first.get("scores")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import cli
 from cli import UserError, Words, note
+from data.files import parse_json, whole_file
 
 
 @dataclass
@@ -26,7 +27,6 @@ class Config:
 
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import json
 import math
 import shutil
 import textwrap
@@ -86,8 +86,8 @@ def read_rows(folder):
     lines = path.read_text(errors="replace").rstrip("\n").split("\n")
     for n, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_json(line))
+        except ValueError:
             if n < len(lines) or n == 1:
                 raise UserError(f"{path}:{n}: not JSON, so no log of this project") from None
             note(f"{path}: the last line is incomplete, so it is left out; is the run going on?")
@@ -268,7 +268,7 @@ def read_report(folder):
     if not path.is_file():
         return None
     try:
-        report = json.loads(path.read_text())
+        report = parse_json(path.read_text())
         report["checkpoints"], report["rows"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no report of evaluate.py") from None
@@ -419,8 +419,9 @@ def main(config):
         figure, name = picture(runs), "curves.png"
     path = Path(config.out or f"{first}/{name}")
     try:
-        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # no such folder; a format that it does not know
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
+    except ValueError as error:  # a format that it does not know
         raise UserError(f"cannot write {path}: {error}") from None
     print(f"written: {path}")
 

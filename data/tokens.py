@@ -7,7 +7,6 @@ memory: what is not looked at costs none. No text is kept.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import NOTES, UserError, note
-from data.files import file_hash
+from data.files import cannot_write, file_hash, parse_json, sweep, whole_file
 from data.records import digest, need_sides, read_sides
 
 CACHE = Path("out/cache")
@@ -157,7 +156,7 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
         try:
             _write_cache(cache, path, check, encode, tokenizer, skip_bad)
         except OSError as error:
-            raise UserError(f"cannot write to {CACHE}: {error.strerror}") from None
+            raise UserError(cannot_write(cache, error)) from None
         if file_hash(path) != content:
             cache.unlink()
             raise UserError(f"{path} changed while it was read: start again")
@@ -189,15 +188,15 @@ def _read_card(cache):
             size = f.seek(-8, 2)
             length = int.from_bytes(f.read(), "big")
             f.seek(size - length)  # below 0 is an error
-            card = json.loads(f.read(length))
+            card = parse_json(f.read(length))
         return card if card["bytes"] == size - length else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
-    """Under another name until it is whole: two runs may write to one cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    sweep(CACHE)
     said, n = len(NOTES), 0
     with ExitStack() as stack:
         parts = {name: stack.enter_context(tempfile.TemporaryFile(dir=CACHE))
@@ -218,14 +217,10 @@ def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
         facts.flush()
         counts = {name: parts[name].seek(0, 2) // np.dtype(kind).itemsize
                   for name, kind in _kinds(tokenizer).items()}
-        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as f:
+        with whole_file(cache) as f:
             for part in parts.values():
                 part.seek(0)
                 shutil.copyfileobj(part, f)
             card = json.dumps(dict(path=str(path), notes=NOTES[said:], summary=sides.summary,
                                    counts=counts, bytes=f.tell())).encode()
             f.write(card + len(card).to_bytes(8, "big"))
-            f.flush()
-            os.fsync(f.fileno())  # or after a loss of power the name may stand for nothing
-        temporary.replace(cache)

@@ -523,17 +523,43 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     lambda c: c.pop("tokenizer"), lambda c: c.update(tokenizer={"name": "x"}),
     lambda c: c["model"].update(heads=3), lambda c: c["model"].pop("n_embd"),
     lambda c: c["weights"].pop("ln_f.weight"), lambda c: c.update(weights=None),
-    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)})])
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, change):
-    # catches a traceback where a file is of another version, or was written by half
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)}),
+    lambda c: c["model"].update(n_head=2), lambda c: c["weights"]["wte.weight"][3].add_(1),
+    lambda c: c.update(stage="dpo"), lambda c: c["metrics"].update(loss=0.1)])
+def test_a_changed_checkpoint_is_one_clear_line(tmp_path, change):
+    # catches a byte that has changed, also where the shapes of the weights do not know of it
+    path = tmp_path / "model.pt"
+    checkpoint(path)
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="is damaged, or of another version") as error:
+        common.load_policy(path, ["sft", "dpo"], torch.device("cpu"))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("tokenizer"), lambda c: c.update(tokenizer={"name": "x"}),
+    lambda c: c["model"].update(heads=3), lambda c: c["model"].pop("n_embd"),
+    lambda c: c["weights"].pop("ln_f.weight"), lambda c: c.update(weights=None),
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)}),
+    lambda c: c["weights"].update({"ln_f.weight": "1"}),
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(8, dtype=torch.long)}),
+    lambda c: c["model"].update(n_layer=10**9), lambda c: c["model"].update(block_size=2**31 - 1),
+    lambda c: c["model"].update(n_embd=10**30), lambda c: c["model"].update(norm_eps="1"),
+    lambda c: c["model"].update(rope_scaling=(1.0, float("nan"), 1.0, 1.0)),
+    lambda c: (c["model"].update(block_size=2**31 - 1), c["weights"].update(
+        {"wpe.weight": torch.zeros(1, 8).expand(2**31 - 1, 8)}))])
+def test_a_checkpoint_of_another_version_is_one_clear_line(tmp_path, change):
+    # catches a traceback where a file is of another version, and memory taken for a declared size
     tokenizer = load_tokenizer("synthetic")
     path = tmp_path / "model.pt"
     model = GPT(GPTConfig(tokenizer.vocab_size, tokenizer.n_tokens, 16, 1, 1, 8))
     common.save_checkpoint(path, model, "sft", tokenizer, Config(), {})
     common.load_policy(path, ["sft"], torch.device("cpu"))
-    content = torch.load(path)
-    change(content)
-    torch.save(content, path)
+    old = common.load_file(path) | dict(format="rlhf-1")  # which has no digest to say it first
+    change(old)
+    torch.save(old, path)
     with pytest.raises(UserError, match="is damaged, or of another version") as error:
         common.load_policy(path, ["sft"], torch.device("cpu"))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
