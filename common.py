@@ -363,7 +363,7 @@ def add_to(digest, value):
         digest.update(f"{type(value).__name__} {len(value)}".encode())
         parts = chain.from_iterable(value.items()) if isinstance(value, dict) else value
         return sum(add_to(digest, part) for part in parts)
-    digest.update(repr(value).encode())
+    digest.update(f"{value!r};".encode("utf-8", "backslashreplace"))
     return 0
 
 

@@ -69,7 +69,7 @@ from pathlib import Path
 import common
 from cli import note, progress, say, table
 from data import batches, labels, principles
-from data.files import file_hash, whole_file
+from data.files import file_hash, refusing, whole_file
 from data.load import load_prompts
 from data.records import (append_jsonl, check_answers, prompt_digest, read_sides, whole_lines,
                           write_jsonl)
@@ -170,6 +170,10 @@ def draw(run, config, writers, prompts, device):
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
     path = run.folder / "answers.jsonl"
     lines = whole_lines(path, config.chunk, len(prompts))
+    with refusing(f"{path} does not hold answers to these prompts: --overwrite=true starts again"):
+        for line, prompt in zip(lines, prompts, strict=False):
+            if line != line | prompt or not all(isinstance(c, str) for c in line["completions"]):
+                raise ValueError(f"prompt {prompt['prompt']!r:.40}")
     each = -(-(config.k + config.oversample) // len(writers))  # draws of each writer
     for start in progress(range(len(lines), len(prompts), config.chunk), "answers",
                           initial=len(lines) // config.chunk, total=-(-len(prompts) //
@@ -305,6 +309,10 @@ def rank_all(run, config, rank, items):
     if config.labeler == "simulated":  # its noise is one stream for a chunk, and it is quick
         path.unlink(missing_ok=True)
     found = whole_lines(path)
+    with refusing(f"{path} does not hold ranks of these answers: --overwrite=true starts again"):
+        for ranked, (_, item) in zip(found, items, strict=False):
+            if ranked is not None and len(ranked["ranks"]) != len(item["completions"]):
+                raise ValueError(f"prompt {item['prompt']!r:.40}")
     for n, item in progress(items[len(found):], "label", initial=len(found), total=len(items)):
         found.append(rank(n, item))
         append_jsonl(path, found[-1:])

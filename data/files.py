@@ -201,6 +201,15 @@ def parse_json(text):
         raise ValueError("too deep") from None
 
 
+@contextlib.contextmanager
+def refusing(what):
+    """UserError, `what`, where something that was read is not made as it should be."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{what} ({type(error).__name__}: {shorten(str(error), 80)})") from None
+
+
 def _parse(text):
     """(what the JSON says, None), or (None, why it is none)."""
     try:

@@ -99,7 +99,7 @@ class Session:
                     raise UserError(f"{where}: a choice between other answers than these: go on "
                                     "with those, or choose another folder (--out=DIR)")
                 self._apply(event)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
                 raise UserError(f"{where}: no choice that can be read; mend the line, or choose "
                                 "another folder (--out=DIR)") from None
 

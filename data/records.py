@@ -435,7 +435,7 @@ def whole_lines(path, unit=1, total=0):
     for n, line in enumerate(lines, 1):
         with contextlib.suppress(ValueError):
             records.append(parse_json(line))
-        if len(records) < n or not isinstance(records[-1], dict):
+        if len(records) < n or not isinstance(records[-1], dict | None):
             raise UserError(f"{path}:{n}: no record, so the file is damaged: --overwrite=true "
                             "starts again")
     return records

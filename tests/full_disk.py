@@ -44,7 +44,7 @@ MORE = dict(
     sft=STEPS, reward=STEPS, dpo=STEPS, ppo=["--iterations=2", *STEPS],
     grpo=["--iterations=2", *STEPS],
     pretrain=["--data=text.txt", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=32",
-              "--steps=3", *STEPS],
+              "--steps=3", "--eval_every=1"],
     label=["--init=sft", "--data=pairs.jsonl", "--labeler=model", "--reward_model=reward",
            "--chunk=4", "--max_new_tokens=12"],
     evaluate=["--policies=sft", "--reference=sft", "--data=pairs.jsonl", "--max_new_tokens=12"])
