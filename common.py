@@ -306,6 +306,8 @@ class Run:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
             self.start -= state["seconds"]  # of the sessions before
             self.resumed_at = state["step"]
+            if not 0 <= state["log_size"] <= (self.folder / "log.jsonl").stat().st_size:
+                raise ValueError("log.jsonl is shorter")
         except Exception as error:  # as many kinds as there are ways in which it may not fit
             if out_of_memory(error):
                 raise
@@ -321,7 +323,7 @@ class Run:
 
 def save_file(content, path):
     """Write a dict of tensors and plain containers, and its digest, whole or not at all."""
-    digest = hashlib.sha256()
+    digest, content = hashlib.sha256(), {k: v for k, v in content.items() if k != "digest"}
     size = add_to(digest, content)
     with whole_file(path, size=size) as file:
         try:

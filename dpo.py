@@ -252,7 +252,7 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
     path = Path(config.reference_cache) / f"{key}.pt"
     if path.exists():
         cached = common.load_file(path)
-        if cached.get("key") != key or len(cached.get("logps", ())) != len(rows):
+        if cached.get("key") != key or getattr(cached.get("logps"), "shape", 0) != (len(rows),):
             raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
                             " and it is computed again")
         logps = cached["logps"]

@@ -165,15 +165,22 @@ def read_answers(config):
     return lines
 
 
-def draw(run, config, writers, prompts, device):
-    """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
-    several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
-    path = run.folder / "answers.jsonl"
-    lines = whole_lines(path, config.chunk, len(prompts))
+def drawn_before(path, chunk, prompts):
+    """The lines of answers.jsonl that an interrupted run has left, up to the last whole chunk.
+    UserError if they are not those of these prompts."""
+    lines = whole_lines(path, chunk, len(prompts))
     with refusing(f"{path} does not hold answers to these prompts: --overwrite=true starts again"):
         for line, prompt in zip(lines, prompts, strict=False):
             if line != line | prompt or not all(isinstance(c, str) for c in line["completions"]):
                 raise ValueError(f"prompt {prompt['prompt']!r:.40}")
+    return lines
+
+
+def draw(run, config, writers, prompts, device):
+    """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
+    several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
+    path = run.folder / "answers.jsonl"
+    lines = drawn_before(path, config.chunk, prompts)
     each = -(-(config.k + config.oversample) // len(writers))  # draws of each writer
     for start in progress(range(len(lines), len(prompts), config.chunk), "answers",
                           initial=len(lines) // config.chunk, total=-(-len(prompts) //

@@ -93,6 +93,8 @@ def missing(path):
             f": {', '.join(inside[:5])}" + ", ..." * (len(inside) > 5) if inside else "")
     if path.exists():
         return f"{name} is neither a file nor a pipe"
+    if path.is_symlink():
+        return f"{name} is a link to {os.readlink(path)}, where there is nothing"
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)
     return f"there is no file {name}" + (f"; did you mean {path.parent / close[0]}?" if close

@@ -201,7 +201,7 @@ def test_a_reward_model_with_a_smaller_context(folder, monkeypatch):
     content = torch.load(folder / "reward" / "model.pt", weights_only=True)
     content["model"]["block_size"] = 24
     content["weights"]["gpt.wpe.weight"] = content["weights"]["gpt.wpe.weight"][:24]
-    torch.save(content, folder / "small.pt")
+    common.save_file(content, folder / "small.pt")
     monkeypatch.chdir(folder)
     evaluate.main(evaluate.Config(policy="sft", reference="sft", reward_model="small.pt",
                                   eval_prompts=64, max_new_tokens=12, out="small"))
@@ -323,10 +323,10 @@ def report(folder):
     for name, p in content["weights"].items():
         if name.startswith("h.1"):
             p.mul_(1.5)
-    torch.save(content | dict(stage="dpo"), folder / "dpo" / "model.pt")
+    common.save_file(content | dict(stage="dpo"), folder / "dpo" / "model.pt")
     (folder / "other").mkdir(exist_ok=True)
     content = torch.load(folder / "sft" / "model.pt", weights_only=True)
-    torch.save(content | dict(stage="ppo"), folder / "other" / "model.pt")  # the reference's twin
+    common.save_file(content | dict(stage="ppo"), folder / "other" / "model.pt")  # the reference's twin
     result = run_script("evaluate.py", *REPORT, "--reference=sft", "--out=report", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "report", result.stdout, json.loads((folder / "report/report.json").read_text())
@@ -488,7 +488,7 @@ def test_the_epoch_that_the_reward_model_likes(folder):
     for n, scale in enumerate((1.0, 1.6, 0.7), 1):
         weights = {k: v * scale if k.startswith("h.0") else v
                    for k, v in content["weights"].items()}
-        torch.save(content | dict(weights=weights, metrics=dict(loss=3.0 - n)),
+        common.save_file(content | dict(weights=weights, metrics=dict(loss=3.0 - n)),
                    folder / "epochs" / f"model-epoch{n}.pt")
     result = run_script("evaluate.py", "--select=epochs", "--reward_model=reward", "--out=chosen",
                         "--eval_prompts=40", "--max_new_tokens=12", cwd=folder)
@@ -690,7 +690,7 @@ def test_the_instruments_of_tiny_runs(folder, monkeypatch):
         if stage == "reward":
             (target / result).write_bytes(Path("reward/model.pt").read_bytes())
         elif stage != "label":
-            torch.save(content | dict(stage=stage), target / result)
+            common.save_file(content | dict(stage=stage), target / result)
         else:
             (target / result).touch()
 
