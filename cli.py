@@ -23,12 +23,21 @@ import io
 import math
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
 
 # --name=value where the value is a number: a bare int or float may be any finite one
 Number = TypeVar("Number", int, float)
@@ -44,6 +53,21 @@ class UserError(Exception):
     """Bad input: printed as one line, exit status 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; its argument is the number of the signal."""
+
+
+def interrupt(number, frame=None):
+    raise Interrupted(number)
+
+
+def catch_signals(handler):
+    """handler(number, frame) is called on Ctrl-C and on SIGTERM."""
+    if threading.current_thread() is threading.main_thread():  # others get none
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
 @dataclass
 class Config:
     """What means the same in every run; each script adds its own."""
@@ -51,12 +75,15 @@ class Config:
     out: str = ""  # output folder
     seed: NotNegative[int] = 1  # of every random stream
     device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
-    resume: bool = False  # go on with an interrupted run
+    resume: bool | None = None  # auto: go on with an interrupted run; true: or stop; false: never
     overwrite: bool = False  # start again in a folder that holds a run
+    save_minutes: NotNegative[float] = 5  # a state is saved this often at least
 
 
 def parse(config_class):
     """The settings that the command line gives. --help prints them all and stops."""
+    # until `run_main` there is nothing to save, and torch is imported for seconds
+    catch_signals(lambda number, _: os._exit(128 + number))
     with one_line_errors():
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(config_class))
@@ -64,13 +91,21 @@ def parse(config_class):
         return read_flags(config_class, sys.argv[1:])
 
 
-def run_main(main, config):
-    """What every script ends with: main(config), a user error as one line."""
+def run_main(main, config, folder=None):
+    """What every script ends with: main(config), a user error as one line. folder: locked, this
+    script writes there and no other process may."""
     sys.stdout, sys.stderr = robust(sys.stdout), robust(sys.stderr)
     NOTES.clear()
+    catch_signals(interrupt)
     with one_line_errors():
         try:
-            main(config)
+            with locked(folder) if folder else contextlib.nullcontext():
+                main(config)
+        except KeyboardInterrupt as stop:
+            print("\ninterrupted" + (
+                f"; the same command goes on:\n    {command_line()}" if hasattr(config, "resume")
+                else ""), file=sys.stderr)
+            sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
         except (MemoryError, RuntimeError, OSError) as error:
             if not out_of_memory(error):
                 if isinstance(error, OSError):
@@ -125,9 +160,49 @@ def one_line_errors():
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def make_folder(flag, path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={path} is no folder that can be written to: "
+                        f"{error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder, which goes at the end if nothing was written to it. UserError if another
+    process holds it; the kernel takes the lock of one that is dead."""
+    make_folder("out", folder)
+    path, file = Path(folder).resolve() / "lock", None
+    while file is None and fcntl:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by process {file.read() or '?'}: wait for it, or "
+                            "choose another --out=DIR") from None
+        # who held it may have deleted it between these two lines, and a third have made a new one
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file = None
+    if file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} since {time.strftime('%d %b %H:%M')}")
+        file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something
+            path.parent.rmdir()
+
+
+def command_line():
+    """The command as it was typed, without --overwrite=true: that would start again."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite=true"]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
 def read_flags(config_class, argv):

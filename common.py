@@ -3,11 +3,14 @@
 No loss and no training loop lives here.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import NOTES, UserError, as_text, note, out_of_memory
+from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line, interrupt,
+                 make_folder, note, out_of_memory)
 from data.files import append, file_hash, is_data, missing, need_room, sweep, whole_file
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -25,6 +29,14 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).parent
 STARTS = ("sft", "convert", "pretrain")  # what sft.py and reward.py start from
 POLICIES = ("sft", "convert", "dpo", "ppo", "grpo")  # make an assistant: each can start the next
+
+# flags that name data files, and checkpoints: a run is known by their content, not their paths
+DATA = ("data", "answers", "demos", "pretrain_data", "ptx_data")
+CHECKPOINTS = ("init", "policy", "reference", "policies", "reward_model", "judge")
+# flags that may change where a run goes on: no number depends on them, or (micro_batch, device) the
+# last digits only
+FREE = ("out", "resume", "overwrite", "port", "log_every", "save_every", "save_minutes", "device",
+        "micro_batch", "checkpointing", "reference_cache")
 
 
 # --- device, precision, seeds --------------------------------------------------------------------
@@ -162,12 +174,37 @@ def round_blocks(model):
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
-def make_folder(flag, path):
+def first_row(folder):
+    """The row of settings of the run that a folder holds, None where there is no log. UserError
+    where the log is none of ours."""
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return None
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--{flag}={path} is no folder that can be written to: "
-                        f"{error.strerror}") from None
+        with open(path, encoding="utf-8") as f:
+            row = json.loads(f.readline())
+        stage, settings, parents = row["stage"], row["config"], row["parents"]
+        if isinstance(stage, str) and isinstance(settings, dict) and isinstance(parents, dict):
+            return row
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        pass
+    raise UserError(f"{path} is not the log of a run: choose another --out=DIR, or move it away")
+
+
+def last_row(folder):
+    """The last row of a folder's log, {} if there is none or it was written in part."""
+    try:
+        row = json.loads((Path(folder) / "log.jsonl").read_bytes().splitlines()[-1])
+        return row if isinstance(row, dict) else {}
+    except (OSError, ValueError, IndexError, RecursionError):
+        return {}
+
+
+def finished(folder, result="model.pt"):
+    """Whether a run got to its end here: its last row, its result, and no state to go on from."""
+    folder = Path(folder)
+    return (last_row(folder).get("kind") == "final" and (folder / result).exists()
+            and not (folder / "state.pt").exists())
 
 
 class Run:
@@ -178,64 +215,60 @@ class Run:
     final. parents: {stage: hash} of the checkpoints that the run starts from; the hashes of its
     data files are added, and checkpoints carry them all. result: the file that the end of the run
     writes. others: further files of this stage, which go when it starts again.
+
+    The same command always works. Nothing there: the run starts. Interrupted: it goes on from
+    state.pt, or starts again where it was stopped before the first one. Finished: it says so and
+    ends the process with exit status 0. UserError where the folder holds something else.
     """
 
     def __init__(self, stage, config, device, parents=None, result="model.pt", others=()):
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.parents = Path(config.out), dict(parents or {})
         self.keys, self.start = {}, time.time()
+        self.saved, self.saved_at, self.stop = None, time.monotonic(), None
         self.settings = dataclasses.asdict(config)
-        for name in ("data", "answers", "demos", "pretrain_data", "ptx_data"):
+        for name in DATA:
             value = self.settings.get(name)  # a file, or a name such as "synthetic"
             if isinstance(value, str) and is_data(value):  # in sft.py --demos is a number
                 self.parents[name] = file_hash(value)[:16]
-        before = self._first_row()  # of the run that the folder holds, if any
+        before = first_row(self.folder)  # of the run that the folder holds, if any
         if before and before["stage"] != stage:
             raise UserError(f"{self.folder} holds a {before['stage']} run: choose another --out")
-        finished = (self.folder / result).exists()  # the file that the end of the run writes
-        if finished and not config.overwrite:
-            raise UserError(f"{self.folder} already holds a finished run: --overwrite=true starts "
-                            "it again, --out=DIR writes elsewhere, and --resume=true only helps "
-                            "where a run was interrupted")
-        self.resuming = config.resume and before and (self.folder / "state.pt").exists()
+        files = list(dict.fromkeys((result, "model.pt", "state.pt", "answers.jsonl", *others)))
+        for name in files:
+            if not before and (self.folder / name).exists():
+                raise UserError(f"{self.folder / name} is there without the log of a run that made "
+                                "it: choose another --out=DIR, or move it away")
+        state, ended = (self.folder / "state.pt").exists(), finished(self.folder, result)
+        if before and (state or ended) and not config.overwrite:
+            self._must_match(before, "a finished run" if ended else "an interrupted run")
+        if ended and not config.overwrite and not config.resume:
+            print(f"{stage}: {self.folder} holds this run, finished: --overwrite=true starts it "
+                  "again, --out=DIR writes elsewhere", flush=True)
+            sys.exit(0)
+        self.resuming = state and not config.overwrite
+        if self.resuming and config.resume is False:
+            raise UserError(f"{self.folder} holds an interrupted run: without --resume=false it "
+                            "goes on, --overwrite=true starts again, --out=DIR writes elsewhere")
         if config.resume and not self.resuming:
             raise UserError(f"--resume=true: {self.folder} holds no interrupted run (no state.pt)")
-        if not self.resuming and (self.folder / "state.pt").exists() and not config.overwrite:
-            raise UserError(f"{self.folder} holds an interrupted run: --resume=true continues it, "
-                            "--overwrite=true starts again, --out=DIR writes elsewhere")
-        if self.resuming:
-            # a state goes on exactly only under the settings that it was made with
-            same = lambda s: {k: v for k, v in s.items() if k not in (
-                "resume", "overwrite", "out", "port")}
-            old, new = same(before["config"]), same(self.settings)
-            changed = [k for k in new if old.get(k) != new[k]]
-            if changed:
-                raise UserError(f"--resume=true: {self.folder} was started with "
-                                + ", ".join(f"--{k}={old.get(k)}" for k in changed))
-            # trained again, or edited, in the meantime
-            if before.get("parents") != self.parents:
-                raise UserError(f"--resume=true: {self.folder} was started from "
-                                f"{before.get('parents')}, but here are now {self.parents}: "
-                                "--overwrite=true starts again, --out=DIR writes elsewhere")
-            NOTES.clear()  # the log has them
-            for key, here in self._machine().items():
-                if before[key] != here:
-                    note(f"warning: {self.folder} was started with {key} {before[key]}, here is "
-                         f"{here}: it goes on, but not to the last digit", sys.stderr)
-        elif before:  # an earlier run of this stage: its files go, and nothing else
-            for name in (result, "model.pt", "state.pt", "answers.jsonl", *others, "log.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
-            for path in self.folder.glob("model-epoch*.pt"):
-                path.unlink()
         make_folder("out", self.folder)
         sweep(self.folder)
-        if not self.resuming:
+        if self.resuming:
+            NOTES.clear()  # the log has them
+            self._say_changes(before)
+        else:  # the result first: at no moment does one of these files belong to another's log
+            for path in (*(self.folder / name for name in files if name != "log.jsonl"),
+                         *self.folder.glob("model-epoch*.pt")):
+                path.unlink(missing_ok=True)
             self._write(dict(kind="config", stage=stage, config=self.settings,
-                             parents=self.parents, **self._machine()))
+                             command=command_line(), parents=self.parents, **self._machine()),
+                        new=True)
         flags = [f"--{f.name}={as_text(self.settings[f.name])}" for f in dataclasses.fields(config)
                  if self.settings[f.name] != f.default and f.name != "out"]
-        print(f"{stage}: writes to {self.folder}, runs on {self._machine()['device']}; "
-              f"{' '.join(flags) or 'flags at their defaults'}", flush=True)
+        print(f"{stage}: {'goes on in' if self.resuming else 'writes to'} {self.folder}, runs on "
+              f"{self._machine()['device']}; {' '.join(flags) or 'flags at their defaults'}",
+              flush=True)
 
     def _machine(self):
         """What else the last digits of a run depend on."""
@@ -243,19 +276,41 @@ class Run:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return dict(versions=versions, device=name, threads=torch.get_num_threads())
 
-    def _first_row(self):
-        """The first row of the folder's log, or None."""
-        try:
-            with open(self.folder / "log.jsonl") as f:
-                return json.loads(f.readline())
-        except (OSError, json.JSONDecodeError):
-            return None
+    def _must_match(self, before, what):
+        """UserError if the run in the folder has other settings or inputs. Their paths may be
+        others: it is their content that counts."""
+        free = FREE + CHECKPOINTS + tuple(name for name in DATA if name in self.parents)
+        default = {f.name: f.default for f in dataclasses.fields(self.config)}
+        made = {k: before["config"].get(k, default[k]) for k in self.settings}
+        changed = [k for k, value in self.settings.items() if made[k] != value and k not in free]
+        again = "--overwrite=true starts again, --out=DIR writes elsewhere"
+        if changed:
+            raise UserError(f"{self.folder} holds {what} with "
+                            + ", ".join(f"--{k}={as_text(made[k])}" for k in changed)
+                            + f", not as here: {again}")
+        if before["parents"] != self.parents:  # trained again, or edited, in the meantime
+            raise UserError(f"{self.folder} holds {what} made from {before['parents']}, but here "
+                            f"are now {self.parents}: {again}")
 
-    def _write(self, row):
+    def _say_changes(self, before):
+        """Warn of what makes the rest of the run differ in its last digits."""
+        here = self._machine() | {k: v for k, v in self.settings.items() if k == "micro_batch"}
+        for key, value in here.items():
+            made = before["config"].get(key) if key == "micro_batch" else before.get(key)
+            if made != value:
+                note(f"warning: {self.folder} was started with {key} {made}, here is {value}: it "
+                     "goes on, but not to the last digit", sys.stderr)
+
+    def _write(self, row, new=False):
         rows = (row, *(dict(kind="note", text=text) for text in NOTES))
         rows = [{k: None if v != v else v for k, v in each.items()} for each in rows]  # no nan
-        append(self.folder / "log.jsonl",
-               "".join(json.dumps(each, default=float) + "\n" for each in rows))
+        text = "".join(json.dumps(each, default=float) + "\n" for each in rows)
+        path = self.folder / "log.jsonl"
+        if new:  # in one piece: a first row is there or not, never half of it
+            with whole_file(path, "w") as file:
+                file.write(text)
+        else:
+            append(path, text)
         NOTES.clear()
 
     def log(self, kind="step", **row):
@@ -277,21 +332,35 @@ class Run:
               + (f"\ncurves: python plot.py {self.folder}" if "lr" in self.settings else "")
               + (f"\nnext: {then}" if then else ""), flush=True)
 
-    def save_state(self, **state):
-        """Everything an exact resume needs, modules and optimisers among it; written whole or not
-        at all. The state that the run goes on from is there already."""
-        if self.resuming and state["step"] == self.resumed_at:
-            return
+    def due(self, step, every):
+        """Whether to save a state now: every so many steps, every --save_minutes, and where Ctrl-C
+        or SIGTERM asked to stop."""
+        return step != self.saved and (
+            step % every == 0 or self.stop is not None
+            or time.monotonic() - self.saved_at > 60 * self.config.save_minutes)
+
+    def save_state(self, step, steps, **state):
+        """Everything an exact resume needs before step `step` of `steps`, modules and optimisers
+        among it; written whole or not at all. If a signal asked to stop, it ends the run."""
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-        state |= dict(rng=torch.get_rng_state(), seconds=time.time() - self.start,
+        with open(self.folder / "log.jsonl", "rb") as log:
+            os.fsync(log.fileno())  # the rows that the state counts on
+        state |= dict(step=step, rng=torch.get_rng_state(), seconds=time.time() - self.start,
                       log_size=(self.folder / "log.jsonl").stat().st_size)
         if self.device.type == "cuda":  # only dropout draws from it
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         save_file(state, self.folder / "state.pt")
+        self.saved, self.saved_at = step, time.monotonic()
+        if self.stop:
+            raise Interrupted(self.stop)
+        if step == steps:  # what follows the loop stops at once: it begins here again
+            catch_signals(interrupt)
 
     def load_state(self, **targets):
         """On resume load the targets, modules and optimisers, and return the rest of the saved
-        state; else {}. Log rows written after it are cut off."""
+        state; else {}. Log rows written after it are cut off. From here to the end of the loop
+        Ctrl-C and SIGTERM wait for the step's end, and `save_state` stops the run."""
+        catch_signals(self._stop_soon)
         path = self.folder / "state.pt"
         if not self.resuming:
             # two states, one beside the other; then the model, where one of them was
@@ -305,7 +374,7 @@ class Run:
             if "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
             self.start -= state["seconds"]  # of the sessions before
-            self.resumed_at = state["step"]
+            self.saved = state["step"]
             if not 0 <= state["log_size"] <= (self.folder / "log.jsonl").stat().st_size:
                 raise ValueError("log.jsonl is shorter")
         except Exception as error:  # as many kinds as there are ways in which it may not fit
@@ -316,6 +385,12 @@ class Run:
         with open(self.folder / "log.jsonl", "r+") as f:
             f.truncate(state["log_size"])
         return state
+
+    def _stop_soon(self, number, frame):
+        if self.stop:  # asked twice
+            interrupt(number, frame)
+        self.stop = number
+        os.write(2, b"\nsaves after this step and stops; once more: stops at once\n")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -520,25 +595,41 @@ def check_lineage(role, expected, parents, path):
 
 
 def ensure_input(config, field, stage):
-    """Run `stage` with its defaults if config.<field> is at its default and does not exist yet."""
+    """Run `stage` with its defaults if config.<field> is at its default and not there in whole."""
     path = Path(getattr(config, field))
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
-    if is_data(path) or (path / "model.pt").exists():
+    if is_data(path) or (path / "model.pt").exists() and not (path / "state.pt").exists():
         return
     if Path(default).suffix and str(path) != default:  # a data file of the user's
         raise UserError(f"--{field}: {missing(path)}")
-    if (path / "state.pt").exists():
-        raise UserError(f"{path} holds an interrupted run: `python {stage}.py --resume=true "
-                        f"--out={path}` finishes it")
-    if path.exists():
-        raise UserError(f"--{field}={path} is no output of `python {stage}.py`: no model.pt in it")
     if str(path) != default:
-        raise UserError(f"--{field}={path} does not exist: `python {stage}.py --out="
-                        f"{path if not path.suffix else path.parent}` makes one")
+        folder = path if not path.suffix else path.parent
+        before = first_row(folder)
+        if before and before["stage"] == stage:
+            raise UserError(f"--{field}={path} holds a run that is not finished: this goes on\n    "
+                            + before.get("command", f"python {stage}.py --out={folder}"))
+        if path.exists():
+            raise UserError(f"--{field}={path} is no output of `python {stage}.py`: no model.pt in "
+                            "it")
+        raise UserError(f"--{field}={path} does not exist: `python {stage}.py --out={folder}` "
+                        "makes one")
     command = [sys.executable, str(ROOT / f"{stage}.py")]
-    print(f"{path} does not exist yet: running `python {stage}.py` first", flush=True)
+    print(f"{path} is not there in whole: running `python {stage}.py` first", flush=True)
     if config.device != "auto":
         command.append(f"--device={config.device}")
-    result = subprocess.run(command)
-    if result.returncode:
-        raise UserError(f"`python {stage}.py` failed with exit status {result.returncode}")
+    # in a process group of its own, so that Ctrl-C reaches it once, through this process
+    child = subprocess.Popen(command, process_group=0, preexec_fn=end_with_parent)
+    try:
+        status = child.wait()
+    except Interrupted as stop:
+        child.send_signal(stop.args[0])
+        child.wait()
+        raise
+    if status:
+        raise UserError(f"`python {stage}.py` failed with exit status {status}")
+
+
+def end_with_parent():
+    """In a child: SIGTERM, which saves and stops, when its parent is killed. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

@@ -29,7 +29,8 @@ class Config(cli.Config):
     data: str = "out/label/rankings.jsonl"  # file of rankings, pairs or (kto) labels
     out: str = "out/dpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     # --- the loss
     loss: str = "dpo"  # dpo, cdpo, ipo, ipo_mean, dpo_norm, simpo, kto
     beta: Positive[float] | None = None  # its unit depends on the loss, see LOSSES
@@ -243,24 +244,38 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
 
     The key is a hash of everything the numbers depend on: the reference's weights, every token and
     mask of the data, the tokenizer, and the device's precision. The file is called by its key and
-    repeats it inside; one that says something else is refused, not used.
+    repeats it inside; one that says something else is refused, not used. It is written every
+    --save_minutes as well, and when the run is stopped: then it holds those of the first answers.
     """
     rows, masks = all_rows(elements)
     key = common.text_hash(json.dumps([
         common.weights_hash(reference.state_dict()), rows.hash(), masks.hash(), tokenizer.hash,
         device.type]))
     path = Path(config.reference_cache) / f"{key}.pt"
+    logps, size = torch.zeros(0, dtype=torch.float64), 1024  # answers between two looks at the time
     if path.exists():
         cached = common.load_file(path)
-        if cached.get("key") != key or getattr(cached.get("logps"), "shape", 0) != (len(rows),):
+        if cached.get("key") != key or not isinstance(cached.get("logps"), torch.Tensor) \
+                or cached["logps"].dim() != 1 or len(cached["logps"]) > len(rows):
             raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
                             " and it is computed again")
         logps = cached["logps"]
-        say(f"reference log-probabilities of {len(rows):,} answers from {path}")
-    else:
-        common.make_folder("reference_cache", path.parent)  # before the work, in case it cannot be
-        logps = sequence_logprobs(reference, rows, masks, tokenizer.pad, bar="reference")
-        common.save_file(dict(key=key, logps=logps), path)
+        say(f"reference log-probabilities of {len(logps):,} of {len(rows):,} answers from {path}")
+    common.make_folder("reference_cache", path.parent)  # before the work, in case it cannot be
+    saved, clock = len(logps), time.monotonic()
+    bar = progress(range(saved, len(rows), size), "reference", initial=saved // size,
+                   total=-(-len(rows) // size))
+    try:
+        for start in bar:
+            part = np.arange(start, min(start + size, len(rows)))
+            logps = torch.cat([logps, sequence_logprobs(reference, rows.select(part),
+                                                        masks.select(part), tokenizer.pad)])
+            if time.monotonic() - clock > 60 * config.save_minutes:
+                common.save_file(dict(key=key, logps=logps), path)
+                saved, clock = len(logps), time.monotonic()
+    finally:
+        if len(logps) > saved:
+            common.save_file(dict(key=key, logps=logps), path)
     set_reference(elements, logps)
 
 
@@ -428,19 +443,23 @@ def main(config):
     # --- training loop -------------------------------------------------------
     optimizer = common.adamw([policy], config.lr, config.weight_decay)
     state = run.load_state(policy=policy, optimizer=optimizer)
+
+    def save(step):
+        run.save_state(step, steps, policy=policy, optimizer=optimizer, metrics=metrics)
+
     first, metrics = state.get("step", 0), state.get("metrics") or validate(0)
     bar = progress(range(first, steps), "dpo", initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
-        if step % config.save_every == 0:
-            run.save_state(policy=policy, optimizer=optimizer, step=step, metrics=metrics)
+        if run.due(step, config.save_every):
+            save(step)
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == first:
             order = epoch_order(train, epoch, config)
         batch, others = batch_of(train, order, i, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         trained = update(policy, reference, optimizer, batch, others, average, config,
-                         tokenizer.pad, check=step == 0)
+                         tokenizer.pad, check=step == 0 and not config.reference)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
@@ -451,12 +470,14 @@ def main(config):
         if i + 1 == steps_per_epoch:
             metrics = validate(epoch + 1)
             run.save_model(policy, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
+    save(steps)
 
     metrics |= compare(policy, reference, tokenizer, prompts, config, run, bool(origin))[0]
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if origin else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

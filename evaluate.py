@@ -20,7 +20,7 @@ is wrong, admit what nobody can know), what they can (facts, sums, plain text), 
 vary, who beats whom. docs/report.md says how each is measured.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import cli
@@ -38,17 +38,23 @@ class Config(cli.Config):
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     split: str | None = None  # "all", "train" or "held_out"; auto: of a file all, else held_out
-    out: str = "out/evaluate"  # log.jsonl, every answer in answers.jsonl; a report: out/report
+    out: str | None = None  # auto: out/evaluate; of a report out/report, of --select out/select
     sets: str = ""  # of a report: files of evaluations (docs/data.md), with commas between
     eval_prompts: Positive[int] | None = None  # at most so many; auto: of a file all, else 512
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
     # --- answers
     best_of: Positive[int] = 1  # with a reward model: also the best of n samples of the reference
     samples: Positive[int] = 10  # of a report: answers to one prompt, for how much they vary
-    resume: ClassVar[bool] = False  # no flag: an evaluation is short, and starts again
+    # no flags: an evaluation is short, and starts again
+    resume: ClassVar[bool | None] = None
+    save_minutes: ClassVar[float] = 5
     temperature: Positive[float] = 1.0  # of both models
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS
+
+    def __post_init__(self):
+        self.out = self.out or ("out/select" if self.select else
+                                "out/report" if self.policies else "out/evaluate")
 
 
 # --help and bad flags are answered before torch is imported
@@ -90,8 +96,14 @@ def load_networks(config, device, reward_model=True):
     common.Run takes them, block_size the tokens that fit the context of all networks."""
     common.ensure_input(config, "init", "sft")
     policy, tokenizer, parent = common.load_policy(config.init, common.POLICIES, device)
-    reference = common.freeze(common.load_policy(config.init, common.POLICIES, device)[0])
-    parents, block_size, judge = {parent["stage"]: parent["hash"]}, policy.config.block_size, None
+    path = config.reference or config.init
+    reference, own, held_to = common.load_policy(path, common.POLICIES, device)
+    common.freeze(reference)
+    common.check_same_tokenizer(own, tokenizer, path, config.init)
+    parents = {parent["stage"]: parent["hash"]}
+    if config.reference:
+        parents["reference"] = held_to["hash"]
+    block_size, judge = min(m.config.block_size for m in (policy, reference)), None
     if reward_model:
         common.ensure_input(config, "reward_model", "reward")
         judge, rm_parent = load_judge(config, tokenizer, config.init, device)
@@ -714,7 +726,8 @@ def select(config, device):
     reward_model, tokenizer, rm_parent = load_reward_model(config.reward_model, device,
                                                            config.score_by)
     config, rows = common.sized(config, "evaluate", reward_model.gpt), []
-    parents, prompts, run = dict(reward=rm_parent["hash"]), None, None
+    parents = {path.stem: common.load_checkpoint(path, ("sft",))["hash"] for path in paths}
+    parents["reward"], prompts, run = rm_parent["hash"], None, None
     for path in paths:
         model, own, checkpoint = common.load_policy(path, ("sft",), device)
         common.check_same_tokenizer(tokenizer, own, config.reward_model, str(path))
@@ -767,8 +780,6 @@ def main(config):
         ("best_of", "--reward_model=", config.reward_model),
         ("score_by", "--reward_model=", config.reward_model)))
     if config.select or config.policies:
-        if config.out == Config.out:
-            config = replace(config, out="out/select" if config.select else "out/report")
         return (select if config.select else make_report)(config, device)
     common.ensure_input(config, "policy", "ppo")
     policy, tokenizer, parent = common.load_policy(config.policy, STAGES, device)
@@ -795,4 +806,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

@@ -33,7 +33,8 @@ class Config(cli.Config):
     #                          model any prompts
     out: str = "out/grpo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     reward: str = "verifier"  # "verifier": 1 for a right response, else 0; "model": reward_model
     reward_model: str = "out/reward"  # used with --reward=model
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
@@ -411,10 +412,14 @@ def main(config):
 
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
     first = run.load_state(policy=policy, optimizer=optimizer).get("step", 0)
+
+    def save(step):
+        run.save_state(step, config.iterations, policy=policy, optimizer=optimizer)
+
     bar = progress(range(first, config.iterations), "grpo", initial=first, total=config.iterations)
     for step in bar:
-        if step % config.save_every == 0:
-            run.save_state(policy=policy, optimizer=optimizer, step=step)
+        if run.due(step, config.save_every):
+            save(step)
         clock = [time.perf_counter()]
 
         # --- rollout: K answers to each prompt -------------------------------
@@ -433,7 +438,7 @@ def main(config):
         common.set_lr(optimizer, config.lr * factor)
         trained = update(policy, optimizer, batch, config,
                          common.stream(config.seed, "grpo", "minibatches", step), text,
-                         check=step == 0)
+                         check=step == 0 and not config.reference)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -453,13 +458,15 @@ def main(config):
                 "1 it is a sum of\nadvantages, and those of a group sum to 0. Its gradient does "
                 "not. Watch score and accuracy.")
         bar.set_postfix({name: f"{row[name] or 0:.2f}" for name in ("score", "kl", "no_signal")})
+    save(config.iterations)
 
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, verifier=config.reward == "verifier")
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

@@ -18,7 +18,7 @@ the result is rankings.jsonl. What the labeler is like stands in card.json. docs
     {"prompt": P, "completions": [text, text, ...]}          # of --answers, or pairs, or rankings
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 import cli
 from cli import NotNegative, Positive, UserError
@@ -63,7 +63,6 @@ class Config(cli.Config):
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import json
-import shlex
 from pathlib import Path
 
 import common
@@ -85,8 +84,7 @@ PERSONS = ("terminal", "page")
 
 
 def check_folder(config):
-    """UserError where this run would write over a person's choices, over its own input, or over
-    files of which no run says that they are its own."""
+    """UserError where this run would write over a person's choices, or over its own input."""
     out, choices = Path(config.out), Path(config.out) / "choices.jsonl"
     for name in ("answers", "data"):
         path = Path(getattr(config, name))
@@ -94,14 +92,11 @@ def check_folder(config):
             raise UserError(f"--{name}={path} lies in --out={out}, whose files this run writes: "
                             "choose another --out=DIR")
     made = len(choices.read_bytes().splitlines()) if choices.exists() else 0
-    goes_on = config.labeler in PERSONS and (out / "state.pt").exists() and not config.overwrite
+    goes_on = config.labeler in PERSONS and not config.overwrite and (
+        (out / "state.pt").exists() or common.finished(out, "card.json"))
     if made and not goes_on:
         raise UserError(f"{out} holds {made} choices of a person, which are never overwritten: "
                         f"choose another --out=DIR, or move {choices} away")
-    for name in ("answers.jsonl", "rankings.jsonl", "rankings.jsonl.part"):
-        if (out / name).exists() and not (out / "log.jsonl").exists():
-            raise UserError(f"{out / name} is there without the log of a run that made it: choose "
-                            "another --out=DIR, or move it away")
 
 
 def load_writers(config, device):
@@ -185,7 +180,7 @@ def draw(run, config, writers, prompts, device):
     for start in progress(range(len(lines), len(prompts), config.chunk), "answers",
                           initial=len(lines) // config.chunk, total=-(-len(prompts) //
                                                                       config.chunk)):
-        run.save_state(step=start)
+        run.save_state(start, len(prompts))
         part, samples = prompts[start:start + config.chunk], []
         for s, (model, tokenizer, _) in enumerate(writers):
             ids = [tokenizer.encode_prompt(p["prompt"]) for p in part]
@@ -337,11 +332,8 @@ def ask_person(run, config, items):
         serve(session, config.port) if config.labeler == "page" else ask_in_terminal(session)
         records, known = session.records(), session.progress()
         if not session.finished:
-            flags = [shlex.quote(f"--{f.name}={cli.as_text(getattr(config, f.name))}")
-                     for f in fields(config) if getattr(config, f.name) != f.default
-                     and f.name not in ("resume", "overwrite")]
             say(f"\n{len(records)} of {len(items)} prompts are ranked; this goes on:\n"
-                f"    python label.py {' '.join(flags)}")
+                f"    {cli.command_line()}")
             if records:
                 say(f"and {run.folder}/rankings.jsonl can be trained on as it is")
             return records, None
@@ -397,8 +389,6 @@ def main(config):
             f"{len(lines)} prompts are not from it: choose model, terminal or page, or principles "
             "with --judge=CHECKPOINT")
     rank, card, about, judges = LABELERS[config.labeler](config, device)
-    if config.labeler in PERSONS and not config.overwrite:  # the same command goes on
-        config = replace(config, resume=(Path(config.out) / "state.pt").exists())
     run = common.Run("label", config, device, parents | judges, result="card.json",
                      others=("rankings.jsonl", "rankings.jsonl.part"))
     print(card)
@@ -406,9 +396,10 @@ def main(config):
     # --- sample and rank -----------------------------------------------------
     run.load_state()
     if config.answers:
-        run.save_state(step=0)
+        run.save_state(0, 0)
     else:
         lines = draw(run, config, writers, lines, device)
+        run.save_state(len(lines), len(lines))
     noise = config.noise if config.labeler == "simulated" else 0.0
     items = [(n, dict(prompt=line["prompt"], completions=line["completions"], **facts(line, noise)))
              for n, line in enumerate(lines) if len(line["completions"]) > 1]
@@ -457,4 +448,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

@@ -31,7 +31,8 @@ class Config(cli.Config):
     data: str = "synthetic"  # prompts: "synthetic" or a file of any records with prompts
     out: str = "out/ppo"  # output folder
     skip_bad: bool = False  # go on without the records that cannot be used, and count them
-    init: str = "out/sft"  # policy to start from; also the reference
+    init: str = "out/sft"  # policy to start from
+    reference: str | None = None  # policy that the KL is measured to; auto: --init
     reward_model: str = "out/reward"  # score, and start of the critic
     score_by: str = "mean"  # of an ensemble of reward models: "mean", "min", "mean-std"
     # --- an iteration
@@ -423,10 +424,13 @@ def main(config):
     first, beta = state.get("step", 0), state.get("beta", config.beta)
     running = RunningStd(*state.get("running", ()))
 
+    def save(step):
+        run.save_state(step, config.iterations, beta=beta, running=running.state(), **kept)
+
     bar = progress(range(first, config.iterations), "ppo", initial=first, total=config.iterations)
     for step in bar:
-        if step % config.save_every == 0:
-            run.save_state(step=step, beta=beta, running=running.state(), **kept)
+        if run.due(step, config.save_every):
+            save(step)
         clock = [time.perf_counter()]
 
         # --- rollout: the policy answers a batch of prompts ------------------
@@ -449,7 +453,7 @@ def main(config):
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
                          config, common.stream(config.seed, "ppo", "minibatches", step), text,
-                         check=step == 0)
+                         check=step == 0 and not config.reference)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -464,17 +468,19 @@ def main(config):
             show_samples(run, step, asked, texts[:4], score=batch["score"], kl=seq_kl)
         bar.set_postfix({name: f"{row[name]:.2f}" for name in ("score", "kl", "eos_rate")})
 
-        if config.kl_target > 0:
+        if config.kl_target > 0 and step + 1 < config.iterations:
             beta = adapt_beta(beta, row["kl"], config.kl_target, config.batch_size,
                               config.kl_horizon)
+    save(config.iterations)
 
     metrics, _, _ = compare(policy, reference, tokenizer, held_out, config, run, synthetic,
                             reward_model, config.best_of)
-    metrics["beta"] = row["beta"]
+    metrics["beta"] = beta
     run.save_model(policy, tokenizer, metrics)
-    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference={config.init}"
+    run.finish(metrics, f"python evaluate.py --policy={config.out} --reference="
+               + (config.reference or config.init)
                + ("" if synthetic else f" --data={config.data}"))
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

@@ -171,10 +171,15 @@ def main(config):
     muon = Muon(matrices, config.muon_lr, config.weight_decay)
     micro_batch = config.micro_batch or config.batch_size
     first = run.load_state(model=model, adamw=adamw, muon=muon).get("step", 0)
+
+    def save(step):
+        run.save_state(step, config.steps, model=model, adamw=adamw, muon=muon)
+
     bar = progress(range(first, config.steps), "pretrain", initial=first, total=config.steps)
     for step in bar:
+        if run.due(step, config.eval_every):
+            save(step)
         if step % config.eval_every == 0:
-            run.save_state(model=model, adamw=adamw, muon=muon, step=step)
             run.log("validation", step=step, loss=validation_loss())
         start = time.perf_counter()
         model.train()
@@ -201,6 +206,8 @@ def main(config):
             run.log(step=step, loss=value, lr=config.lr * factor, grad_norm=norm.item(),
                     tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}", tok_per_s=f"{count / seconds:.0f}")
+
+    save(config.steps)
 
     # --- what it can do ------------------------------------------------------
     metrics = dict(loss=validation_loss())
@@ -236,4 +243,4 @@ def base_gold(model, tokenizer, config, run, device, n=512):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

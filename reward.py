@@ -278,11 +278,15 @@ def main(config):
     optimizer = common.adamw(members, config.lr, config.weight_decay)
     first = run.load_state(model=model, optimizer=optimizer).get("step", 0)
     total = config.ensemble * steps
+
+    def save(n):
+        run.save_state(n, total, model=model, optimizer=optimizer)
+
     bar = progress(range(first, total), "reward", initial=first, total=total)
     for n in bar:
         start = time.perf_counter()
-        if n % config.save_every == 0:
-            run.save_state(model=model, optimizer=optimizer, step=n)
+        if run.due(n, config.save_every):
+            save(n)
         number, step = divmod(n, steps)
         epoch, i = divmod(step, steps_per_epoch)
         member, seed = members[number], seeds[number]
@@ -318,6 +322,7 @@ def main(config):
             run.log(step=n, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start), member=number)
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
+    save(total)
 
     # --- shift, scale, report card, probe ------------------------------------
     model.eval()
@@ -372,4 +377,4 @@ def read_demos(config, train, tokenizer, noise, quality):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

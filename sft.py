@@ -185,12 +185,16 @@ def main(config):
     optimizer = common.adamw([model], config.lr, config.weight_decay)
     micro_batch = config.micro_batch or config.batch_size
     state = run.load_state(model=model, optimizer=optimizer)
+
+    def save(step):
+        run.save_state(step, steps, model=model, optimizer=optimizer, metrics=metrics)
+
     first, metrics = state.get("step", 0), state.get("metrics") or validate(0)
     bar = progress(range(first, steps), "sft", initial=first, total=steps)
     for step in bar:
         start = time.perf_counter()
-        if step % config.save_every == 0:
-            run.save_state(model=model, optimizer=optimizer, step=step, metrics=metrics)
+        if run.due(step, config.save_every):
+            save(step)
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == first:
             order = epoch_order(data.train, epoch, config)
@@ -225,6 +229,7 @@ def main(config):
         if i + 1 == steps_per_epoch:
             metrics = validate(epoch + 1)
             run.save_model(model, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
+    save(steps)
 
     # The last epoch is the default: the loss is best after an earlier one, gold after the last.
     run.save_model(model, tokenizer, metrics)
@@ -233,4 +238,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

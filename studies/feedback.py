@@ -1,8 +1,10 @@
 """Does it matter who labels, and does a second round help?
 
 rounds: online DPO. The reward model of the pipeline labels what the policy says, DPO learns from
-it, and again from the result, three times. Beside it one round that trains three epochs on its
-first labels: as many steps, no new answers. All against the SFT model.
+it, and again from the result, three times: each round with the policy that it starts from as its
+reference, as `--init` alone does, and with the SFT model (`--reference`). Beside them one round
+that trains three epochs on its first labels: as many steps, no new answers. All against the SFT
+model.
 
 labelers: the answers of the pipeline's rankings are ranked once more, by principles (the judge by
 rule of data/synthetic/principles.py). A reward model is trained on each, and PPO with each. How
@@ -88,21 +90,30 @@ def rounds(config, seed):
                   reference=str(base / "sft"), eval_prompts=config.eval_prompts, **sizes)
         found[name] = {k: row[k] for k in ("gold", "gold_win_rate", "kl", "length")}
 
-    policy = base / "sft"
-    for n in range(1, config.rounds + 1):
-        labelled = run("label", folder / f"label{n}", config, init=str(policy), labeler="model",
+    def one_round(policy, n, kind="", **more):
+        """Label what the policy says, and train it; the folder of the result."""
+        labels, trained = folder / f"{kind}label{n}", folder / f"{kind}dpo{n}"
+        labelled = run("label", labels, config, init=str(policy), labeler="model",
                        reward_model=str(base / "reward"), prompts=config.prompts,
                        held_out=config.held_out, **sizes)
-        data = str(folder / f"label{n}" / "rankings.jsonl")
-        flags = dict(init=str(policy), data=data, reference_cache=str(folder / "reference_logps"),
-                     eval_prompts=config.eval_prompts, **sizes)
+        flags = dict(init=str(policy), data=str(labels / "rankings.jsonl"), epochs=1,
+                     reference_cache=str(folder / "reference_logps"),
+                     eval_prompts=config.eval_prompts, **sizes) | more
+        run("dpo", trained, config, **flags)
+        name = f"round {n}, from the SFT model" if n == 1 else \
+            f"round {n}, held to {'the SFT model' if kind else f'round {n - 1}'}"
+        judged(name, trained)
+        found[name] |= dict(pairs=labelled["pairs"])
         if n == 1:  # as many steps without new answers
-            run("dpo", folder / "epochs", config, epochs=config.rounds, **flags)
-            judged(f"1 round of {config.rounds} epochs", folder / "epochs")
-        run("dpo", folder / f"dpo{n}", config, epochs=1, **flags)
-        policy = folder / f"dpo{n}"
-        judged(f"round {n}", policy)
-        found[f"round {n}"] |= dict(pairs=labelled["pairs"])
+            run("dpo", folder / "epochs", config, **flags | dict(epochs=config.rounds))
+            judged(f"{config.rounds} epochs of round 1", folder / "epochs")
+        return trained
+
+    first = one_round(base / "sft", 1)
+    for kind, more in (("", {}), ("held-", dict(reference=str(base / "sft")))):
+        policy = first
+        for n in range(2, config.rounds + 1):
+            policy = one_round(policy, n, kind, **more)
     return found
 
 
@@ -202,4 +213,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.run_main(main, CONFIG)
+    cli.run_main(main, CONFIG, CONFIG.out)

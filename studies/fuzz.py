@@ -248,7 +248,7 @@ def own_files(out):
     run = common.Run("x", config, cpu)
     run.log(step=1, loss=0.5, lr=0.1)
     run.log("validation", step=2, loss=0.3)
-    run.save_state(policy=kept, optimizer=optimizer, step=1, metrics=dict(loss=1.0))
+    run.save_state(1, 9, policy=kept, optimizer=optimizer, metrics=dict(loss=1.0))
     run.resuming = True
 
     prompts = [dict(prompt=p, held_out=p > "b") for p in "abcd"]

@@ -35,8 +35,8 @@ def final(folder):
 
 def inputs(flags):
     """{path: hash} of the checkpoints and files that these flags name."""
-    paths = [flags[name] for name in ("init", "reward_model", "policy", "data", "answers")
-             if name in flags]
+    names = ("init", "reference", "reward_model", "policy", "data", "answers")
+    paths = [flags[name] for name in names if name in flags]
     return {path: torch.load(Path(path) / "model.pt", weights_only=True, mmap=True)["hash"]
             if Path(path).is_dir() else file_hash(path)[:16] for path in paths}
 
@@ -51,8 +51,7 @@ def run(stage, folder, config, flags, parents, **more):
     folder = Path(folder)
     if final(folder) is None:
         words = [f"--{name}={cli.as_text(value)}" for name, value in (
-            dict(device=config.device) | flags | more
-            | dict(out=str(folder), overwrite=True)).items()]
+            dict(device=config.device) | flags | more | dict(out=str(folder))).items()]
         command(stage, words, config.workers > 1)
     first = json.loads((folder / "log.jsonl").read_text().split("\n")[0])
     for name, value in flags.items():

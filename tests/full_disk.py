@@ -37,8 +37,8 @@ import torch
 from tiny_runs import FLAGS, make_inputs
 
 SCRIPTS = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo, grpo=grpo, pretrain=pretrain, label=label,
-               evaluate=evaluate)
-RESULTS = dict(label="rankings.jsonl", evaluate="answers.jsonl")
+               evaluate=evaluate, report=evaluate)
+RESULTS = dict(label="rankings.jsonl", evaluate="answers.jsonl", report="report.md")
 STEPS = ["--save_every=1"]
 MORE = dict(
     sft=STEPS, reward=STEPS, dpo=STEPS, ppo=["--iterations=2", *STEPS],
@@ -47,7 +47,8 @@ MORE = dict(
               "--steps=3", "--eval_every=1"],
     label=["--init=sft", "--data=pairs.jsonl", "--labeler=model", "--reward_model=reward",
            "--chunk=4", "--max_new_tokens=12"],
-    evaluate=["--policies=sft", "--reference=sft", "--data=pairs.jsonl", "--max_new_tokens=12"])
+    evaluate=["--policy=sft", "--reference=sft", "--data=pairs.jsonl", "--max_new_tokens=12"],
+    report=["--policies=sft", "--reference=sft", "--data=pairs.jsonl", "--max_new_tokens=12"])
 
 
 class Disk:
@@ -86,12 +87,12 @@ class Disk:
         return io.TextIOWrapper(file, encoding, errors) if encoding else file
 
 
-def run(stage, writes, more=()):
+def run(stage, writes):
     """(exit status, what it said on standard error, how many writes it tried) of a stage in the
     current folder, whose disk takes so many writes."""
     disk, said = Disk(writes), io.StringIO()
     script = SCRIPTS[stage]
-    flags = [*FLAGS.get(stage, ()), *MORE[stage], f"--out=out/{stage}", *more]
+    flags = [*FLAGS.get(stage, ()), *MORE[stage], f"--out=out/{stage}"]
     places = [(data.files, "open", disk.open)] + [
         (module.tempfile, "TemporaryFile", disk.temporary) for module in (data.tokens, data.load)]
     before = [getattr(module, name, None) for module, name, _ in places]
@@ -108,13 +109,6 @@ def run(stage, writes, more=()):
         for (module, name, _), value in reversed([*zip(places, before)]):
             setattr(module, name, value) if value else delattr(module, name)
     return status, said.getvalue(), disk.tried
-
-
-def again(stage):
-    """The flag under which the same command goes on."""
-    folder = Path("out") / stage
-    resumes = (folder / "state.pt").exists() and stage != "evaluate"
-    return ["--resume=true"] if resumes else ["--overwrite=true"]
 
 
 def result(stage):
@@ -134,13 +128,13 @@ def check(stage, writes, expected):
         or "cannot write" not in said.splitlines()[-1])
     state = Path("out") / stage / "state.pt"
     kept = state.exists() and state.read_bytes()
-    status, said, _ = run(stage, 0, again(stage))
+    status, said, _ = run(stage, 0)
     wrong += [f"on the full disk: exit status {status}, {said!r}"] * (
         status != 2 or "Traceback" in said)
     wrong += ["the last good state has changed"] * (
         bool(kept) and (not state.exists() or state.read_bytes() != kept))
     wrong += [f"left behind: {path}" for path in Path("out").rglob("*.tmp")]
-    status, said, _ = run(stage, 10**9, again(stage))
+    status, said, _ = run(stage, 10**9)
     wrong += [f"with room: exit status {status}, {said!r}"] * (status != 0)
     return wrong or ["another result"] * (result(stage) != expected)
 
@@ -150,10 +144,11 @@ def main(stages):
     for stage in stages:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             make_inputs(Path())
-            last = run(stage, 10**9)
-            expected = result(stage)
-            tried = 0
-            for n in range(last[2]):
+            status, said, writes = run(stage, 10**9)
+            if status:
+                sys.exit(said)
+            expected, tried = result(stage), 0
+            for n in range(writes):
                 os.system("rm -rf out")
                 wrong = check(stage, n, expected)
                 tried, failed = tried + 1, failed + bool(wrong)

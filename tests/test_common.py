@@ -160,7 +160,7 @@ def test_notes_are_kept_in_the_log(tmp_path, capsys):
     # catches what was dropped and said on the terminal only; notes that a resumed run repeats
     cli.note("training prompts: dropped 2 of 5")
     run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
-    run.save_state(step=1)
+    run.save_state(1, 2)
     cli.note("warning: KL below 0")
     run.log(loss=1.0)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -181,7 +181,7 @@ def test_seconds_count_all_sessions(tmp_path, monkeypatch):
     monkeypatch.setattr(common.time, "time", lambda: clock[0])
     run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
     clock[0] += 50
-    run.save_state(step=1)
+    run.save_state(1, 2)
     clock[0] += 3000  # interrupted
     run = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
     run.load_state()
@@ -196,7 +196,7 @@ def test_help_shows_every_field_with_its_comment():
     shown = cli.help_text(Config)
     for part in ("--out=out/x", "output folder", "how many, over two lines", "--lr=0.001",
                  "how fast", "--bonus=0.5", "\nhow it learns:\n", "--seed=1", "\nthe run:\n",
-                 "--resume=false "):
+                 "--resume=auto "):
         assert shown.count(part) == 1, part
 
 
@@ -235,22 +235,31 @@ def test_help_does_not_wait_for_torch():
     assert result.returncode == 0, result.stderr
 
 
-def test_a_finished_run_is_not_touched(tmp_path):
+def test_a_finished_run_is_not_touched(tmp_path, capsys):
     # catches results written over, and old files that survive --overwrite
     config = Config(out=str(tmp_path / "run"))
     run = common.Run("x", config, torch.device("cpu"))
     (run.folder / "model.pt").write_text("result")
     (run.folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="--overwrite=true.*--out=DIR.*--resume=true"):
+    run.finish(dict(loss=1.0))
+    log = (run.folder / "log.jsonl").read_text()
+    with pytest.raises(SystemExit) as stop:
         common.Run("x", config, torch.device("cpu"))
+    assert stop.value.code == 0
+    assert "holds this run, finished: --overwrite=true" in capsys.readouterr().out
+    for other in (dict(resume=True), dict(steps=9)):
+        with pytest.raises(UserError, match="no interrupted run|a finished run with --steps=10, "):
+            common.Run("x", Config(out=config.out, **other), torch.device("cpu"))
     assert (run.folder / "model.pt").read_text() == "result"
+    assert (run.folder / "log.jsonl").read_text() == log
     common.Run("x", Config(out=config.out, overwrite=True), torch.device("cpu"))
     assert not (run.folder / "model.pt").exists() and (run.folder / "notes.txt").exists()
     with pytest.raises(UserError, match="no interrupted run"):
         common.Run("x", Config(out=config.out, resume=True), torch.device("cpu"))
-    run.save_state(step=1)
-    with pytest.raises(UserError, match="holds an interrupted run: --resume=true"):
-        common.Run("x", config, torch.device("cpu"))
+    run.save_state(1, 2)
+    with pytest.raises(UserError, match="an interrupted run: without --resume=false it goes on"):
+        common.Run("x", Config(out=config.out, resume=False), torch.device("cpu"))
+    assert common.Run("x", config, torch.device("cpu")).resuming
 
 
 def test_only_the_files_of_a_run_are_removed(tmp_path):
@@ -268,8 +277,8 @@ def test_only_the_files_of_a_run_are_removed(tmp_path):
 
 def test_resume_needs_the_same_settings(tmp_path):
     # catches a run that goes on under other settings than its log says
-    common.Run("x", Config(out=str(tmp_path), steps=5), torch.device("cpu")).save_state(step=1)
-    with pytest.raises(UserError, match="was started with --steps=5"):
+    common.Run("x", Config(out=str(tmp_path), steps=5), torch.device("cpu")).save_state(1, 2)
+    with pytest.raises(UserError, match="an interrupted run with --steps=5, not as here"):
         common.Run("x", Config(out=str(tmp_path), steps=6, resume=True), torch.device("cpu"))
     common.Run("x", Config(out=str(tmp_path), steps=5, resume=True), torch.device("cpu"))
 
@@ -286,11 +295,11 @@ def test_resume_needs_the_same_inputs(tmp_path):
 
     data = tmp_path / "data.jsonl"
     data.write_text("one")
-    run = go_on(resume=False, sft="abc")
-    run.save_state(step=1)
+    run = go_on(resume=None, sft="abc")
+    run.save_state(1, 2)
     assert run.parents == dict(sft="abc", data=common.text_hash("one"))
     assert go_on(sft="abc").load_state()["step"] == 1
-    with pytest.raises(UserError, match="started from .*abc.* are now .*def"):
+    with pytest.raises(UserError, match="made from .*abc.* are now .*def"):
         go_on(sft="def")
     data.write_text("two")
     with pytest.raises(UserError, match=f"are now .*{common.text_hash('two')}"):
@@ -300,7 +309,7 @@ def test_resume_needs_the_same_inputs(tmp_path):
 
 def test_resume_elsewhere_is_said(tmp_path, capsys, one_thread):
     # catches a run that goes on with other threads, whose last digits differ, and says nothing
-    common.Run("x", Config(out=str(tmp_path)), torch.device("cpu")).save_state(step=1)
+    common.Run("x", Config(out=str(tmp_path)), torch.device("cpu")).save_state(1, 2)
     common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
     assert "warning" not in capsys.readouterr().err
     torch.set_num_threads(2)
@@ -419,8 +428,8 @@ def test_a_missing_default_input_is_made_as_asked(tmp_path, monkeypatch):
     from sft import Config
     commands = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.subprocess, "run", lambda command: commands.append(command)
-                        or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(common.subprocess, "Popen", lambda command, **_: commands.append(command)
+                        or SimpleNamespace(wait=lambda: 0))
     common.ensure_input(Config(), "init", "pretrain")
     common.ensure_input(Config(device="cpu"), "init", "pretrain")
     script = [sys.executable, str(common.ROOT / "pretrain.py")]
@@ -462,14 +471,16 @@ def test_every_open_flag_of_a_stage_is_in_the_table():
     import ppo
     import reward
     import sft
-    later = dict(sft={"pretrain_data"}, ppo={"critic_lr"},
-                 grpo={*grpo.METHODS["dapo"], "kl_estimator"}, evaluate={"eval_prompts", "split"})
+    later = dict(sft={"pretrain_data"}, ppo={"critic_lr", "reference"},
+                 grpo={*grpo.METHODS["dapo"], "kl_estimator", "reference"},
+                 evaluate={"eval_prompts", "split", "out"},
+                 **{x: {"reference"} for x in dpo.LOSSES})
     rows = [("sft", sft), ("reward", reward), ("ppo", ppo), ("grpo", grpo), ("label", label),
             ("evaluate", evaluate), *((loss, dpo) for loss in dpo.LOSSES)]
     assert common.AUTO.keys() == {"critic", *(name for name, _ in rows)}
     for name, module in rows:
         open_ = {f.name for f in dataclasses.fields(module.Config) if f.default is None}
-        assert open_ - later.get(name, set()) == common.AUTO[name].keys(), name
+        assert open_ - {"resume"} - later.get(name, set()) == common.AUTO[name].keys(), name
         assert all(len(row) == 3 for row in common.AUTO[name].values())
         rates = common.AUTO[name].get("lr", (3, 2, 1))
         assert rates[0] > rates[1] >= rates[2]
@@ -613,20 +624,20 @@ def test_the_room_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
         run.load_state(model=model, optimizer=optimizer)
     free(24.1e6)
     assert run.load_state(model=model, optimizer=optimizer) == {}
-    run.save_state(model=model, step=3)
+    run.save_state(3, 9, model=model)
     again = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
     free(1000)  # going on takes none at first: the state is there already
     assert again.load_state(model=model)["step"] == 3
-    again.save_state(model=model, step=3)
+    assert not again.due(3, 1) and again.due(4, 1)
     with pytest.raises(UserError, match="cannot write .*state.pt: it needs 4.0 MB, 0.0 MB are"):
-        again.save_state(model=model, step=4)
+        again.save_state(4, 9, model=model)
 
 
 def test_a_damaged_state_is_refused(tmp_path):
     # catches a flipped bit in a run that goes on
     model = torch.nn.Linear(3, 3)
     common.Run("x", Config(out=str(tmp_path)), torch.device("cpu")).save_state(
-        model=model, step=1, metrics=dict(loss=0.5))
+        1, 9, model=model, metrics=dict(loss=0.5))
     path = tmp_path / "state.pt"
     whole, rng = path.read_bytes(), random.Random(0)
     refused = 0

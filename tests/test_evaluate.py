@@ -326,7 +326,7 @@ def report(folder):
     common.save_file(content | dict(stage="dpo"), folder / "dpo" / "model.pt")
     (folder / "other").mkdir(exist_ok=True)
     content = torch.load(folder / "sft" / "model.pt", weights_only=True)
-    common.save_file(content | dict(stage="ppo"), folder / "other" / "model.pt")  # the reference's twin
+    common.save_file(content | dict(stage="ppo"), folder / "other" / "model.pt")  # a twin
     result = run_script("evaluate.py", *REPORT, "--reference=sft", "--out=report", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "report", result.stdout, json.loads((folder / "report/report.json").read_text())

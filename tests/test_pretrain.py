@@ -61,8 +61,8 @@ def test_every_position_is_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join(f"{i} plus {i} is {2 * i}." for i in range(90)))
     states = []
-    monkeypatch.setattr(pretrain.common.Run, "save_state", lambda run, model, **_: states.append(
-        model.wpe.weight.detach().clone()))
+    keep = lambda run, *_, model, **__: states.append(model.wpe.weight.detach().clone())
+    monkeypatch.setattr(pretrain.common.Run, "save_state", keep)
     pretrain.main(cli.read_flags(pretrain.Config, [
         "--data=text.txt", "--steps=2", "--eval_every=1", "--batch_size=8", "--block_size=16",
         "--n_layer=1", "--n_head=1", "--n_embd=16", "--weight_decay=0", "--out=out"]))
