@@ -122,7 +122,7 @@ def out_of_memory(error):
     """Torch has a RuntimeError for it on a GPU, and others on a CPU; the system has a number."""
     return (isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
             or getattr(error, "errno", None) == errno.ENOMEM
-            or re.search("can.?not allocate memory|can't allocate memory|bad_alloc|out of memory",
+            or re.search("can(.t|not) (allocate memory|start new thread)|bad_alloc|out of memory",
                          str(error), re.IGNORECASE) is not None)
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import cli
-from cli import Positive
+from cli import NotNegative, Positive
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Config(cli.Config):
     # no flags: an evaluation is short, and starts again
     resume: ClassVar[bool | None] = None
     save_minutes: ClassVar[float] = 5
-    temperature: Positive[float] = 1.0  # of both models
+    temperature: NotNegative[float] = 1.0  # of both models; 0 takes the most probable tokens, and
+    #                                        KL and entropy are those at 1 on these answers
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS
 
@@ -243,7 +244,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     every = draw(reference, "reference", [i for i in ids for _ in range(n)])
     sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
     logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
-                                        config.temperature, "KL") for model in (policy, reference))
+                                        config.temperature or 1.0, "KL")
+                      for model in (policy, reference))
     # what is measured: one number a prompt, of the reference and of the policy
     each = lambda value: [np.array([value(s, i) for i, s in enumerate(samples)], float)
                           for samples in (sft, drawn)]
@@ -392,7 +394,8 @@ def ask(model, tokenizer, ids, config, purpose, samples=1):
 def answer_stats(model, ids, drawn, pad, config):
     """(log pi(y | x), sum of the entropies of its tokens), each (n,): nats per sequence."""
     def stats(tokens, mask):
-        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature, entropy=True)
+        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature or 1.0,
+                                        entropy=True)
         return torch.stack([logp.sum(1), entropy.sum(1)], 1)
 
     rows, masks = response_rows(ids, drawn)
@@ -427,7 +430,7 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     drawn = ask(model, tokenizer, ids, config, "answers")
     logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
     ref_logp = sequence_logprobs(reference, *response_rows(ids, drawn), tokenizer.pad,
-                                 config.temperature, "KL").numpy()
+                                 config.temperature or 1.0, "KL").numpy()
     lengths = np.array([len(s["ids"]) for s in drawn], float)
     rate = entropy.sum() / lengths.sum()
     values = dict(kl=logp - ref_logp, length=lengths,
@@ -778,6 +781,8 @@ def main(config):
         ("select", "no --policies and no --sets", not (config.policies or config.sets)),
         ("sets", "--policies=", config.policies),
         ("best_of", "--reward_model=", config.reward_model),
+        ("best_of", "a --temperature above 0: all n samples are the same", config.temperature),
+        ("samples", "a --temperature above 0: all of them are the same", config.temperature),
         ("score_by", "--reward_model=", config.reward_model)))
     if config.select or config.policies:
         return (select if config.select else make_report)(config, device)

@@ -28,6 +28,7 @@ from data.tokenizer import load_tokenizer
 from data.instruments import clustered_se
 from data.load import load_prompts
 from evaluate import gold_tables, verdict
+from model import generate, token_logprobs
 from studies import frontier
 from studies import instruments as instruments_study
 from tiny_runs import make_inputs
@@ -208,6 +209,33 @@ def test_a_reward_model_with_a_smaller_context(folder, monkeypatch):
     rows = list(map(json.loads, Path("small/log.jsonl").read_text().splitlines()))
     assert np.isfinite(rows[-1]["score"])
     assert set(rows[0]["parents"]) == {"policy", "reference", "reward"}
+
+
+def test_greedy_evaluation(folder, monkeypatch):
+    # catches log-probabilities divided by 0, and answers that are drawn all the same
+    monkeypatch.chdir(folder)
+    policy, tokenizer, _ = common.load_policy("sft", ("sft",), torch.device("cpu"))
+    found = []
+    for seed in (1, 2):
+        evaluate.main(evaluate.Config(policy="sft", reference="sft", eval_prompts=6, seed=seed,
+                                      max_new_tokens=8, temperature=0.0, out=f"greedy{seed}"))
+        rows = list(map(json.loads, Path(f"greedy{seed}/answers.jsonl").read_text().splitlines()))
+        assert json.loads(Path(f"greedy{seed}/log.jsonl").read_text().splitlines()[-1])["kl"] == 0
+        found.append([(r["prompt"], r["policy"]) for r in rows])
+    assert found[0] == found[1]
+    tokens, mask, _ = generate(policy, [tokenizer.encode_prompt(found[0][0][0])], 8, tokenizer.eos,
+                               temperature=0)
+    assert tokenizer.decode(tokens[0][mask[0] > 0]) == found[0][0][1]
+    ids = [tokenizer.encode_prompt(found[0][0][0])]
+    drawn = [dict(ids=tokens[0][mask[0] > 0].tolist())]
+    logp, entropy = evaluate.answer_stats(policy, ids, drawn, tokenizer.pad, evaluate.Config(
+        temperature=0.0))
+    assert np.isfinite(entropy).all() and logp == pytest.approx(
+        token_logprobs(policy, tokens, mask).sum().item())
+    for flags, why in ((dict(best_of=2, reward_model="reward"), "best_of=2 needs a --temperature"),
+                       (dict(samples=4), "samples=4 needs a --temperature above 0")):
+        with pytest.raises(UserError, match=why):
+            evaluate.main(evaluate.Config(temperature=0.0, **flags))
 
 
 def test_best_of_n_is_the_mean_over_all_subsets():
