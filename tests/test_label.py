@@ -233,7 +233,7 @@ def test_an_ensemble_ranks_as_it_is_told(folder):
                           enumerate((content["weights"], other)) for name, p in weights.items()}
     content["config"]["ensemble"] = 2
     (folder / "two").mkdir()
-    torch.save(content, "two/model.pt")
+    common.save_file(content, "two/model.pt")
     asked = dict(prompt="Say 1.", completions=["No.", "Yes.", "One. Two!"])
     scores = {}
     for by in ("mean", "min", "mean-std"):
@@ -270,7 +270,7 @@ def test_every_writer_needs_room(folder):
     content["model"]["block_size"] = 30
     content["weights"]["wpe.weight"] = content["weights"]["wpe.weight"][:30].clone()
     (folder / "brief").mkdir()
-    torch.save(content, "brief/model.pt")
+    common.save_file(content, "brief/model.pt")
     for init in ("sft,brief", "brief,sft"):
         with pytest.raises(UserError, match="--max_new_tokens=12 and the longest prompt of 2. do "
                                             "not fit the context of 30"):
