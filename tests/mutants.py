@@ -1699,7 +1699,57 @@ PERSON = [
            "test_page.py::test_rank_by_keyboard_and_undo", "-"),
 ]
 
-MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS + PERSON
+# --- numbers that go wrong -----------------------------------------------------------------------
+
+BAD = "test_destroy.py::"
+STOPS = BAD + "test_a_destroyed_run_stops_with_one_line"
+NUMBERS = [
+    Mutant("one_good_number_will_do", "common.py",
+           "torch.stack([v.isfinite().all() for v in numbers.values()]).all()",
+           "torch.stack([v.isfinite().all() for v in numbers.values()]).any()",
+           BAD + "test_what_is_finite_passes_and_what_is_not_is_named", "-"),
+    Mutant("a_weight_whose_square_overflows_passes", "common.py",
+           "return torch.stack([v.float().norm() for v",
+           "return torch.stack([v.float().abs().amax() for v",
+           BAD + "test_weights_without_a_norm_are_destroyed", "-"),
+    Mutant("a_dead_state_replaces_the_last_good_one", "common.py",
+           "            if isinstance(value, torch.nn.Module):\n                check_finite",
+           "            if False:\n                check_finite",
+           BAD + "test_the_last_good_state_is_named_and_stays",
+           "ours: the last good state was overwritten with nan"),
+    Mutant("a_dead_parent_is_loaded", "common.py",
+           "    if not norms(model).isfinite().all():", "    if False:",
+           STOPS, "ours: a parent of nan was reported as a ratio that is not 1"),
+    Mutant("a_scale_of_zero_is_loaded", "reward.py",
+           "if not all(member.scale > 0 for", "if not all(member.scale >= 0 for",
+           STOPS, "ours: scores of infinity"),
+    Mutant("sampled_from_nan", "model.py",
+           "if step == 0 and not (logits", "if step < 0 and not (logits",
+           BAD + "test_no_token_is_sampled_from_nan", "ours: an id beyond the vocabulary"),
+    Mutant("the_loss_alone_is_looked_at", "sft.py",
+           "common.check_finite(config, step, loss=loss_sum, grad_norm=norm)",
+           "common.check_finite(config, step, loss=loss_sum)",
+           STOPS, "ours: a finite loss whose gradient is not"),
+    Mutant("a_warning_after_so_many_in_all", "common.py",
+           "self.watched[text] = count + 1 if bad else 0",
+           "self.watched[text] = count + bool(bad)",
+           BAD + "test_a_warning_comes_once_after_as_many_in_a_row", "-"),
+    Mutant("a_resume_forgets_what_was_watched", "common.py",
+           'self.watched = state.pop("watched")', 'state.pop("watched")',
+           BAD + "test_counts_survive_a_resume", "-"),
+    Mutant("a_kl_limit_of_zero_stops", "evaluate.py",
+           "kl > config.max_kl > 0:", "kl > config.max_kl:",
+           BAD + "test_a_kl_that_is_too_high_stops_the_run", "-"),
+    Mutant("all_right_is_called_no_signal", "evaluate.py",
+           'same and row.get("accuracy") != 1)', "same)",
+           BAD + "test_what_is_said_of_rollouts", "-"),
+    Mutant("nan_inside_of_a_list_is_logged", "cli.py",
+           "return [_without_nan(v) for v in value]", "return list(value)",
+           BAD + "test_json_without_nan", "ours: NaN in nested fields, which only Python reads"),
+]
+
+MUTANTS = (MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS + PERSON
+           + NUMBERS)
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"
