@@ -20,6 +20,7 @@ import difflib
 import errno
 import inspect
 import io
+import json
 import math
 import os
 import re
@@ -61,6 +62,30 @@ def interrupt(number, frame=None):
     raise Interrupted(number)
 
 
+def processes():
+    """(number of this process, how many there are): as torchrun says, else (0, 1)."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["RANK"]) if n > 1 else 0, n
+
+
+def one_process():
+    """The environment of a child that is none of several."""
+    return {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+
+
+def first_process():
+    """Of several the one that writes and prints."""
+    return processes()[0] == 0
+
+
+def let_the_first_speak():
+    """What is wrong in one process is mostly wrong in all. So the others wait: when the first one
+    ends, torchrun ends them. If it does not, they say themselves what is wrong here."""
+    if not first_process():
+        catch_signals(lambda number, _: os._exit(128 + number))
+        time.sleep(5)
+
+
 def catch_signals(handler):
     """handler(number, frame) is called on Ctrl-C and on SIGTERM."""
     if threading.current_thread() is threading.main_thread():  # others get none
@@ -84,6 +109,8 @@ def parse(config_class):
     """The settings that the command line gives. --help prints them all and stops."""
     # until `run_main` there is nothing to save, and torch is imported for seconds
     catch_signals(lambda number, _: os._exit(128 + number))
+    if not first_process():
+        sys.stdout = open(os.devnull, "w")
     with one_line_errors():
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(config_class))
@@ -99,14 +126,20 @@ def run_main(main, config, folder=None):
     catch_signals(interrupt)
     with one_line_errors():
         try:
-            with locked(folder) if folder else contextlib.nullcontext():
+            if processes()[1] > 1 and not (folder and isinstance(config, Config)):
+                raise UserError("works in one process: start it without torchrun")
+            with locked(folder) if folder and first_process() else contextlib.nullcontext():
                 main(config)
         except KeyboardInterrupt as stop:
-            print("\ninterrupted" + (
-                f"; the same command goes on:\n    {command_line()}" if hasattr(config, "resume")
-                else ""), file=sys.stderr)
+            if first_process():
+                print("\ninterrupted" + (
+                    f"; the same command goes on:\n    {command_line()}"
+                    if hasattr(config, "resume") else ""), file=sys.stderr)
             sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
         except (MemoryError, RuntimeError, OSError) as error:
+            if lost_process(error):
+                raise UserError("another process of this run ended, and so this one does; the "
+                                "same command goes on from the last saved state") from None
             if not out_of_memory(error):
                 if isinstance(error, OSError):
                     raise UserError(f"{error.filename or 'a file'}: {error.strerror}") from None
@@ -116,6 +149,17 @@ def run_main(main, config, folder=None):
             raise UserError("out of memory: lower " + " or ".join(flags or ["the model's size"]) + (
                 ", or take --checkpointing=true" if hasattr(config, "checkpointing")
                 else "")) from None
+        except FloatingPointError as error:  # see model.generate
+            rates = [f"--{name} (now {as_text(getattr(config, name))})"
+                     for name in ("lr", "critic_lr") if hasattr(config, name)]
+            if getattr(config, "temperature", 1.0) < 1e-6:
+                why = f"raise --temperature (now {config.temperature})"
+            elif rates:
+                why = (f"the weights are destroyed: lower {' or '.join(rates)}, or take another "
+                       "--init")
+            else:
+                why = "the weights are destroyed: make the checkpoint again, with a lower --lr"
+            raise UserError(f"{error}: {why}") from None
 
 
 def out_of_memory(error):
@@ -152,14 +196,23 @@ class Output(io.FileIO):
             return len(content)
 
 
+def lost_process(error):
+    """What torch.distributed raises in the others when one of several processes ends."""
+    return processes()[1] > 1 and (type(error).__name__.startswith("Dist") or "gloo" in str(error))
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """A UserError ends the script, with its one line and exit status 2."""
     try:
         yield
     except UserError as error:
+        let_the_first_speak()
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        let_the_first_speak()
+        raise
 
 
 def make_folder(flag, path):
@@ -201,8 +254,9 @@ def locked(folder):
 
 def command_line():
     """The command as it was typed, without --overwrite=true: that would start again."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite=true"]
-    return shlex.join(["python", Path(sys.argv[0]).name, *words])
+    words, n = [word for word in sys.argv[1:] if word != "--overwrite=true"], processes()[1]
+    start = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    return shlex.join([*start, Path(sys.argv[0]).name, *words])
 
 
 def read_flags(config_class, argv):
@@ -261,22 +315,42 @@ def check_needs(config, rules):
             raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
 
 
-def say(text=""):
+def say(text="", file=None):
     """Print above the bar, if there is one."""
-    tqdm.write(text)
+    if first_process():
+        tqdm.write(text, file=file)
 
 
 def note(text, file=None):
     """Say it, and keep it for the log: what was dropped, what is not as one would expect."""
-    tqdm.write(text, file=file)
+    if first_process():
+        tqdm.write(text, file=file)
     NOTES.append(text)
 
 
 def progress(items, name, **options):
     """The items, with a bar while that takes longer than a second; none where the output is no
     terminal, or without a name."""
-    return tqdm(items, name, mininterval=1, delay=1, leave=False, disable=None if name else True,
-                **options)
+    return tqdm(items, name, mininterval=1, delay=1, leave=False,
+                disable=None if name and first_process() else True, **options)
+
+
+def to_json(value, **options):
+    """JSON text. nan and infinities, which JSON does not know, become null, nested ones too."""
+    try:
+        return json.dumps(value, default=float, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(value), **options)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def table(columns):

@@ -3,6 +3,7 @@
 No loss and no training loop lives here.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -14,14 +15,17 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line, interrupt,
-                 make_folder, note, out_of_memory)
+from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line,
+                 first_process, interrupt, make_folder, note, one_process, out_of_memory, processes,
+                 say, to_json)
 from data.files import append, file_hash, is_data, missing, need_room, sweep, whole_file
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -46,7 +50,8 @@ def set_up(config, stage):
     """Seed what draws first weights and dropout, and return the torch.device."""
     torch.manual_seed(stable_seed(config.seed, stage, "weights", 0))
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in fp32
-    return find_device(config.device)
+    device = find_device(config.device)
+    return join_processes(device) if processes()[1] > 1 else device
 
 
 def find_device(name):
@@ -62,15 +67,24 @@ def find_device(name):
     return device
 
 
-def stream(seed, stage, purpose, step=0, device=None):
-    """The one place where a random stream is made: numpy's Generator, or torch's on a device.
+def stream(seed, stage, purpose, step=0):
+    """The one place where a random stream is made, a numpy Generator.
 
     It is named by all four, so that no two purposes draw the same numbers, in one stage or in two,
     and a resumed run draws what it would have drawn.
     """
-    number = stable_seed(seed, stage, purpose, step)
-    return np.random.default_rng(number) if device is None else \
-        torch.Generator(device).manual_seed(number)
+    return np.random.default_rng(stable_seed(seed, stage, purpose, step))
+
+
+def uniforms(seed, stage, purpose, step, prompts, max_new_tokens, samples=1):
+    """What `generate` samples with: (prompts * samples, max_new_tokens), float64 in [0, 1).
+
+    prompts: their numbers. Each has a stream of its own, named by step and number: what is sampled
+    for it depends neither on the prompts beside it nor on the device or the number of processes.
+    """
+    return torch.from_numpy(np.array([
+        stream(seed, stage, purpose, (step, n)).random((samples, max_new_tokens))
+        for n in prompts]).reshape(-1, max_new_tokens))
 
 
 def stable_seed(*parts):
@@ -112,6 +126,68 @@ def linear(step, steps, warmup=0):
 def say_warmup(steps, warmup):
     if warmup > steps // 10:
         note(f"warm-up: {steps // 10} of {steps} steps, a tenth of the run, not --warmup={warmup}")
+
+
+# --- several processes, under torchrun -----------------------------------------------------------
+#
+# All of them run the same script on the same data, with the same weights and random streams. Work
+# that takes time is shared (`share` and `gather` in data/batches.py), and everybody gets all of its
+# results; what is cheap everybody does. In an optimiser step each process takes its share of the
+# rows, divides its sum by the count of the whole step, and the gradients are added up. The first
+# process alone writes and prints (`first_process` in cli.py).
+
+
+def join_processes(device):
+    """Start torch.distributed, and return the device of this process."""
+    if device.type == "cuda":
+        local, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= n or device.index is not None:
+            raise UserError(f"--device={device}: {os.environ['LOCAL_WORLD_SIZE']} processes need "
+                            f"as many GPUs, here are {n}; take --device=cuda, and torchrun with "
+                            f"--nproc_per_node={n}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        try:
+            # when a process ends, torchrun ends the others; the time is for stages before this one
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(days=7))
+        except ValueError as error:
+            raise UserError("several processes are started by torchrun; WORLD_SIZE is set here, "
+                            f"but not all that it sets: {error}") from None
+    return device
+
+
+def sum_gradients(*modules):
+    """Add up the gradients of all processes: each had its share of the rows. A weight that has none
+    in any process is left without one, as in a single process."""
+    if processes()[1] == 1:
+        return
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    found = torch.tensor([p.grad is not None for p in params], dtype=torch.int)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    params, waiting = [p for p, some in zip(params, found.tolist()) if some], []
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        waiting.append(dist.all_reduce(p.grad, async_op=True))
+    for work in waiting:
+        work.wait()
+
+
+def total(x, most=False):
+    """The sum, or the largest, of a tensor over all processes; in a single one it is x."""
+    if processes()[1] > 1:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX if most else dist.ReduceOp.SUM)
+    return x
+
+
+def by_the_first(fn):
+    """fn() of the first process, in all of them: what reads files that it may write."""
+    found = [fn() if first_process() else None]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 # --- values that depend on the size of the model -------------------------------------------------
@@ -171,6 +247,74 @@ def round_blocks(model):
             module.to(torch.bfloat16)
 
 
+# --- numbers that go wrong -----------------------------------------------------------------------
+
+# flags that can make numbers overflow, with what is usual where the default is auto
+RATES = dict(lr=1e-3, muon_lr=2e-2, critic_lr=1e-3)
+SUSPECTS = RATES | dict(
+    beta=0.3, temperature=1.0, missing_eos=-3.0, gamma=1.0, lam=1.0, ptx_coef=0.0, nll=0.0,
+    pretrain_mix=0.5, entropy_coef=0.0, simpo_margin=0.5, desirable=1.0, undesirable=1.0,
+    weight_decay=0.1)
+
+
+def check_finite(config, step, **values):
+    """UserError unless every value is finite: a loss, a gradient norm, scores, a module's weights.
+
+    Called before the optimiser's step, so that nothing bad gets into weights, states or the log.
+    values: tensors (any shape), floats, modules; one look at the device for all of them. step: the
+    number of the optimiser step or iteration, or words that say where.
+    """
+    numbers = {name: norms(v) if isinstance(v, torch.nn.Module) else torch.as_tensor(v).detach()
+               for name, v in values.items()}
+    device = max((v.device for v in numbers.values()), key=lambda device: device.type == "cuda")
+    if torch.stack([v.isfinite().all().to(device) for v in numbers.values()]).all():
+        return
+    name, bad = next((name, v[~v.isfinite()][0].item()) for name, v in numbers.items()
+                     if not v.isfinite().all())
+    where = f"step {step}" if isinstance(step, int) else step
+    if isinstance(values[name], torch.nn.Module):
+        what = f"the weights of the {name} are no longer finite"
+    else:
+        what = f"{name} is {bad}"
+    raise UserError(f"{where}: {what}. {advice(config, name)}. {last_state(config)}")
+
+
+def norms(module):
+    """The norm of each tensor of a module. Above 1e19 it is infinite, as the first square is: no
+    forward pass would give a number."""
+    return torch.stack([v.float().norm() for v in module.state_dict().values()])
+
+
+def advice(config, name=""):
+    """The likely cause of a `name` that is not finite: flags far from what is usual, with their
+    values; the learning rates if there is none."""
+    if name == "score":
+        return "The reward model is destroyed: make it again, with a lower --lr"
+    found = []
+    for flag, usual in SUSPECTS.items():
+        value, default = getattr(config, flag, None), getattr(type(config), flag, None)
+        low, high = (usual / 10, usual * 10) if default is None else (default, default)
+        if value is not None and (value > high or value < low and flag not in RATES):
+            found.append(f"{'lower' if value > high else 'raise'} --{flag} (now {value})")
+    found = found or [f"lower --{flag} (now {as_text(getattr(config, flag))})"
+                      for flag in RATES if hasattr(config, flag)] + [
+                      "take another --init"] * hasattr(config, "lr")
+    if not found:
+        return "The checkpoint it comes from is destroyed: make it again, with a lower --lr"
+    return "A learning rate or a coefficient is likely out of range: " + ", or ".join(found)
+
+
+def last_state(config):
+    """In words, what a run that stops leaves behind."""
+    path, step = Path(config.out) / "state.pt", "an earlier step"
+    if not path.is_file():
+        return "Nothing is saved"
+    with contextlib.suppress(Exception):  # whatever is wrong with the file is another matter
+        step = f"step {torch.load(path, 'cpu', weights_only=True, mmap=True)['step']}"
+    return (f"Nothing of it is saved: {path} is still that of {step}; --overwrite=true starts "
+            "again, with other flags")
+
+
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
@@ -225,6 +369,7 @@ class Run:
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.parents = Path(config.out), dict(parents or {})
         self.keys, self.start = {}, time.time()
+        self.watched = {}  # {warning: how often in a row, or -1 once it was said}
         self.saved, self.saved_at, self.stop = None, time.monotonic(), None
         self.settings = dataclasses.asdict(config)
         for name in DATA:
@@ -252,12 +397,13 @@ class Run:
                             "goes on, --overwrite=true starts again, --out=DIR writes elsewhere")
         if config.resume and not self.resuming:
             raise UserError(f"--resume=true: {self.folder} holds no interrupted run (no state.pt)")
-        make_folder("out", self.folder)
-        sweep(self.folder)
+        by_the_first(lambda: make_folder("out", self.folder))  # all have looked before one writes
+        if first_process():
+            sweep(self.folder)
         if self.resuming:
             NOTES.clear()  # the log has them
             self._say_changes(before)
-        else:  # the result first: at no moment does one of these files belong to another's log
+        elif first_process():  # the result first: no file ever belongs to another's log
             for path in (*(self.folder / name for name in files if name != "log.jsonl"),
                          *self.folder.glob("model-epoch*.pt")):
                 path.unlink(missing_ok=True)
@@ -274,7 +420,8 @@ class Run:
         """What else the last digits of a run depend on."""
         versions = dict(python=sys.version.split()[0], torch=torch.__version__)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        return dict(versions=versions, device=name, threads=torch.get_num_threads())
+        return dict(versions=versions, device=name, threads=torch.get_num_threads(),
+                    processes=processes()[1])
 
     def _must_match(self, before, what):
         """UserError if the run in the folder has other settings or inputs. Their paths may be
@@ -302,9 +449,10 @@ class Run:
                      "goes on, but not to the last digit", sys.stderr)
 
     def _write(self, row, new=False):
+        if not first_process():
+            return NOTES.clear()
         rows = (row, *(dict(kind="note", text=text) for text in NOTES))
-        rows = [{k: None if v != v else v for k, v in each.items()} for each in rows]  # no nan
-        text = "".join(json.dumps(each, default=float) + "\n" for each in rows)
+        text = "".join(to_json(each) + "\n" for each in rows)
         path = self.folder / "log.jsonl"
         if new:  # in one piece: a first row is there or not, never half of it
             with whole_file(path, "w") as file:
@@ -319,6 +467,17 @@ class Run:
             raise KeyError(f"log row of kind {kind!r}: keys differ by {keys ^ set(row)}")
         self._write(dict(kind=kind, **row))
 
+    def watch(self, text, bad, patience=5):
+        """Warn once, when something has been bad so often in a row; `finish` says it again. To be
+        called behind the `log` of the row that it is about."""
+        count = self.watched.get(text, 0)
+        if count >= 0:
+            self.watched[text] = count + 1 if bad else 0
+        if self.watched[text] >= patience:
+            self.watched[text] = -1
+            say(f"warning: {text}", sys.stderr)
+            self._write(dict(kind="note", text=f"warning: {text}"))
+
     def save_model(self, model, tokenizer, metrics, name="model.pt"):
         save_checkpoint(self.folder / name, model, self.stage, tokenizer, self.config, metrics,
                         self.parents)
@@ -327,34 +486,49 @@ class Run:
         """Write the last row; say where the result is, what draws the run, what to type next."""
         seconds = round(time.time() - self.start, 1)
         self._write(dict(kind="final", **metrics, seconds=seconds))
-        (self.folder / "state.pt").unlink(missing_ok=True)
+        if first_process():
+            (self.folder / "state.pt").unlink(missing_ok=True)
         print(f"\n{self.stage}: done after {seconds} s, result in {self.folder}"
+              + "".join(f"\nwarning: {text}" for text, n in self.watched.items() if n < 0)
               + (f"\ncurves: python plot.py {self.folder}" if "lr" in self.settings else "")
               + (f"\nnext: {then}" if then else ""), flush=True)
 
     def due(self, step, every):
         """Whether to save a state now: every so many steps, every --save_minutes, and where Ctrl-C
         or SIGTERM asked to stop."""
-        return step != self.saved and (
+        due = step != self.saved and (
             step % every == 0 or self.stop is not None
             or time.monotonic() - self.saved_at > 60 * self.config.save_minutes)
+        due, stop = total(torch.tensor([int(due), self.stop or 0]), most=True).tolist()
+        self.stop = stop or None
+        return bool(due)
 
     def save_state(self, step, steps, **state):
         """Everything an exact resume needs before step `step` of `steps`, modules and optimisers
         among it; written whole or not at all. If a signal asked to stop, it ends the run."""
+        for name, value in state.items():
+            if isinstance(value, torch.nn.Module):
+                check_finite(self.config, step, **{name: value})
+        if first_process():
+            self._save_state(step, state)
+        self.saved, self.saved_at = step, time.monotonic()
+        stop = total(torch.tensor(self.stop or 0), most=True).item()  # processes stop together
+        if stop:
+            raise Interrupted(stop)
+        if step == steps:  # what follows the loop stops at once: it begins here again
+            catch_signals(interrupt)
+
+    def _save_state(self, step, state):
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
         with open(self.folder / "log.jsonl", "rb") as log:
             os.fsync(log.fileno())  # the rows that the state counts on
         state |= dict(step=step, rng=torch.get_rng_state(), seconds=time.time() - self.start,
+                      watched=self.watched,
                       log_size=(self.folder / "log.jsonl").stat().st_size)
         if self.device.type == "cuda":  # only dropout draws from it
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        save_file(state, self.folder / "state.pt")
-        self.saved, self.saved_at = step, time.monotonic()
-        if self.stop:
-            raise Interrupted(self.stop)
-        if step == steps:  # what follows the loop stops at once: it begins here again
-            catch_signals(interrupt)
+        if step != self.saved:  # else it is there: a resume needs no more room than it had
+            save_file(state, self.folder / "state.pt")
 
     def load_state(self, **targets):
         """On resume load the targets, modules and optimisers, and return the rest of the saved
@@ -374,7 +548,7 @@ class Run:
             if "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
             self.start -= state["seconds"]  # of the sessions before
-            self.saved = state["step"]
+            self.watched, self.saved = state.pop("watched", {}), state["step"]
             if not 0 <= state["log_size"] <= (self.folder / "log.jsonl").stat().st_size:
                 raise ValueError("log.jsonl is shorter")
         except Exception as error:  # as many kinds as there are ways in which it may not fit
@@ -382,15 +556,15 @@ class Run:
                 raise
             raise UserError(f"{path} is of another version of this project: --overwrite=true "
                             f"starts again ({describe(error)})") from None
-        with open(self.folder / "log.jsonl", "r+") as f:
-            f.truncate(state["log_size"])
+        by_the_first(lambda: os.truncate(self.folder / "log.jsonl", state["log_size"]))
         return state
 
     def _stop_soon(self, number, frame):
         if self.stop:  # asked twice
             interrupt(number, frame)
         self.stop = number
-        os.write(2, b"\nsaves after this step and stops; once more: stops at once\n")
+        if first_process():
+            os.write(2, b"\nsaves after this step and stops; once more: stops at once\n")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -398,6 +572,8 @@ class Run:
 
 def save_file(content, path):
     """Write a dict of tensors and plain containers, and its digest, whole or not at all."""
+    if not first_process():
+        return
     digest, content = hashlib.sha256(), {k: v for k, v in content.items() if k != "digest"}
     size = add_to(digest, content)
     with whole_file(path, size=size) as file:
@@ -475,6 +651,7 @@ def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None
     parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares. A
     hash is that of the weights: what was trained. All of the file is in its digest.
     """
+    check_finite(config, f"{path} is not written", model=model)
     gpt = model if isinstance(model, GPT) else model.gpt
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     save_file(dict(format="rlhf-2", stage=stage, weights=weights,
@@ -551,6 +728,9 @@ def build(network, checkpoint, path, device):
         if out_of_memory(error):
             raise
         raise damaged(path, describe(error)) from None
+    if not norms(model).isfinite().all():
+        raise UserError(f"{path} is destroyed: the weights of this {checkpoint['stage']} model are "
+                        "not finite. Make it again, with a lower --lr")
     return model.to(device).eval(), tokenizer
 
 
@@ -595,7 +775,12 @@ def check_lineage(role, expected, parents, path):
 
 
 def ensure_input(config, field, stage):
-    """Run `stage` with its defaults if config.<field> is at its default and not there in whole."""
+    """Run `stage` with its defaults if config.<field> is at its default and not there in whole; of
+    several processes the first one does, as a single one."""
+    by_the_first(lambda: make_input(config, field, stage))
+
+
+def make_input(config, field, stage):
     path = Path(getattr(config, field))
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
     if is_data(path) or (path / "model.pt").exists() and not (path / "state.pt").exists():
@@ -618,7 +803,8 @@ def ensure_input(config, field, stage):
     if config.device != "auto":
         command.append(f"--device={config.device}")
     # in a process group of its own, so that Ctrl-C reaches it once, through this process
-    child = subprocess.Popen(command, process_group=0, preexec_fn=end_with_parent)
+    child = subprocess.Popen(command, process_group=0, preexec_fn=end_with_parent,
+                             env=one_process())
     try:
         status = child.wait()
     except Interrupted as stop:

@@ -60,6 +60,7 @@ class Config(cli.Config):
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     text_length: Positive[int] | None = None  # tokens of a sequence
     # --- looking and saving
+    max_kl: NotNegative[float] = 100.0  # nats a sequence: above it the run stops; 0: never
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
@@ -93,8 +94,9 @@ from data.records import check_answer, check_prompt
 from data.synthetic.world import FAMILIES
 from data.text import text_rows
 from data.verifier import is_right
-from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
-from model import autocast, generate, text_loss, token_logprobs, token_stats
+from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
+                      watch_rollouts)
+from model import autocast, generate, token_logprobs, token_stats
 from reward import SCORE_BY, score_batch
 
 
@@ -219,15 +221,17 @@ def rollout(policy, train, tokenizer, config, step):
     the row of train that each of the B responses answers; texts, the responses; the others as
     `generate` returns them.
     """
-    device, n_prompts = policy.wte.weight.device, config.batch_size // config.k
+    n_prompts = config.batch_size // config.k
     chosen = common.stream(config.seed, "grpo", "prompts", step).choice(
         len(train), n_prompts, replace=len(train) < n_prompts)
-    prompts = [train[i] for i in chosen]
-    with autocast(device):
-        tokens, mask, finished = generate(
-            policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
-            config.temperature, common.stream(config.seed, "grpo", "answers", step, device),
+    prompts, mine = [train[i] for i in chosen], batches.to_compute(n_prompts)
+    with autocast(policy.wte.weight.device):
+        answers = generate(
+            policy, [prompts[i][1] for i in mine], config.max_new_tokens, tokenizer.eos,
+            config.temperature, common.uniforms(config.seed, "grpo", "answers", step, mine,
+                                                config.max_new_tokens, config.k),
             samples=config.k)
+    tokens, mask, finished = batches.gather_answers(*answers, n_prompts, tokenizer.pad, config.k)
     texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(tokens.cpu(), mask.bool().cpu())]
     return [p for p in prompts for _ in range(config.k)], texts, tokens, mask, finished
 
@@ -293,19 +297,21 @@ def losses(logp, batch, p, config):
     return loss, kl, info
 
 
-def update(policy, optimizer, batch, config, rng, text=None, check=False):
+def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
     """Train the policy on the batch that `prepare` returned: epochs of minibatches.
 
     rng: numpy Generator, for the order of the responses: groups need not stay together, their
-    advantages are fixed. text: rows (n, T) of pretraining text. check: assert on the first
-    minibatch that ratios are 1 and the KL is 0.
+    advantages are fixed. text: rows (n, T) of pretraining text. iteration: its number; on the
+    first minibatch of iteration 0 assert that ratios are 1 and the KL is 0. UserError, before an
+    optimiser's step, where a loss or the gradient is not finite.
     Returns means per response token over all epochs (clip_fraction, approx_kl) and ratio_max, of
     the responses that are kept, and the means of the steps' policy_loss, kl_loss and gradient norm
     before clipping; the last ptx_loss or None.
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
-    device, totals, steps, seen, ptx = tokens.device, {}, [], 0.0, None
-    lengths = batches.ends(mask)
+    device, steps, ptx, lengths = tokens.device, [], None, batches.ends(mask)
+    totals = dict.fromkeys(("clip_fraction", "approx_kl", "seen"), 0.0)  # seen: response tokens
+    check = iteration == 0 and not config.reference
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
@@ -317,7 +323,8 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
             weights[rows] = row_weights(mask[rows].sum(1), kept[rows], config.aggregate,
                                         config.max_new_tokens)
             step = torch.zeros(2, device=device)
-            for p in batches.by_length(rows, lengths, config.micro_batch) if len(rows) else ():
+            mine = batches.share(rows)
+            for p in batches.by_length(mine, lengths, config.micro_batch) if len(mine) else ():
                 weight = weights[p]
                 with autocast(device):
                     logp = token_logprobs(policy, tokens[p], mask[p], config.temperature)
@@ -325,29 +332,30 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
                 (weight * (loss + kl)).sum().backward()
                 step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])
                 ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
-                for name, value in info.items():
-                    totals[name] = totals.get(name, 0.0) + value
-                seen = seen + mask[p].sum()
+                for name, value in (info | dict(seen=mask[p].sum())).items():
+                    totals[name] = totals[name] + value
                 if check and not steps:
                     old_logp, ref_logp = batch["old_logp"][p], batch["ref_logp"]
                     check_start((logp - old_logp) * mask[p], None if ref_logp is None else
                                 ((old_logp - ref_logp[p]) * mask[p]).sum(1).mean())
                     check = False
             if config.ptx_coef > 0:
-                picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                with autocast(device):
-                    ptx = text_loss(policy, picked)
+                ptx = batches.text_share(policy, text[rng.integers(0, len(text), config.ptx_batch)])
                 (config.ptx_coef * ptx).backward()
+            common.sum_gradients(policy)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-            steps.append(torch.stack([*step, norm]))
+            steps.append(torch.stack([*common.total(step), norm]))
+            common.check_finite(config, iteration, policy_loss=step[0], kl_loss=step[1],
+                                grad_norm=norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     mean = torch.stack(steps).mean(0).tolist() if steps else [0.0, 0.0, 0.0]
+    *sums, seen = common.total(torch.tensor([float(v) for v in totals.values()],
+                                            dtype=torch.double)).tolist()
     return dict(policy_loss=mean[0], kl_loss=mean[1], grad_norm=mean[2],
-                ratio_max=ratio_max.item(),
-                ptx_loss=ptx.item() if ptx is not None else None,
-                **{k: float(totals.get(k, 0.0) / max(seen, 1))
-                   for k in ("clip_fraction", "approx_kl")})
+                ratio_max=common.total(ratio_max, most=True).item(),
+                ptx_loss=common.total(ptx.detach()).item() if ptx is not None else None,
+                **{k: v / max(seen, 1) for k, v in zip(totals, sums)})
 
 
 # --- the stage -----------------------------------------------------------------------------------
@@ -431,6 +439,7 @@ def main(config):
 
         # --- prepare: every answer against the others of its group -----------
         batch = prepare(policy, reference, tokens, mask, finished, score, config)
+        common.check_finite(config, step, score=score, logp=batch["old_logp"])
         clock.append(time.perf_counter())
 
         # --- update: a few minibatches on the clipped loss -------------------
@@ -438,7 +447,7 @@ def main(config):
         common.set_lr(optimizer, config.lr * factor)
         trained = update(policy, optimizer, batch, config,
                          common.stream(config.seed, "grpo", "minibatches", step), text,
-                         check=step == 0 and not config.reference)
+                         step)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -450,6 +459,7 @@ def main(config):
             kept=batch["kept"].mean().item(), advantage_std=batch["advantage"].std().item(),
             **rollout_metrics(batch, asked, texts, config.beta, clock, synthetic), **trained)
         run.log(**row)
+        watch_rollouts(run, config, row, batch, score, reward_model)
         if step % config.log_every == 0 or step + 1 == config.iterations:  # of one group
             show_samples(run, step, asked, texts[:min(config.k, 4)], score=batch["score"],
                          advantage=batch["advantage"])

@@ -62,11 +62,10 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import json
 from pathlib import Path
 
 import common
-from cli import note, progress, say, table
+from cli import first_process, note, processes, progress, say, table
 from data import batches, labels, principles
 from data.files import file_hash, refusing, whole_file
 from data.load import load_prompts
@@ -163,7 +162,7 @@ def read_answers(config):
 def drawn_before(path, chunk, prompts):
     """The lines of answers.jsonl that an interrupted run has left, up to the last whole chunk.
     UserError if they are not those of these prompts."""
-    lines = whole_lines(path, chunk, len(prompts))
+    lines = common.by_the_first(lambda: whole_lines(path, chunk, len(prompts)))
     with refusing(f"{path} does not hold answers to these prompts: --overwrite=true starts again"):
         for line, prompt in zip(lines, prompts, strict=False):
             if line != line | prompt or not all(isinstance(c, str) for c in line["completions"]):
@@ -171,7 +170,7 @@ def drawn_before(path, chunk, prompts):
     return lines
 
 
-def draw(run, config, writers, prompts, device):
+def draw(run, config, writers, prompts):
     """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
     path = run.folder / "answers.jsonl"
@@ -185,9 +184,10 @@ def draw(run, config, writers, prompts, device):
         for s, (model, tokenizer, _) in enumerate(writers):
             ids = [tokenizer.encode_prompt(p["prompt"]) for p in part]
             name = f"answers {s}" if s else "answers"
+            uniforms = common.uniforms(config.seed, "label", name, 0, range(
+                start, start + len(ids)), config.max_new_tokens, each)
             samples.append(batches.sample_texts(
-                model, tokenizer, ids, config.max_new_tokens,
-                common.stream(config.seed, "label", name, start, device), config.temperature,
+                model, tokenizer, ids, config.max_new_tokens, uniforms, config.temperature,
                 batch_size=len(ids) * each, samples=each))
         new = []
         for i, prompt in enumerate(part):
@@ -252,7 +252,9 @@ def by_model(config, device):
             [[*head, (text, 1), (tokenizer.eos, 1)] for text in item["completions"]]))
         if max(map(len, rows)) > model.gpt.config.block_size:
             return None
-        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device).tolist()
+        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device)
+        common.check_finite(config, f"prompt {n}", score=scores)
+        scores = scores.tolist()
         return dict(ranks=principles.ranks_of(scores, 0.0), scores=scores)
 
     accuracy = parent["metrics"].get("accuracy")
@@ -308,9 +310,10 @@ def rank_all(run, config, rank, items):
     """What rank says of each of `items`, (n, item), in order. Until all are ranked they stand in
     another file than rankings.jsonl: no stage trains on half of them by mistake."""
     path = run.folder / "rankings.jsonl.part"
-    if config.labeler == "simulated":  # its noise is one stream for a chunk, and it is quick
+    # the simulated one begins again: its noise is one stream for a chunk, and it is quick
+    found = [] if config.labeler == "simulated" else common.by_the_first(lambda: whole_lines(path))
+    if not found and first_process():
         path.unlink(missing_ok=True)
-    found = whole_lines(path)
     with refusing(f"{path} does not hold ranks of these answers: --overwrite=true starts again"):
         for ranked, (_, item) in zip(found, items, strict=False):
             if ranked is not None and len(ranked["ranks"]) != len(item["completions"]):
@@ -349,6 +352,9 @@ def check_flags(config):
         raise UserError(f"--labeler={config.labeler}: choose one of {', '.join(LABELERS)}")
     if config.k < 2:
         raise UserError(f"--k={config.k}: a ranking needs at least two answers")
+    if person and processes()[1] > 1:
+        raise UserError(f"--labeler={config.labeler}: a person answers one process; start it "
+                        "without torchrun")
     if person and config.k > 9:
         raise UserError(f"--k={config.k}: a person ranks at most 9 answers")
     if config.repeat > 0.5:
@@ -367,8 +373,8 @@ def check_flags(config):
 
 
 def main(config):
-    device = common.set_up(config, "label")
     check_flags(config)
+    device = common.set_up(config, "label")
     check_folder(config)
 
     # --- prompts or answers, and the labeler ---------------------------------
@@ -398,7 +404,7 @@ def main(config):
     if config.answers:
         run.save_state(0, 0)
     else:
-        lines = draw(run, config, writers, lines, device)
+        lines = draw(run, config, writers, lines)
         run.save_state(len(lines), len(lines))
     noise = config.noise if config.labeler == "simulated" else 0.0
     items = [(n, dict(prompt=line["prompt"], completions=line["completions"], **facts(line, noise)))
@@ -428,11 +434,11 @@ def main(config):
     for r in records[:6]:
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})
     write_jsonl(run.folder / "rankings.jsonl", records)
-    (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
-    known = {k: None if v != v else v for k, v in metrics.items()}  # JSON knows no nan
-    with whole_file(run.folder / "card.json", "w") as file:
-        file.write(json.dumps(dict(card=card, labeler=about, parents=run.parents, metrics=known),
-                              indent=1, allow_nan=False) + "\n")
+    if first_process():
+        (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
+        with whole_file(run.folder / "card.json", "w") as file:
+            file.write(cli.to_json(dict(card=card, labeler=about, parents=run.parents,
+                                        metrics=metrics), indent=1) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
     value = first.get("gold") or first.get("scores")

@@ -309,20 +309,23 @@ def one_launch(fn, *inputs):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None, check_every=8,
+def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None, check_every=8,
              samples=1):
     """Sample `samples` responses per prompt, y_t ~ softmax(logits / temperature).
 
     Plain samples: no top-k, no top-p, no minimum length, because the log-probabilities that the
     stages compute are those of exactly this distribution. temperature 0 takes the argmax.
 
-    prompts: lists of token ids, of different lengths.   generator: torch.Generator of the device.
+    prompts: lists of token ids, of different lengths.
+    uniforms (B, max_new_tokens), float64 in [0, 1): what the tokens of each row are drawn with, as
+    `common.uniforms` makes them; temperature 0 needs none.
     Rows of a prompt are adjacent: B = prompts * samples, row p * samples + k is sample k of prompt
     p. Each prompt is read once, whatever `samples` is: its cache is expanded to its rows.
     Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
     response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
     ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
-    Raises ValueError for an empty prompt or one that leaves no room in the context.
+    Raises ValueError for an empty prompt or one that leaves no room in the context, and
+    FloatingPointError where the first logits are not finite.
     """
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
@@ -338,6 +341,7 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         tokens[row, :len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(device)
     start = torch.tensor(lengths, device=device)
+    uniforms = uniforms.to(device) if temperature else None
 
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
         else model.wte.weight.dtype
@@ -356,14 +360,18 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     forward = None
     for step in range(max_new_tokens):
         logits = model.logits(last)
+        # sampled from nan, a token would be an id that does not exist
+        if step == 0 and not (logits / (temperature or 1)).isfinite().all():
+            raise FloatingPointError(f"the logits are not finite at temperature {temperature}")
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            # the first token whose cumulative probability exceeds u: one random number a row. fp64,
-            # because fp32 sums round away the rare tokens; unlike multinomial it never syncs
+            # the first token whose cumulative probability exceeds u. fp64, because fp32 sums round
+            # away the rare tokens; unlike multinomial it never syncs, and a row draws the same
+            # whatever rows are beside it
             p = F.softmax(logits / temperature, dim=-1)
             cumulative = p.double().cumsum(-1)
-            u = torch.rand(len(p), 1, dtype=torch.double, device=device, generator=generator)
+            u = uniforms[rows, step, None]
             token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
         token = token.masked_fill(done[rows], pad)
         tokens[rows, position[rows]] = token

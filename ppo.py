@@ -69,6 +69,7 @@ class Config(cli.Config):
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     text_length: Positive[int] | None = None  # tokens of a sequence
     # --- looking and saving
+    max_kl: NotNegative[float] = 100.0  # nats a sequence: above it the run stops; 0: never
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     best_of: Positive[int] = 4  # embedded data: beside the best of n SFT samples by reward model
     log_every: Positive[int] = 10  # iterations between sample tables
@@ -88,8 +89,9 @@ from cli import progress
 from data import batches
 from data.load import load_prompts
 from data.text import text_rows
-from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
-from model import GPT, autocast, generate, text_loss, token_stats, trim
+from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
+                      watch_rollouts)
+from model import GPT, autocast, generate, token_stats, trim
 from reward import score_batch
 
 
@@ -252,14 +254,15 @@ def rollout(policy, train, tokenizer, config, step):
     train: as `load_prompts` returns it. Returns (prompts, tokens, mask, finished): prompts, the
     rows of train that were asked; the others as `generate` returns them.
     """
-    device = policy.wte.weight.device
     chosen = common.stream(config.seed, "ppo", "prompts", step).choice(
         len(train), config.batch_size, replace=len(train) < config.batch_size)
-    prompts = [train[i] for i in chosen]
-    with autocast(device):
-        return prompts, *generate(
-            policy, [ids for _, ids, _ in prompts], config.max_new_tokens, tokenizer.eos,
-            config.temperature, common.stream(config.seed, "ppo", "answers", step, device))
+    prompts, mine = [train[i] for i in chosen], batches.to_compute(config.batch_size)
+    with autocast(policy.wte.weight.device):
+        answers = generate(
+            policy, [prompts[i][1] for i in mine], config.max_new_tokens, tokenizer.eos,
+            config.temperature, common.uniforms(config.seed, "ppo", "answers", step, mine,
+                                                config.max_new_tokens))
+    return prompts, *batches.gather_answers(*answers, len(prompts), tokenizer.pad)
 
 
 def prepare(policy, critic, reference, tokens, mask, finished, score, beta, config):
@@ -298,24 +301,27 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
 
 
 def update(policy, critic, reference, optimizers, batch, beta, config, rng, text=None,
-           check=False):
+           iteration=None):
     """Train policy and critic on the batch that `prepare` returned: epochs of minibatches.
 
     optimizers: (policy's, critic's), their learning rates set. rng: numpy Generator, for the order
-    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. check: assert on the first
-    minibatch that ratios are 1 and the KL is 0.
+    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. iteration: its
+    number; on the first minibatch of iteration 0 assert that ratios are 1 and the KL is 0.
+    UserError, before an optimiser's step, where a loss or a gradient is not finite.
     The loss of an optimiser step is its sum over response tokens divided by their number.
     Returns means per response token over all epochs (clip_fraction, approx_kl, policy_loss,
     value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
     """
     tokens, mask, old_logp = batch["tokens"], batch["mask"], batch["old_logp"]
-    device, lengths, totals, norms, ptx = tokens.device, batches.ends(mask), {}, [], None
+    device, lengths, norms, ptx = tokens.device, batches.ends(mask), [], None
+    totals = dict.fromkeys(("clip_fraction", "approx_kl", "policy_loss", "value_loss"), 0.0)
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
         for rows in order.split(config.batch_size // config.minibatches):
             count = mask[rows].sum()  # response tokens of the whole optimiser step
-            for p in batches.by_length(rows, lengths, config.micro_batch):
+            mine = batches.share(rows)
+            for p in batches.by_length(mine, lengths, config.micro_batch) if len(mine) else ():
                 with autocast(device):
                     logp, ent, kl, _ = token_stats(
                         policy, tokens[p], mask[p], config.temperature,
@@ -341,26 +347,30 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 (v_loss / count).backward()  # another network: no weight between the two losses
                 ratio_max = torch.maximum(ratio_max, info.pop("ratio_max"))
                 for k, v in info.items():
-                    totals[k] = totals.get(k, 0.0) + v
+                    totals[k] = totals[k] + v
             if config.ptx_coef > 0:
-                picked = text[rng.integers(0, len(text), config.ptx_batch)].to(device)
-                with autocast(device):
-                    ptx = text_loss(policy, picked)
+                ptx = batches.text_share(policy, text[rng.integers(0, len(text), config.ptx_batch)])
                 (config.ptx_coef * ptx).backward()
-            if check and not norms:
+            common.sum_gradients(policy, critic)
+            if iteration == 0 and not norms and not config.reference and len(mine):
                 check_start((logp - old_logp[p]) * mask[p],
                             ((old_logp - batch["ref_logp"]) * mask)[p].sum(1).mean())
             norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), config.grad_clip)
                           for m in (policy, critic)])
+            common.check_finite(config, iteration, policy_loss=totals["policy_loss"],
+                                value_loss=totals["value_loss"], grad_norm=norms[-1][0],
+                                critic_grad_norm=norms[-1][1])
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     n_tokens = mask.sum().item()
-    return dict(ratio_max=ratio_max.item(),
+    sums = common.total(torch.tensor([float(v) for v in totals.values()],
+                                     dtype=torch.double)).tolist()
+    return dict(ratio_max=common.total(ratio_max, most=True).item(),
                 grad_norm=torch.stack([n[0] for n in norms]).mean().item(),
                 critic_grad_norm=torch.stack([n[1] for n in norms]).mean().item(),
-                ptx_loss=ptx.item() if ptx is not None else None,
-                **{k: v.item() / (n_tokens * config.epochs) for k, v in totals.items()})
+                ptx_loss=common.total(ptx.detach()).item() if ptx is not None else None,
+                **{k: v / (n_tokens * config.epochs) for k, v in zip(totals, sums)})
 
 
 def critic_metrics(batch):
@@ -445,6 +455,7 @@ def main(config):
 
         # --- prepare: the KL goes into the reward, the critic gives advantages -
         batch = prepare(policy, critic, reference, tokens, mask, finished, score, beta, config)
+        common.check_finite(config, step, score=raw_score, logp=batch["old_logp"])
         clock.append(time.perf_counter())
 
         # --- update: a few epochs of minibatches on the clipped loss ---------
@@ -453,7 +464,7 @@ def main(config):
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
                          config, common.stream(config.seed, "ppo", "minibatches", step), text,
-                         check=step == 0 and not config.reference)
+                         step)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -463,6 +474,9 @@ def main(config):
                    score=raw_score[finished].mean().item(), **critic_metrics(batch), **trained,
                    **rollout_metrics(batch, asked, texts, beta, clock, synthetic))
         run.log(**row)
+        watch_rollouts(run, config, row, batch, raw_score, reward_model)
+        run.watch("the critic is worse than a constant: explained variance below 0. Raise "
+                  "--critic_lr, or take more iterations", row["explained_variance"] < 0, 10)
         if step % config.log_every == 0 or step + 1 == config.iterations:
             seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
             show_samples(run, step, asked, texts[:4], score=batch["score"], kl=seq_kl)

@@ -156,12 +156,14 @@ def main(config):
           f"in rows of {data.train.shape[1]}, {len(data.held_out)} rows held out")
 
     @torch.no_grad()
-    def validation_loss():
+    def validation_loss(step):
         model.eval()
         with autocast(device):
-            parts = data.held_out.split(config.batch_size)
+            parts = batches.share(data.held_out.split(config.batch_size))
             total = sum(text_loss(model, rows).item() * len(rows)
                         for rows in progress(parts, "held-out loss"))
+        total = common.total(torch.tensor(total, dtype=torch.double)).item()
+        common.check_finite(config, step, held_out_loss=total)
         return total / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
@@ -180,7 +182,7 @@ def main(config):
         if run.due(step, config.eval_every):
             save(step)
         if step % config.eval_every == 0:
-            run.log("validation", step=step, loss=validation_loss())
+            run.log("validation", step=step, loss=validation_loss(step))
         start = time.perf_counter()
         model.train()
         factor = common.cosine(step, config.steps, config.warmup)
@@ -189,20 +191,24 @@ def main(config):
         # the batch depends on seed and step alone, so a resumed run reads what it would have read
         rng = common.stream(config.seed, "pretrain", "rows", step)
         tokens = data.train[rng.integers(0, len(data.train), config.batch_size)].to(device)
-        count, loss_sum = tokens[:, 1:].numel(), 0.0
-        for part in tokens.split(micro_batch):
+        count, loss_sum = tokens[:, 1:].numel(), torch.zeros((), device=device)
+        mine = batches.share(tokens)
+        for j in range(0, len(mine), micro_batch):
+            part = mine[j:j + micro_batch]
             with autocast(device):
                 # a mean over its tokens; all rows are of one length, so it counts by its rows
                 loss = text_loss(model, part) * len(part) / len(tokens)
             loss.backward()
             loss_sum = loss_sum + loss.detach()
+        common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         adamw.step()
         muon.step()
         model.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0 or step + 1 == config.steps:
-            value, seconds = loss_sum.item(), time.perf_counter() - start
+            value, seconds = common.total(loss_sum).item(), time.perf_counter() - start
             run.log(step=step, loss=value, lr=config.lr * factor, grad_norm=norm.item(),
                     tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}", tok_per_s=f"{count / seconds:.0f}")
@@ -210,11 +216,14 @@ def main(config):
     save(config.steps)
 
     # --- what it can do ------------------------------------------------------
-    metrics = dict(loss=validation_loss())
+    metrics = dict(loss=validation_loss(config.steps))
+    common.check_finite(config, config.steps, perplexity=torch.tensor(metrics["loss"]).exp())
     metrics["perplexity"] = math.exp(metrics["loss"])
+    run.watch("the loss is worse than that of guessing: lower --lr and --muon_lr",
+              metrics["loss"] > math.log(model.config.n_tokens), 1)
     model.eval()
     if config.data == "synthetic":
-        metrics.update(base_gold(model, tokenizer, config, run, device))
+        metrics.update(base_gold(model, tokenizer, config, run))
     run.save_model(model, tokenizer, metrics)
     say(f"\nHeld-out loss {metrics['loss']:.3f} nats a token, perplexity "
         f"{metrics['perplexity']:.2f}"
@@ -223,7 +232,7 @@ def main(config):
                + ("" if config.data == "synthetic" else " --data=DEMONSTRATIONS.jsonl"))
 
 
-def base_gold(model, tokenizer, config, run, device, n=512):
+def base_gold(model, tokenizer, config, run, n=512):
     """Gold reward of what the base model writes after held-out prompts given as plain text."""
     prompts = sample_prompts(n, held_out=True, seed=0)
     prompts = [p for p in prompts
@@ -231,8 +240,8 @@ def base_gold(model, tokenizer, config, run, device, n=512):
     if not prompts:
         return {}
     ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
-    samples = batches.sample_texts(model, tokenizer, ids, 48, common.stream(
-        config.seed, "pretrain", "samples", device=device), bar="samples")
+    samples = batches.sample_texts(model, tokenizer, ids, 48, common.uniforms(
+        config.seed, "pretrain", "samples", 0, range(len(ids)), 48), bar="samples")
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
     say(table({"prompt": [shorten(p.text, 40) for p in prompts[:3]],
                "continuation": [shorten(s["text"], 100) for s in samples[:3]]}))

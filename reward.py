@@ -79,7 +79,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokens import encode_rows, read_tokens
-from model import GPT, GPTConfig, autocast, text_loss, trim
+from model import GPT, GPTConfig, autocast, trim
 
 
 class RewardModel(nn.Module):
@@ -181,7 +181,8 @@ def reward_loss(chosen, rejected):
 
 def load_reward_model(path, device, score_by="mean"):
     """(reward model, tokenizer, checkpoint without weights), frozen, in eval mode: a RewardModel,
-    or an Ensemble that scores by `score_by`, see `combine`."""
+    or an Ensemble that scores by `score_by`, see `combine`. `seen` of it: (lowest, highest) score
+    of its held-out answers, as far as the checkpoint says. UserError for a scale of 0."""
     if score_by not in SCORE_BY:
         raise UserError(f"--score_by={score_by}: choose one of {', '.join(SCORE_BY)}")
     checkpoint = common.load_checkpoint(path, ("reward",), device)
@@ -191,6 +192,11 @@ def load_reward_model(path, device, score_by="mean"):
     network = RewardModel if n == 1 else lambda size: Ensemble(
         [RewardModel(size) for _ in range(n)], score_by)
     model, tokenizer = common.build(network, checkpoint, path, device)
+    if not all(member.scale > 0 for member in model.members):
+        raise UserError(f"{path} is destroyed: its scale is 0, so every score is infinite. Make it "
+                        "again")
+    seen = checkpoint["metrics"]
+    model.seen = seen.get("score_min", -np.inf), seen.get("score_max", np.inf)
     return model.requires_grad_(False), tokenizer, checkpoint
 
 
@@ -202,14 +208,20 @@ def score_batch(score, tokens, mask, size):
 
 
 def evaluate(model, elements, pad, device, noise=None):
-    """The reward model's report card on held-out rankings, see `report_card`."""
+    """The reward model's report card on held-out rankings, see `report_card`; and score_min and
+    score_max, of their answers."""
     score = lambda fn: batches.over_rows(fn, *all_rows(elements), pad, device,
                                          bar="held-out answers")
     if not isinstance(model, Ensemble):
-        return report_card(score(model.raw).numpy(), elements, noise)
-    each = score(model.each)
-    return report_card(model.in_log_odds(each.to(device)).cpu().numpy(), elements, noise,
-                       each.numpy())
+        raw = score(model.raw)
+        scores = (raw - model.shift.item()) / model.scale.item()
+        metrics = report_card(raw.numpy(), elements, noise)
+    else:
+        each = score(model.each)
+        scores = combine(each.T, model.score_by)
+        metrics = report_card(model.in_log_odds(each.to(device)).cpu().numpy(), elements, noise,
+                              each.numpy())
+    return metrics | dict(score_min=scores.min().item(), score_max=scores.max().item())
 
 
 def epoch_order(train, epoch, config):
@@ -251,10 +263,10 @@ def main(config):
     if not asked:
         raise UserError(f"--max_new_tokens={config.max_new_tokens}: no training prompt leaves that "
                         f"much room in the context of {policy.config.block_size}")
-    samples = batches.sample_texts(policy, tokenizer, [e.prompt for e in asked],
-                                   config.max_new_tokens,
-                                   common.stream(config.seed, "reward", "samples", device=device),
-                                   bar="samples")
+    samples = batches.sample_texts(
+        policy, tokenizer, [e.prompt for e in asked], config.max_new_tokens,
+        common.uniforms(config.seed, "reward", "samples", 0, range(len(asked)),
+                        config.max_new_tokens), bar="samples")
     del policy
     complete = [(e, s["ids"]) for e, s in zip(asked, samples) if s["finished"]]
     if len(complete) < len(samples):
@@ -300,27 +312,34 @@ def main(config):
         batch = [train[j] for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        tokens, mask = batch_rows(batch, tokenizer.pad, device)
-        winners, losers = pair_indices(batch)
-        scores = score_batch(member.raw, tokens, mask, config.micro_batch)  # every answer once
-        margin, count = scores[winners] - scores[losers], len(winners)  # pairs of the step
-        loss = reward_loss(scores[winners], scores[losers])
-        (loss / pairs_per_step).backward()
+        count = sum(len(e.pairs) for e in batch)  # pairs of the step
+        sums = torch.zeros(2, device=device)
+        if mine := batches.share(batch):
+            tokens, mask = batch_rows(mine, tokenizer.pad, device)
+            winners, losers = pair_indices(mine)
+            scores = score_batch(member.raw, tokens, mask, config.micro_batch)  # each answer once
+            loss = reward_loss(scores[winners], scores[losers])
+            (loss / pairs_per_step).backward()
+            right = torch.sign(scores[winners] - scores[losers]) / 2 + 0.5
+            sums += torch.stack([loss, right.sum()]).detach()
         if text is not None:
             # the network still has to know the facts that it judges by; cf. the LM loss of
             # Zheng et al. 2023 on the chosen answer
             rows = common.stream(seed, "reward", "text", step).integers(0, len(text), 16)
-            with autocast(device):
-                mix = text_loss(member.gpt, text[rows].to(device))
+            mix = batches.text_share(member.gpt, text[rows])
             (config.pretrain_mix * mix).backward()
+        common.sum_gradients(member)
         norm = torch.nn.utils.clip_grad_norm_(member.parameters(), config.grad_clip)
+        common.check_finite(config, n, loss=loss, grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 5 == 0:
-            value, accuracy = loss.item() / count, (torch.sign(margin) / 2 + 0.5).mean().item()
+            value, accuracy = (common.total(sums) / count).tolist()
             run.log(step=n, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start), member=number)
+            run.watch("the training pairs are not learnt: a coin orders them as well. Do the "
+                      "labels contradict each other? Is --lr too low?", accuracy <= 0.5, 10)
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
     save(total)
 
@@ -333,6 +352,8 @@ def main(config):
     for member in members:  # each its own, on the same answers
         demo_scores = score(member, zero.ids, zero.masks)
         sample_scores = score(member, *sample_rows)
+        common.check_finite(config, "after the training", raw_scores=sample_scores.sum()
+                            + demo_scores.sum())
         member.shift.fill_(float(demo_scores.mean()))
         member.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
         centred.append(float((sample_scores.mean() - member.shift.item()) / member.scale.item()))
@@ -342,6 +363,10 @@ def main(config):
                     demo_score=float(score(model, zero.ids, zero.masks).mean()),
                     sft_score=float(np.mean(centred)))
     say(show(metrics))
+    run.watch("the accuracy on held-out pairs is not above chance: train no policy on this model. "
+              "More labels, or labels that agree?", not metrics["accuracy_low"] > 0.5, 1)
+    run.watch("all samples get the same score: this model tells nothing apart",
+              min(member.scale.item() for member in members) <= 1e-6, 1)
     if config.probe:
         metrics |= probe(model, tokenizer, complete[:8], config.probe,
                          common.stream(config.seed, "reward", "probe"), device,

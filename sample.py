@@ -83,7 +83,10 @@ def nucleus(p, top_p):
 
 
 def choose(logits, temperature, top_p, generator):
-    """The id of a token, sampled from logits (V,)."""
+    """The id of a token, sampled from logits (V,). generator: numpy's. FloatingPointError if they
+    are not finite."""
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
     if temperature == 0:
         return int(logits.argmax())
     # fp64, and the largest is 0: no temperature, however small, makes a nan
@@ -91,8 +94,7 @@ def choose(logits, temperature, top_p, generator):
     if top_p < 1:
         p = nucleus(p, top_p)
     cumulative = p.cumsum(-1)
-    u = torch.rand(1, dtype=torch.double, device=p.device, generator=generator)
-    return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+    return int(torch.searchsorted(cumulative, generator.random() * cumulative[-1], right=True))
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def stream(model, prompt, max_new_tokens, eos, temperature=1.0, top_p=1.0, gener
 
     model: frozen (common.freeze): on a GPU a graph holds the addresses of its bf16 weights.
     prompt: ids, which fit the context together with max_new_tokens. With top_p=1 this is what
-    `generate` does to one row: the same numbers of the generator give the same tokens.
+    `generate` does to one row: the generator's numbers, in order, are its uniforms.
     """
     device, end = model.wte.weight.device, len(prompt) + max_new_tokens
     cache = KVCache(model.config, 1, end, device, model.h[0].attn.c_attn.weight.dtype)
@@ -240,7 +242,7 @@ def side_by_side(config, device):
             prompt = tokenizer.encode_prompt(text)
             # the same random numbers for every model: what differs is the models
             ids = list(stream(model, prompt, limit, tokenizer.eos, config.temperature, config.top_p,
-                              common.stream(config.seed, "sample", "answers", n, device)))
+                              common.stream(config.seed, "sample", "answers", n)))
             answer = dict(ids=ids, text=tokenizer.decode(ids), finished=ids[-1] == tokenizer.eos)
             known = []
             if judge:
@@ -269,7 +271,7 @@ class Chat:
 
     def __init__(self, config, device):
         self.config, self.device, self.judge = config, device, load_judge(config, device)
-        self.generator = common.stream(config.seed, "sample", "chat", device=device)
+        self.generator = common.stream(config.seed, "sample", "chat")
         self.system, self.history = "", []  # turns, user and assistant in alternation
         self.last = None  # (turns, answer, tokenizer), for /score
         self.load(config.model)

@@ -49,6 +49,7 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+import math
 import time
 
 import numpy as np
@@ -64,7 +65,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokens import encode_rows, read_tokens
-from model import autocast, text_loss, token_logprobs
+from model import autocast, token_logprobs
 
 
 def sft_loss(logp, response_mask):
@@ -156,11 +157,13 @@ def main(config):
         logp = batches.over_rows(
             lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1), data.held_out.ids,
             data.held_out.masks, tokenizer.pad, device, bar="held-out loss")
+        common.check_finite(config, f"after epoch {epoch}", held_out_loss=logp)
         metrics = dict(epoch=epoch,
                        loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
             model, tokenizer, ids, config.max_new_tokens,
-            common.stream(config.seed, "sft", "samples", epoch, device), bar="samples")
+            common.uniforms(config.seed, "sft", "samples", epoch, range(len(ids)),
+                            config.max_new_tokens), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
         gold = None
@@ -172,6 +175,12 @@ def main(config):
             run.log("sample", epoch=epoch, prompt=texts[i], response=samples[i]["text"],
                     gold=gold and gold[i])
         run.log("validation", **metrics)
+        if epoch > 0:
+            run.watch(f"hardly any sample ends, below 5% before --max_new_tokens="
+                      f"{config.max_new_tokens}: raise it, or train for more --epochs",
+                      metrics["eos_rate"] < 0.05, 1)
+            run.watch("the loss is worse than that of guessing: lower --lr",
+                      metrics["loss"] > math.log(model.config.n_tokens), 1)
         say(f"epoch {epoch}: held-out loss {metrics['loss']:.3f} nats a token, "
             f"{metrics['eos_rate']:.1%} of samples end, after {metrics['length']:.1f} tokens"
             + (f", gold {plus_minus(metrics['gold'], metrics['gold_se'])}" if "gold" in metrics
@@ -202,9 +211,9 @@ def main(config):
                   for j in order[i * config.batch_size:(i + 1) * config.batch_size]]
         lr = config.lr * common.cosine(step, steps, config.warmup)
         common.set_lr(optimizer, lr)
-        loss_sum = 0.0
-        for j in range(0, len(chosen), micro_batch):
-            tokens, mask = batch(chosen[j:j + micro_batch])
+        mine, loss_sum = batches.share(chosen), torch.zeros((), device=device)
+        for j in range(0, len(mine), micro_batch):
+            tokens, mask = batch(mine[j:j + micro_batch])
             with autocast(device):
                 loss = sft_loss(token_logprobs(model, tokens, mask), mask)
             (loss / tokens_per_step).backward()
@@ -214,16 +223,18 @@ def main(config):
             # know on questions that were not demonstrated (InstructGPT mixes in 10% before PPO)
             rows = common.stream(config.seed, "sft", "text", step).integers(
                 0, len(text), max(1, config.batch_size // 2))
-            with autocast(device):
-                mix = text_loss(model, text[rows].to(device))
+            mix = batches.text_share(model, text[rows])
             (config.pretrain_mix * mix).backward()
+        common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             count = sum(sum(mask) for _, mask in chosen)  # response tokens of this step
-            value, seconds = loss_sum.item() / count, time.perf_counter() - start
+            loss_sum, seconds = common.total(loss_sum), time.perf_counter() - start
+            value = loss_sum.item() / count
             run.log(step=step, loss=value, lr=lr, grad_norm=norm.item(), tok_per_s=count / seconds)
             bar.set_postfix(loss=f"{value:.3f}")
         if i + 1 == steps_per_epoch:

@@ -8,11 +8,70 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cli import progress
+from cli import processes, progress
 from data.records import collate
-from model import autocast, generate
+from model import autocast, generate, text_loss
+
+
+# --- several processes: each computes its share --------------------------------------------------
+
+
+def share(items):
+    """Those of a sequence or tensor of items that this process computes: every so many-th one; with
+    fewer items than processes none for some."""
+    number, count = processes()
+    return items[number::count]
+
+
+def to_compute(n):
+    """`share` of the numbers 0 to n - 1, where the results are gathered: a process without a share
+    does the first one again, so that it knows what a result is like."""
+    return share(range(n)) or range(1)
+
+
+def gather(mine, n):
+    """The results for n items from those `to_compute` names, in order, on every process: a tensor
+    (m, ...) to a tensor (n, ...), a list to a list."""
+    _, count = processes()
+    if count == 1:
+        return mine
+    if not isinstance(mine, torch.Tensor):
+        parts = [None] * count
+        dist.all_gather_object(parts, mine)
+        return [parts[i % count][i // count] for i in range(n)]
+    most = -(-n // count)  # items of a process; who has fewer sends zeros, which are cut off
+    full = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
+    parts = [torch.empty_like(full) for _ in range(count)]
+    dist.all_gather(parts, full)
+    return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+
+def gather_answers(tokens, mask, finished, n, pad, samples=1):
+    """What `generate` returned for the prompts that `to_compute(n)` names, for all n prompts."""
+    if processes()[1] == 1:
+        return tokens, mask, finished
+    width = torch.tensor(tokens.shape[1])
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    more = int(width) - tokens.shape[1]
+    groups = (F.pad(tokens, (0, more), value=pad), F.pad(mask, (0, more)), finished)
+    return tuple(gather(x.unflatten(0, (-1, samples)), n).flatten(0, 1) for x in groups)
+
+
+def text_share(model, tokens):
+    """This process's part of `text_loss(model, tokens)`: the parts of all add up to it."""
+    mine, device = share(tokens), model.wte.weight.device
+    if not len(mine):
+        return torch.zeros((), device=device, requires_grad=True)
+    with autocast(device):
+        # a mean over its tokens; all rows are of one length, so it counts by its rows
+        return text_loss(model, mine.to(device)) * len(mine) / len(tokens)
+
+
+# --- batches of like length ----------------------------------------------------------------------
 
 
 def ends(mask):
@@ -64,12 +123,17 @@ def in_pieces(fn, lengths, size, bar=None, most=None):
 
     size bounds the memory: where a gradient is needed, a piece is computed again in the backward
     pass. So a loss may compare rows of different pieces. bar: shows progress under this name.
+    Without gradients several processes, which all have the same rows, share them; with them a
+    process has its own rows.
     """
-    parts = by_length(torch.arange(len(lengths), device=lengths.device), lengths, size, most)
-    if len(parts) > 1 and torch.is_grad_enabled():
+    n, gradients = len(lengths), torch.is_grad_enabled()
+    rows = torch.arange(n) if gradients else torch.tensor(to_compute(n))
+    parts = by_length(rows.to(lengths.device), lengths, size, most)
+    if len(parts) > 1 and gradients:
         fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
     results = torch.cat([fn(part) for part in progress(parts, bar)])
-    return results[torch.cat(parts).argsort()]  # from the order by length to that of the rows
+    results = results[torch.cat(parts).argsort()]  # from the order by length to that of the rows
+    return results if gradients else gather(results, n)
 
 
 @torch.no_grad()
@@ -88,24 +152,29 @@ def over_rows(fn, rows, masks, pad, device, size=64, bar=None):
     return in_pieces(piece, torch.as_tensor(lengths), size, bar, most=2**14)
 
 
-def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, rng, temperature=1.0,
+def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, uniforms, temperature=1.0,
                  batch_size=256, samples=1, bar=None):
     """Sampled responses of each prompt (a list of ids): [{"text", "ids", "finished"}], in order.
 
+    uniforms (prompts * samples, max_new_tokens): as `generate` takes them.
     samples: how many of each; those of a prompt are adjacent, and it is read once for all of them.
     batch_size counts responses. ids are the response's tokens, EOS included if it ended
     (`finished`). bar: shows progress under this name.
     """
-    results = [None] * (len(prompt_ids) * samples)
+    results = {}  # of each prompt: its samples
     lengths = torch.tensor([len(ids) + max_new_tokens for ids in prompt_ids])
-    parts = by_length(torch.arange(len(lengths)), lengths, max(1, batch_size // samples),
+    mine = to_compute(len(lengths))
+    parts = by_length(torch.tensor(mine), lengths, max(1, batch_size // samples),
                       most=max(1, 2**15 // samples))  # of the cache
     for part in progress(parts, bar):
-        with autocast(model.wte.weight.device):
-            tokens, mask, done = generate(model, [prompt_ids[i] for i in part], max_new_tokens,
-                                          tokenizer.eos, temperature, rng, samples=samples)
         rows = [i * samples + k for i in part.tolist() for k in range(samples)]
+        with autocast(model.wte.weight.device):
+            tokens, mask, done = generate(
+                model, [prompt_ids[i] for i in part], max_new_tokens, tokenizer.eos, temperature,
+                None if uniforms is None else uniforms[rows], samples=samples)
         for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
             ids = [t for t, keep in zip(row, m) if keep]
-            results[i] = dict(text=tokenizer.decode(ids), ids=ids, finished=finished)
-    return results
+            results.setdefault(i // samples, []).append(
+                dict(text=tokenizer.decode(ids), ids=ids, finished=finished))
+    every = gather([results[i] for i in mine], len(lengths))
+    return [sample for some in every for sample in some]

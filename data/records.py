@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, note
+from cli import UserError, first_process, note, to_json
 from data.files import append, each_row, is_data, json_rows, parse_json, whole_file
 from data.synthetic.world import all_prompts, lookup
 from data.verifier import broken_constraints, is_gold
@@ -410,16 +410,19 @@ def check_prompt(record, where="record"):
 
 
 def write_jsonl(path, records):
+    if not first_process():
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its JSON escape
     with whole_file(path, "w", encoding="utf-8", errors="backslashreplace") as f:
         for record in records:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.write(to_json(record, ensure_ascii=False) + "\n")
 
 
 def append_jsonl(path, records):
     """More lines, as write_jsonl writes them."""
-    append(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    if first_process():
+        append(path, "".join(to_json(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def whole_lines(path, unit=1, total=0):

@@ -158,7 +158,7 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
         except OSError as error:
             raise UserError(cannot_write(cache, error)) from None
         if file_hash(path) != content:
-            cache.unlink()
+            cache.unlink(missing_ok=True)  # by another process
             raise UserError(f"{path} changed while it was read: start again")
         card = _read_card(cache)
     else:

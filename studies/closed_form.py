@@ -210,12 +210,13 @@ def run_ppo(problem, kl_in, priced=True, steps=200, batch_size=256):
     reward_model.gpt.load_state_dict(policy.state_dict())
     critic = ppo.ValueModel(reward_model)
     optimizers = [common.adamw([m], config.lr, eps=config.adam_eps) for m in (policy, critic)]
-    draws, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    draws, rng = (np.random.default_rng(n) for n in (1, 0))  # of tokens, of the order
     prompts = list(PROMPTS) * (batch_size // len(PROMPTS))
     for step in range(steps):
         for optimizer, lr in zip(optimizers, (config.lr, config.critic_lr)):
             common.set_lr(optimizer, lr * common.cosine(step, steps, 5))
-        tokens, mask, finished = generate(policy, prompts, LENGTH, EOS, problem.temperature, draws)
+        tokens, mask, finished = generate(policy, prompts, LENGTH, EOS, problem.temperature,
+                                          torch.from_numpy(draws.random((batch_size, LENGTH))))
         batch = ppo.prepare(policy, critic, problem.reference, tokens, mask, finished,
                             problem.score[problem.rows(tokens)],
                             problem.beta if priced else 0.0, config)
@@ -273,11 +274,12 @@ def run_grpo(problem, steps=200, batch_size=256, **options):
     torch.manual_seed(0)
     policy = copy.deepcopy(problem.reference).requires_grad_(True)
     optimizer = common.adamw([policy], config.lr, eps=config.adam_eps)
-    draws, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    draws, rng = (np.random.default_rng(n) for n in (1, 0))  # of tokens, of the order
     prompts = list(PROMPTS) * (batch_size // config.k // len(PROMPTS))
     for step in range(steps):
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, 5))
-        tokens, mask, finished = generate(policy, prompts, LENGTH, EOS, problem.temperature, draws,
+        tokens, mask, finished = generate(policy, prompts, LENGTH, EOS, problem.temperature,
+                                          torch.from_numpy(draws.random((batch_size, LENGTH))),
                                           samples=config.k)
         batch = grpo.prepare(policy, problem.reference, tokens, mask, finished,
                              problem.score[problem.rows(tokens)], config)

@@ -11,7 +11,6 @@ best-of-n is the bound log n - (n - 1) / n (Stiennon et al. 2020; exact where no
     python studies/frontier.py --table=docs/results.md --out=docs    # only draws an earlier table
 """
 
-import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +114,8 @@ def best_of_n_rows(config, device):
     texts, ids, _ = zip(*load_prompts("synthetic", {"held-out": config.eval_prompts}, tokenizer,
                                       block_size - config.max_new_tokens)[0])
     drawn = batches.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
-                                 common.stream(config.seed, "frontier", "best of n", device=device),
+                                 common.uniforms(config.seed, "frontier", "best of n", 0,
+                                                 range(len(ids)), config.max_new_tokens, MOST + 1),
                                  config.temperature, samples=MOST + 1)
     ids = [i for i in ids for _ in range(MOST + 1)]
     shape = (len(texts), MOST + 1)
@@ -273,7 +273,7 @@ def main(config):
             rows.append(summary(name, beta, [f for (n, b, _), f in finals.items()
                                              if (n, b) == (name, beta)]))
     out = Path(config.out)
-    (out / "frontier.json").write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    (out / "frontier.json").write_text(cli.to_json(rows, indent=1) + "\n")
     (out / "frontier.md").write_text(table(rows) + "\n")
     print(table(rows))
     plot(rows, out / "frontier.png")

@@ -67,14 +67,19 @@ EQUIVALENT = [
     ("evaluate.py", "row = dict(objective=score.mean().item(), kl=None, kl_se=None, "
      "kl_per_token=None)", "row = dict(objective=score.mean(), kl=None, kl_se=None, "
      "kl_per_token=None)", FLOAT),
-    ("reward.py", "(torch.sign(margin) / 2 + 0.5).mean().item()",
-     "(torch.sign(margin) / 2 + 0.5).mean()", FLOAT),
+    ("reward.py", "sums += torch.stack([loss, right.sum()]).detach()",
+     "sums += torch.stack([loss, right.sum()])", MEMORY),
     ("reward.py", "/ member.scale.item()))", "/ member.scale))", FLOAT),
     ("model.py", "if len(active) == 0:", "if len(active) == -1:",
      "time only: an empty batch goes on"),
     ("model.py", "def generate(model, prompts, max_new_tokens, eos, temperature=1.0, "
-     "generator=None, check_every=8,", "def generate(model, prompts, max_new_tokens, eos, "
-     "temperature=1.0, generator=None, check_every=9,", "read on a GPU only"),
+     "uniforms=None, check_every=8,", "def generate(model, prompts, max_new_tokens, eos, "
+     "temperature=1.0, uniforms=None, check_every=9,", "read on a GPU only"),
+    *(("model.py", "if len(active) <= len(rows) // 2:", new,
+        "time only: a row that has ended is padded")
+      for new in ("if len(active) < len(rows) // 2:", "if len(active) > len(rows) // 2:",
+                  "if len(active) <= len(rows) // 3:", "if len(active) <= len(rows) // 1:",
+                  "if len(active) <= len(rows) / 2:")),
     ("model.py", "for i in range(0, max(N, 1), chunk):", "for i in range(0, max(N, 2), chunk):",
      "one chunk for none, one or two"),
     ("data/batches.py",
@@ -88,8 +93,6 @@ EQUIVALENT = [
     ("common.py", "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))",
      "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(2, steps - warmup)))",
      "only in a run of a single step, where the numerator is 0"),
-    ("common.py", 'old, new = same(before["config"]), same(self.settings)',
-     'old, new = before["config"], same(self.settings)', "only the keys of `new` are compared"),
     ("grpo.py", "optimizer.zero_grad(set_to_none=True)", "optimizer.zero_grad(set_to_none=False)",
      "every weight has a gradient in every step"),
     ("grpo.py", "step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])",

@@ -208,45 +208,31 @@ def stream(*name):
     return np.random.default_rng(number(*name))
 
 
-def torch_stream(*name):
-    return torch.Generator().manual_seed(number(*name))
-
-
 @torch.no_grad()
-def sample(network, prompts, limit, eos, temperature, random):
-    """One response to each prompt, drawn together: [(ids of the response, ended by itself?)].
+def sample(network, prompt, limit, eos, temperature, random):
+    """A response to the prompt: (its ids, ended by itself?).
 
-    A step draws one number u in [0, 1) for every row of the batch, and the next token of a row is
-    the first at which the sum of the probabilities so far, in double precision, exceeds u. Rows
-    that have ended leave the batch when they are at least half of it.
+    A token is the first at which the sum of the probabilities so far, in double precision, exceeds
+    a number u in [0, 1). `limit` of these are drawn for every response, also where it ends before.
     """
-    rows = [list(p) for p in prompts]
-    batch, ended = list(range(len(rows))), [False] * len(rows)
-    for _ in range(limit):
-        draws = torch.rand(len(batch), 1, dtype=torch.double, generator=random)
-        for n, u in zip(batch, draws):
-            if not ended[n]:
-                p = network.all_logp([*rows[n], 0], temperature)[-1].exp().double()
-                rows[n].append(int((p.cumsum(0) <= u * p.sum()).sum()))
-                ended[n] = rows[n][-1] == eos
-        active = [n for n in batch if not ended[n]]
-        if len(active) == 0:
+    row = list(prompt)
+    for u in random.random(limit):
+        p = network.all_logp([*row, 0], temperature)[-1].exp().double()
+        row.append(int((p.cumsum(0) <= u * p.sum()).sum()))
+        if row[-1] == eos:
             break
-        if len(active) <= len(batch) // 2:
-            batch = active
-    return [(row[len(p):], end) for row, p, end in zip(rows, prompts, ended)]
+    return row[len(prompt):], row[-1] == eos
 
 
-def sample_many(network, tokenizer, prompts, limit, random, temperature=1.0, at_once=256):
-    """Responses in the order of the prompts, drawn from the shortest prompt to the longest."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = {}
-    for i in range(0, len(order), at_once):
-        part = order[i:i + at_once]
-        found.update(zip(part, sample(network, [prompts[j] for j in part], limit, tokenizer.eos,
-                                      temperature, random)))
-    return [dict(ids=ids, text=tokenizer.decode(ids), finished=end)
-            for ids, end in (found[i] for i in range(len(prompts)))]
+def sample_many(network, tokenizer, prompts, limit, name, temperature=1.0, samples=1, first=0):
+    """`samples` responses to each prompt, one after the other; each prompt draws from a stream of
+    its own. name: seed, stage, purpose, step; first: the number of the first prompt."""
+    found = []
+    for n, prompt in enumerate(prompts):
+        random = stream(*name[:3], (name[3], first + n))
+        found += [sample(network, prompt, limit, tokenizer.eos, temperature, random)
+                  for _ in range(samples)]
+    return [dict(ids=ids, text=tokenizer.decode(ids), finished=end) for ids, end in found]
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -484,7 +470,7 @@ def pretrain(c):
                    if 1 + len(tokenizer.encode(p.text)) + 48 <= network.size["block_size"]]
         drawn = sample_many(network, tokenizer, [[tokenizer.eos, *tokenizer.encode(p.text)]
                                                  for p in prompts], 48,
-                            torch_stream(c.seed, "pretrain", "samples"))
+                            (c.seed, "pretrain", "samples", 0))
         gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, drawn)]
         for p, s, g in list(zip(prompts, drawn, gold))[:8]:
             log.add("sample", family=p.family, prompt=p.text, response=s["text"], gold=g)
@@ -527,7 +513,7 @@ def sft(c):
         with torch.no_grad():
             loss = -sum(network.logp(row).sum().item() for row in held_out)
         drawn = sample_many(network, tokenizer, heads, c.max_new_tokens,
-                            torch_stream(c.seed, "sft", "samples", epoch))
+                            (c.seed, "sft", "samples", epoch))
         row = dict(epoch=epoch, loss=loss / sum(sum(mask) for _, mask in held_out),
                    eos_rate=np.mean([s["finished"] for s in drawn]),
                    length=np.mean([len(s["ids"]) for s in drawn]))
@@ -657,10 +643,10 @@ def asked_of(c, writers):
             for p in held_out_prompts(c.data, n, tokenizer, room, split)]
     for start in range(0, len(asked), c.chunk):
         part = asked[start:start + c.chunk]
-        heads = [prompt_ids(tokenizer, r["prompt"]) for r in part for _ in range(draws)]
+        heads = [prompt_ids(tokenizer, r["prompt"]) for r in part]
         drawn = [sample_many(network, tokenizer, heads, c.max_new_tokens,
-                             torch_stream(c.seed, "label", f"answers {w}" if w else "answers",
-                                          start), c.temperature, len(heads))
+                             (c.seed, "label", f"answers {w}" if w else "answers", 0),
+                             c.temperature, draws, start)
                  for w, (network, *_) in enumerate(writers)]
         for i, r in enumerate(part):
             texts, sources = [], []
@@ -842,7 +828,7 @@ def reward(c):
              for one in choose(train, c.samples)]
     asked = [(p, h) for p, h in asked if len(h) + c.max_new_tokens <= block]
     drawn = sample_many(policy, tokenizer, [h for _, h in asked], c.max_new_tokens,
-                        torch_stream(c.seed, "reward", "samples"))
+                        (c.seed, "reward", "samples", 0))
     complete = [(p, h, s["ids"]) for (p, h), s in zip(asked, drawn) if s["finished"]]
     samples = [(h + ids, [0] * len(h) + [1] * len(ids)) for _, h, ids in complete]
     sft = []
@@ -1019,6 +1005,8 @@ def report_card(judge, held_out, noise):
         calibration=table, calibration_error=sum(
             abs(t["confidence"] - t["accuracy"]) * t["pairs"] for t in table) / len(pairs),
         overconfidence=np.mean(sure) - np.mean(right))
+    scores = [score for a in answers for score in a["each"].mean(1)]
+    final |= dict(score_min=min(scores), score_max=max(scores))
     known = [p for p in pairs if p["gap"] is not None]
     if known:
         final["gold_accuracy"] = np.mean([half(p["gap"]) for p in known])
@@ -1065,10 +1053,9 @@ def compare(log, policy, reference, tokenizer, prompts, c, synthetic, reward_mod
     heads = [prompt_ids(tokenizer, p) for p in prompts]
     n = n if synthetic and reward_model else 1  # else nobody chooses a best one
     drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens,
-                        torch_stream(c.seed, "evaluate", "policy"), c.temperature)
-    others = sample_many(reference, tokenizer, [h for h in heads for _ in range(n)],
-                         c.max_new_tokens, torch_stream(c.seed, "evaluate", "reference"),
-                         c.temperature)
+                        (c.seed, "evaluate", "policy", 0), c.temperature)
+    others = sample_many(reference, tokenizer, heads, c.max_new_tokens,
+                         (c.seed, "evaluate", "reference", 0), c.temperature, n)
     others = [others[i:i + n] for i in range(0, len(others), n)]
     first = [some[0] for some in others]
     clusters = [question(p, synthetic) for p in prompts]
@@ -1318,10 +1305,10 @@ def ppo(c):
         chosen = stream(c.seed, "ppo", "prompts", step).choice(
             len(train), c.batch_size, replace=len(train) < c.batch_size)
         heads = [prompt_ids(tokenizer, train[i]) for i in chosen]
-        drawn = sample(policy, heads, c.max_new_tokens, tokenizer.eos, c.temperature,
-                       torch_stream(c.seed, "ppo", "answers", step))
-        rows = [(h + ids, [0] * len(h) + [1] * len(ids)) for h, (ids, _) in zip(heads, drawn)]
-        ended = [end for _, end in drawn]
+        drawn = sample_many(policy, tokenizer, heads, c.max_new_tokens,
+                            (c.seed, "ppo", "answers", step), c.temperature)
+        rows = [(h + s["ids"], [0] * len(h) + [1] * len(s["ids"])) for h, s in zip(heads, drawn)]
+        ended = [s["finished"] for s in drawn]
 
         # score; rewards, advantages and returns of each episode
         raw = [judged(reward_model, row) for row in rows]
@@ -1381,7 +1368,7 @@ def ppo(c):
         lengths, n = [len(e["reward"]) for e in episodes], len(every("reward"))
         finished = [s for s, end in zip(raw, ended) if end]
         returns, error = every("returns"), every("returns") - every("old_value")
-        texts = [tokenizer.decode(ids) for ids, _ in drawn]
+        texts = [s["text"] for s in drawn]
         row = dict(
             step=step, score=np.mean(finished) if finished else None, kl=np.mean(kl), beta=beta,
             lr=c.lr * factor,
@@ -1490,13 +1477,14 @@ def grpo(c):
             len(train), B // c.k, replace=len(train) < B // c.k)
         tasks = [train[i] for i in chosen for _ in range(c.k)]
         heads = [prompt_ids(tokenizer, p) for p, _ in tasks]
-        drawn = sample(policy, heads, c.max_new_tokens, tokenizer.eos, c.temperature,
-                       torch_stream(c.seed, "grpo", "answers", step))
-        texts = [tokenizer.decode(ids) for ids, _ in drawn]
+        drawn = sample_many(policy, tokenizer, heads[::c.k], c.max_new_tokens,
+                            (c.seed, "grpo", "answers", step), c.temperature, c.k)
+        texts = [s["text"] for s in drawn]
 
         # score; advantage of each answer over its group
         episodes = []
-        for h, t, (ids, end), (_, answer) in zip(heads, texts, drawn, tasks):
+        for h, t, s, (_, answer) in zip(heads, texts, drawn, tasks):
+            ids, end = s["ids"], s["finished"]
             e = episode(policy, reference, None, (h + ids, [0] * len(h) + [1] * len(ids)), c)
             if reward_model:
                 e["score"] = judged(reward_model, e["row"]) if end else c.missing_eos
@@ -1569,7 +1557,7 @@ def grpo(c):
             advantage_std=np.std([e["advantage"] for e in episodes], ddof=1),
             entropy=sum(e["entropy"].sum().item() for e in episodes) / n, length=n / B,
             length_min=min(lengths), length_max=max(lengths),
-            eos_rate=np.mean([end for _, end in drawn]),
+            eos_rate=np.mean([s["finished"] for s in drawn]),
             lr=c.lr * linear(step, c.iterations, c.warmup),
             policy_loss=means[0], kl_loss=means[1], grad_norm=means[2],
             ratio_max=max((s[3] for s in seen), default=0.0), ptx_loss=ptx.item() if ptx else None,

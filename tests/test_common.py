@@ -474,7 +474,7 @@ def test_every_open_flag_of_a_stage_is_in_the_table():
     later = dict(sft={"pretrain_data"}, ppo={"critic_lr", "reference"},
                  grpo={*grpo.METHODS["dapo"], "kl_estimator", "reference"},
                  evaluate={"eval_prompts", "split", "out"},
-                 **{x: {"reference"} for x in dpo.LOSSES})
+                 **{loss: {"reference"} for loss in dpo.LOSSES})
     rows = [("sft", sft), ("reward", reward), ("ppo", ppo), ("grpo", grpo), ("label", label),
             ("evaluate", evaluate), *((loss, dpo) for loss in dpo.LOSSES)]
     assert common.AUTO.keys() == {"critic", *(name for name, _ in rows)}

@@ -80,7 +80,8 @@ def test_right_answers_of_made_up_samples(folder, monkeypatch, tiny):
                   ["7.", "7", "7.", "6.", "no.", "-7."]))
     monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
         dict(text=t.strip("."), finished=t[-1] == ".", ids=[2]) for t in next(texts)])
-    config = evaluate.Config(out=str(folder / "right"), data="some.jsonl")
+    config = evaluate.Config(out=str(folder / "right"), data="some.jsonl",
+                             max_new_tokens=8)
     run = common.Run("evaluate", config, torch.device("cpu"))
     found, _, _ = evaluate.compare(tiny, tiny, load_tokenizer("synthetic"), asked, config, run,
                                    False, verifier=True)
@@ -97,7 +98,8 @@ def test_the_share_of_right_answers_by_constraints(folder, monkeypatch, tiny):
     texts = iter((["one two three", "one two three"], ["one", "two"]))
     monkeypatch.setattr(batches, "sample_texts", lambda *_, **__: [
         dict(text=t, finished=t != "two", ids=[2]) for t in next(texts)])
-    config = evaluate.Config(out=str(folder / "forms"), data="some.jsonl")
+    config = evaluate.Config(out=str(folder / "forms"), data="some.jsonl",
+                             max_new_tokens=8)
     run = common.Run("evaluate", config, torch.device("cpu"))
     found, _, _ = evaluate.compare(tiny, tiny, load_tokenizer("synthetic"), asked, config, run,
                                    False, verifier=True)
@@ -192,7 +194,9 @@ def test_a_policy_against_itself(folder):
     assert {"gold", "gold_sft", "gold_win_rate", "tie_rate", "length", "eos_rate", "score",
             "gold_best_of_n"} <= set(final)
     again = run_script("evaluate.py", *flags, cwd=folder)
-    assert again.returncode == 2 and "already holds" in again.stderr
+    assert again.returncode == 0 and "holds this run, finished" in again.stdout
+    other = run_script("evaluate.py", *flags, "--seed=2", cwd=folder)
+    assert other.returncode == 2 and "a finished run with --seed=1, not as here" in other.stderr
     wrong = run_script("evaluate.py", "--policy=reward", cwd=folder)
     assert wrong.returncode == 2 and "is a reward checkpoint" in wrong.stderr
 

@@ -140,7 +140,7 @@ def test_batch_order_changes_nothing(folder, plain, monkeypatch, stage):
         lines = (folder / data).read_text().splitlines()
         data = f"reversed_{data}"
         (folder / data).write_text("\n".join(lines[::-1]))
-        # samples of the model are drawn from one stream in the order of the prompts
+        # a sample is drawn with the numbers of its prompt's place in the list
         same = dict(text="", ids=[1595], finished=True)
         monkeypatch.setattr(batches, "sample_texts",
                             lambda model, tok, ids, *_, **__: [same] * len(ids))

@@ -313,16 +313,16 @@ def test_a_text_of_two_writers_belongs_to_the_first_in_turn(tmp_path, monkeypatc
         dict(text=text, finished=True) for _ in range(options["batch_size"] // 2)
         for text in says[model]])
     run_ = SimpleNamespace(folder=tmp_path, save_state=lambda *_: None)
-    config = label.Config(k=4, chunk=2)
+    config = label.Config(k=4, chunk=2, max_new_tokens=3)
     writers = [(name, SimpleNamespace(encode_prompt=len), None) for name in "ab"]
-    lines = label.draw(run_, config, writers, [dict(prompt=p) for p in "123"], torch.device("cpu"))
+    lines = label.draw(run_, config, writers, [dict(prompt=p) for p in "123"])
     # in turn from a: x of a, y of b, y of a, z of b; from b: y of b, x of a, z of b, y of a
     first, second = (["x", "y", "z"], [0, 1, 1]), (["y", "x", "z"], [1, 0, 1])
     assert [(line["completions"], line["sources"]) for line in lines] == [first, second, first]
     (other := tmp_path / "other").mkdir()
     says["b"] = ["x", "z"]  # x of a, x of b; then the other way round
     lines = label.draw(SimpleNamespace(folder=other, save_state=run_.save_state), config,
-                       writers, [dict(prompt=p) for p in "12"], torch.device("cpu"))
+                       writers, [dict(prompt=p) for p in "12"])
     assert [line["sources"] for line in lines] == [[0, 0, 1], [1, 1, 0]]
 
 
@@ -558,9 +558,10 @@ def person(monkeypatch):
     return known
 
 
-def test_a_person_stops_and_goes_on(folder, person, capsys):
+def test_a_person_stops_and_goes_on(folder, person, capsys, monkeypatch):
     # catches another order after a restart, --resume that has to be typed, a run that seems done
     flags = [*SMALL, "--labeler=page", "--port=8123", "--repeat=0.25"]
+    monkeypatch.setattr(sys, "argv", ["label.py", "--init=sft", *flags])
     found, _ = run(*flags)
     said = capsys.readouterr().out
     assert len(found) == 5 and not (folder / "out" / "card.json").exists()
@@ -568,14 +569,14 @@ def test_a_person_stops_and_goes_on(folder, person, capsys):
     assert f"5 of {usable} prompts are ranked; this goes on:" in said
     command = re.search(r"python label.py (.*)", said)[1].split()
     assert {"--labeler=page", "--init=sft", "--k=3"} <= set(command)
-    with pytest.raises(UserError, match="was started with --labeler=page"):
+    with pytest.raises(UserError, match="an interrupted run with --labeler=page"):
         run(*SMALL, "--labeler=terminal")
     again, _ = run(*flags, "--overwrite=true")
     assert again == found  # from the start, with the same answers in the same order
     assert len(person["sessions"][-1].done) == 5
     answers = (folder / "out" / "answers.jsonl").read_bytes()
     person["left"] = 100
-    assert run_script("label.py", *command, "--device=cpu", cwd=folder).returncode == 2  # changed
+    assert run_script("label.py", *command, "--seed=9", cwd=folder).returncode == 2  # changed
     result = run_script("label.py", *command, cwd=folder)
     assert result.returncode == 0, result.stderr
     first, last = person["sessions"][0], person["sessions"][-1]
@@ -627,6 +628,7 @@ def test_a_person_ranks_their_own_answers(folder, monkeypatch, capsys):
     answer(monkeypatch)
     write_jsonl("ten.jsonl", [*OWN, dict(prompt="P", completions=list("abcdefghij"))])
     run_in = ["--labeler=terminal", "--answers=ten.jsonl", "--repeat=0", "--out=ten ones"]
+    monkeypatch.setattr(sys, "argv", ["label.py", *run_in])
     label.main(cli.read_flags(label.Config, run_in))
     said = capsys.readouterr().out
     assert "dropped 1 records with more than 9 answers" in said
@@ -756,13 +758,17 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
     small = feedback.Config(runs="s{seed}", seeds=2, rounds=2, prompts=22, held_out=6, iterations=1,
                             eval_prompts=4, max_new_tokens=8, page="docs/page.md")
     feedback.main(small)
-    assert len(calls) == 2 * (2 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
+    assert len(calls) == 2 * (3 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
     out = folder / "out" / "feedback"
     first = lambda path: rows(out / path / "log.jsonl")[0]
     for seed in (1, 2):
         made = common.load_checkpoint(out / f"rounds/s{seed}/dpo1", ("dpo",))["hash"]
         for stage in ("label2", "dpo2"):
             assert first(f"rounds/s{seed}/{stage}")["parents"]["dpo"] == made
+            assert first(f"rounds/s{seed}/held-{stage}")["parents"]["dpo"] == made
+        for kind in ("", "held-"):
+            held = first(f"rounds/s{seed}/{kind}dpo2")["parents"].get("reference")
+            assert held == (sft if kind else None)
         assert first(f"rounds/s{seed}/epochs")["config"]["epochs"] == 2
         assert first(f"rounds/s{seed}/evaluate-dpo2")["parents"]["reference"] == \
             common.load_checkpoint("sft", ("sft",))["hash"]
@@ -771,10 +777,11 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
     page = (folder / "docs" / "page.md").read_text()
     last = [rows(out / f"rounds/s{seed}/evaluate-dpo2/log.jsonl")[-1]["length"] for seed in (1, 2)]
     assert f"| {np.mean(last):.1f} ({min(last):.1f} to {max(last):.1f}) |" in next(
-        line for line in page.split("\n") if line.startswith("| round 2"))
+        line for line in page.split("\n") if line.startswith("| round 2, held to round 1"))
     assert [line.split(" |")[0] for line in page.split("\n") if line.startswith("| ")] == [
-        "| after", "| 1 round of 2 epochs", "| round 1", "| round 2", "| labeler", "| simulated",
-        "| principles"]
+        "| after", "| round 1, from the SFT model", "| 2 epochs of round 1",
+        "| round 2, held to round 1", "| round 2, held to the SFT model", "| labeler",
+        "| simulated", "| principles"]
     calls.clear()
     feedback.main(small)
     assert not calls and (folder / "docs" / "page.md").read_text() == page

@@ -209,7 +209,7 @@ def test_generate_makes_the_cache_of_the_formula(monkeypatch):
     monkeypatch.setattr(KVCache, "__init__", lambda self, *args: (real(self, *args),
                                                                   made.append(self))[0])
     one = case(LLAMA, batch=8, k=4, prompt=6, new=5)
-    generate(GPT(one.model), [[1] * 6] * 2, 5, eos=100, samples=4)
+    generate(GPT(one.model), [[1] * 6] * 2, 5, eos=100, temperature=0, samples=4)
     assert made[0].kv.nbytes == memory.kv_cache(one, 8)
 
 

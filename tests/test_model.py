@@ -39,6 +39,10 @@ def test_cache_equals_full_forward(tiny):
             torch.testing.assert_close(hidden[b, 0], full[b][len(r) + step])
 
 
+def uniforms(*size):
+    return torch.rand(size, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+
+
 def test_greedy_with_mixed_lengths_equals_one_row_at_a_time(tiny):
     # catches left-padding and batching errors in generate
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
@@ -57,8 +61,7 @@ def test_greedy_with_mixed_lengths_equals_one_row_at_a_time(tiny):
 def test_generate_stops_at_eos_and_pads_behind_it(tiny):
     # catches tokens after EOS, a mask without EOS, and PAD inside a response
     prompts = [[1 + i % 12] * (1 + i % 4) for i in range(200)]
-    tokens, mask, done = generate(tiny, prompts, 12, EOS,
-                                  generator=torch.Generator().manual_seed(0))
+    tokens, mask, done = generate(tiny, prompts, 12, EOS, uniforms=uniforms(200, 12))
     assert done.any() and not done.all()
     for row, m, finished, prompt in zip(tokens, mask.bool(), done, prompts):
         response = row[m].tolist()
@@ -74,17 +77,26 @@ def test_samples_follow_the_tempered_softmax(tiny):
     # catches a missing temperature and a wrong sampler: chi-square on 20,000 first tokens
     T, n = 0.7, 20000
     p = F.softmax(tiny.logits(tiny(torch.tensor([[1, 2]])))[0, -1] / T, -1).double()
-    tokens, _, _ = generate(tiny, [[1, 2]] * n, 1, EOS, T, torch.Generator().manual_seed(1))
+    tokens, _, _ = generate(tiny, [[1, 2]] * n, 1, EOS, T, uniforms(n, 1))
     counts = torch.bincount(tokens[:, 2], minlength=13).double()
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
     assert chi2 < 45  # 12 degrees of freedom: exceeded once in 100,000
 
 
-def test_generate_is_seeded(tiny):
-    # catches a sampler that draws from the global stream
-    draw = lambda seed: generate(tiny, [[1, 2]] * 4, 8, EOS,
-                                 generator=torch.Generator().manual_seed(seed))[0].tolist()
-    assert draw(1) == draw(1) != draw(2)
+def test_a_row_draws_with_its_own_numbers(tiny):
+    # catches a sampler that draws from the global stream, numbers that depend on who is still there
+    prompts, numbers = [[1 + i % 12] * (1 + i % 4) for i in range(40)], uniforms(40, 12)
+    response = lambda row, mask: row[mask.bool()].tolist()
+    draw = lambda which: [response(*row) for row in zip(*generate(
+        tiny, [prompts[i] for i in which], 12, 4, 1.0, numbers[which])[:2])]
+    together = draw([*range(40)])
+    assert sorted(map(len, together))[20] < 10  # rows leave the batch, at different times
+    assert draw([*range(39, -1, -1)]) == together[::-1]
+    assert [draw([i])[0] for i in range(40)] == together
+    for row in range(40):  # another number changes this row, from that token on
+        numbers[row, 2] = (numbers[row, 2] + 0.5) % 1
+    changed = draw([*range(40)])
+    assert changed != together and [r[:2] for r in changed] == [r[:2] for r in together]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -92,7 +104,7 @@ def test_samples_of_a_prompt_are_those_of_the_repeated_prompt(tiny, temperature)
     # catches a cache, a last state or a length that is handed to the rows of another prompt
     prompts = [[1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11, 12], [2, 9]]
     seeded = lambda prompts, samples, eos: generate(
-        tiny, prompts, 12, eos, temperature, torch.Generator().manual_seed(3), samples=samples)
+        tiny, prompts, 12, eos, temperature, uniforms(20, 12), samples=samples)
     eos = seeded(prompts, 1, -1)[0][1, 5].item()  # a token that is said: rows end at it
     found, expected = (seeded(prompts, 5, eos),
                        seeded([p for p in prompts for _ in range(5)], 1, eos))

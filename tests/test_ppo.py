@@ -343,9 +343,9 @@ def test_settings_reach_every_function(folder, monkeypatch):
     temperatures = spy_temperatures(monkeypatch, ppo)
     sample = batches.sample_texts
 
-    def spy_sample(model, tokenizer, ids, length, rng, temperature=1.0, *rest, **options):
+    def spy_sample(model, tokenizer, ids, length, uniforms, temperature=1.0, *rest, **options):
         temperatures.setdefault("sample", set()).add(temperature)
-        return sample(model, tokenizer, ids, length, rng, temperature, *rest, **options)
+        return sample(model, tokenizer, ids, length, uniforms, temperature, *rest, **options)
 
     def spy_adamw(modules, lr, *args, real=common.adamw, **options):
         optimizers.append((lr, options.get("eps")))
@@ -430,11 +430,12 @@ def test_comparison_with_the_reference(monkeypatch, tiny, tmp_path):
     monkeypatch.setattr(batches, "over_rows", lambda *_, **__: torch.tensor(next(scores)))
 
     class Log:
-        log, device, stage = staticmethod(lambda *_, **__: None), torch.device("cpu"), "ppo"
+        log = watch = staticmethod(lambda *_, **__: None)
+        device, stage = torch.device("cpu"), "ppo"
         folder = tmp_path
 
     metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1], None) for p in prompts],
-                               settings(), Log, True, "a reward model", 2)[0]
+                               settings(max_new_tokens=8), Log, True, "a reward model", 2)[0]
     gold = [[gold_reward(p.text, t) for t in texts]
             for p, texts in zip(prompts, (sft[:2], sft[2:]))]
     assert gold[0][0] == gold[1][1] < gold[0][1] == gold[1][0]

@@ -79,7 +79,7 @@ def test_the_nucleus_by_hand(top_p, kept):
 def test_tokens_are_drawn_in_proportion_from_the_nucleus():
     # catches a token from outside it, one that is left out, a temperature that is turned around
     p = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    rng = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     draw = lambda *how: np.bincount([choose(p.log(), *how, rng) for _ in range(4000)],
                                     minlength=4) / 4000
     np.testing.assert_allclose(draw(1.0, 0.85), np.array([0, 4, 2, 3]) / 9, atol=0.03)
@@ -94,8 +94,9 @@ def test_the_chat_samples_as_generate_does(tiny, temperature):
     lengths = set()
     for seed in range(12):
         prompt = torch.randint(12, (1 + seed % 7,), generator=torch.Generator().manual_seed(seed))
-        rng = lambda seed=seed: torch.Generator().manual_seed(seed)
-        tokens, mask, done = generate(tiny, [prompt.tolist()], 17, seed, temperature, rng())
+        rng = lambda seed=seed: np.random.default_rng(seed)
+        tokens, mask, done = generate(tiny, [prompt.tolist()], 17, seed, temperature,
+                                      torch.from_numpy(rng().random((1, 17))))
         found = list(stream(tiny, prompt.tolist(), 17, seed, temperature, generator=rng()))
         assert found == tokens[0][mask[0].bool()].tolist()
         assert done.item() == (found[-1] == seed)
@@ -114,7 +115,8 @@ def test_a_small_top_p_is_greedy_and_the_cache_is_no_larger_than_needed(tiny, mo
 
     monkeypatch.setattr(sample, "KVCache", Spy)
     greedy = list(stream(tiny, [1, 2, 5], 9, 99, 0))
-    assert list(stream(tiny, [1, 2, 5], 9, 99, 1.0, 1e-9)) == greedy and len(greedy) == 9
+    random = np.random.default_rng(0)
+    assert list(stream(tiny, [1, 2, 5], 9, 99, 1.0, 1e-9, random)) == greedy and len(greedy) == 9
     assert sizes == [(1, 12)] * 2
 
 
@@ -450,8 +452,9 @@ def test_a_line_for_every_model_in_a_pipe(folder, tokenizer):
     first = common.load_policy(folder / "sft", ("sft",), "cpu")[0]
     for name, text, points, gold, kl, tokens, end in found:
         model = common.load_policy(folder / name, ("sft", "dpo"), "cpu")[0]
+        random = common.stream(3, "sample", "answers", 0).random((1, 32))
         drawn, mask, done = generate(model, [prompt], 32, tokenizer.eos, 0.8,
-                                     common.stream(3, "sample", "answers", 0, "cpu"))
+                                     torch.from_numpy(random))
         ids = drawn[0][mask[0].bool()].tolist()
         decoded = tokenizer.decode(ids)
         assert " ".join(visible(decoded).split()) == text
