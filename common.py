@@ -738,7 +738,7 @@ def declared(checkpoint, path):
     """(tokenizer, GPTConfig) of a checkpoint. UserError if they are damaged."""
     try:
         tokenizer = load_tokenizer(checkpoint["tokenizer"])
-        size = GPTConfig(**checkpoint["model"] | dict(dropout=0.0))
+        size = GPTConfig(**dict(checkpoint["model"], dropout=0.0))
         if not isinstance(tokenizer.eos, int):
             raise ValueError(f"EOS is {tokenizer.eos!r}")
     except UserError:

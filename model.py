@@ -49,10 +49,12 @@ class GPTConfig:
     def __post_init__(self):
         for name, size in vars(self).items():
             kind = type(GPTConfig.__dataclass_fields__[name].default)
+            if kind is int and (type(size) is not int or not 0 <= size < 2**31):
+                raise ValueError(f"{name}={size!r}: must be a whole number from 0, below 2^31")
             if type(size) is not kind and not (kind is float and type(size) is int):
                 raise ValueError(f"{name}={size!r}: must be of type {kind.__name__}")
-            below = 2**31 if kind is int else 1 if name == "dropout" else math.inf
-            if kind in (int, float) and not 0 <= size < below:
+            below = 1 if name == "dropout" else math.inf
+            if kind is float and not 0 <= size < below:
                 raise ValueError(f"{name}={size!r}: must be at least 0, and below {below}")
         if len(self.rope_scaling) not in (0, 4) or not all(
                 0 < x < math.inf for x in self.rope_scaling):

@@ -130,6 +130,8 @@ def read_run(folder):
                 continue
             curves, step = train if row["kind"] == "step" else held_out, row.get("step")
             step = made if step is None else step
+            if type(step) is not int or abs(step) > 2**53:
+                raise TypeError(f"step {step!r}")
             for field, value in by_unit(row, stage, flags).items():
                 if field in FIELDS and isinstance(value, int | float) and math.isfinite(value):
                     curves.setdefault(field, {})[step] = value  # the last row of a step counts
@@ -415,10 +417,11 @@ def main(config):
             figure, name = report_picture(report), "report.png"
     else:
         runs = [read_run(folder) for folder in config.folders]
-        if config.text:
-            print(as_characters(runs, shutil.get_terminal_size().columns))
-            return
-        figure, name = picture(runs), "curves.png"
+        with refusing("there is a log that cannot be drawn"):
+            if config.text:
+                print(as_characters(runs, shutil.get_terminal_size().columns))
+                return
+            figure, name = picture(runs), "curves.png"
     path = Path(config.out or f"{first}/{name}")
     try:
         with whole_file(path) as file:

@@ -296,7 +296,7 @@ def own_files(out):
         state=(out / "run/state.pt",
                lambda _: run.load_state(policy=kept, optimizer=optimizer)),
         log=(out / "run/log.jsonl",
-             lambda _: plot.as_characters([plot.read_run(out / "run")], 80)),
+             lambda _: plot.main(plot.Config(text=True, folders=(str(out / "run"),)))),
         report=(out / "report/report.json", lambda _: plot.read_report(out / "report")),
         answers=(out / "run/answers.jsonl", lambda path: label.drawn_before(path, 2, prompts)),
         ranked=(out / "run/rankings.jsonl.part", lambda _: label.rank_all(

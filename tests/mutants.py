@@ -190,7 +190,7 @@ MODEL = [
            "test_model.py::test_generate_stops_at_eos_and_pads_behind_it",
            "OpenRLHF: the last token of a cut response becomes EOS"),
     Mutant("dropout_in_every_stage", "common.py",
-           'GPTConfig(**checkpoint["model"] | dict(dropout=0.0))',
+           'GPTConfig(**dict(checkpoint["model"], dropout=0.0))',
            'GPTConfig(**checkpoint["model"])',
            "test_common.py::test_checkpoint_round_trip", "TRL 744, 1508, 2042, PR 3234"),
     Mutant("models_left_in_training_mode", "common.py",
