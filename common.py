@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line,
                  first_process, interrupt, make_folder, note, one_process, out_of_memory, processes,
                  say, to_json)
-from data.files import file_hash, is_data, missing
+from data.files import append, file_hash, is_data, missing, need_room, sweep, whole_file
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -60,7 +61,7 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device={asked} is not available here") from None
     return device
@@ -397,6 +398,8 @@ class Run:
         if config.resume and not self.resuming:
             raise UserError(f"--resume=true: {self.folder} holds no interrupted run (no state.pt)")
         by_the_first(lambda: make_folder("out", self.folder))  # all have looked before one writes
+        if first_process():
+            sweep(self.folder)
         if self.resuming:
             NOTES.clear()  # the log has them
             self._say_changes(before)
@@ -452,11 +455,10 @@ class Run:
         text = "".join(to_json(each) + "\n" for each in rows)
         path = self.folder / "log.jsonl"
         if new:  # in one piece: a first row is there or not, never half of it
-            path.with_suffix(".tmp").write_text(text)
-            os.replace(path.with_suffix(".tmp"), path)
+            with whole_file(path, "w") as file:
+                file.write(text)
         else:
-            with open(path, "a") as f:
-                f.write(text)
+            append(path, text)
         NOTES.clear()
 
     def log(self, kind="step", **row):
@@ -533,17 +535,27 @@ class Run:
         state; else {}. Log rows written after it are cut off. From here to the end of the loop
         Ctrl-C and SIGTERM wait for the step's end, and `save_state` stops the run."""
         catch_signals(self._stop_soon)
+        path = self.folder / "state.pt"
         if not self.resuming:
+            # two states, one beside the other; then the model, where one of them was
+            need_room(path, 2 * state_size(targets.values()), "a run of this model")
             return {}
-        state = load_file(self.folder / "state.pt", self.device)
-        for name, target in targets.items():
-            target.load_state_dict(state.pop(name))
-        torch.set_rng_state(state["rng"].cpu())
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
-        self.start -= state["seconds"]  # of the sessions before
-        self.watched = state.pop("watched", {})
-        self.saved = state["step"]
+        state = load_file(path, self.device)
+        try:
+            for name, target in targets.items():
+                target.load_state_dict(state.pop(name))
+            torch.set_rng_state(state["rng"].cpu())
+            if "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+            self.start -= state["seconds"]  # of the sessions before
+            self.watched, self.saved = state.pop("watched", {}), state["step"]
+            if not 0 <= state["log_size"] <= (self.folder / "log.jsonl").stat().st_size:
+                raise ValueError("log.jsonl is shorter")
+        except Exception as error:  # as many kinds as there are ways in which it may not fit
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{path} is of another version of this project: --overwrite=true "
+                            f"starts again ({describe(error)})") from None
         by_the_first(lambda: os.truncate(self.folder / "log.jsonl", state["log_size"]))
         return state
 
@@ -559,20 +571,32 @@ class Run:
 
 
 def save_file(content, path):
+    """Write a dict of tensors and plain containers, and its digest, whole or not at all."""
     if not first_process():
         return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may write to one cache
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)  # never half a file
-    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    digest, content = hashlib.sha256(), {k: v for k, v in content.items() if k != "digest"}
+    size = add_to(digest, content)
+    with whole_file(path, size=size) as file:
+        try:
+            torch.save(content | dict(digest=digest.hexdigest()), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's follows from it and says less
+                raise error.__context__ from None
+            raise
 
 
 def load_file(path, device="cpu"):
+    """The dict that save_file wrote. UserError unless it is that, to the last bit."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content.get("format") != "rlhf-1":  # that has no digest, but a hash of its weights
+            found, digest = content.pop("digest"), hashlib.sha256()
+            add_to(digest, content)
+            if found != digest.hexdigest():
+                raise damaged(path, "it is not what was written, by its digest")
+        return content
+    except UserError:
+        raise
     except Exception as error:  # torch raises a different error for each way a file can be broken
         if out_of_memory(error):
             raise
@@ -580,11 +604,40 @@ def load_file(path, device="cpu"):
                         f"({type(error).__name__})") from None
 
 
+def add_to(digest, value):
+    """Take all of a value of tensors and plain containers into a hash; the bytes of its tensors."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor that repeats its numbers")  # they would all be written out
+        digest.update(repr((value.dtype, *value.shape)).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return value.numel() * value.element_size()
+    if isinstance(value, (dict, list, tuple)):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        parts = chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        return sum(add_to(digest, part) for part in parts)
+    digest.update(f"{value!r};".encode("utf-8", "backslashreplace"))
+    return 0
+
+
+def state_size(targets):
+    """Bytes of a state of these modules and optimisers: of a module its numbers, of an optimiser
+    at most two for each number that it moves."""
+    return sum(2 * sum(p.numel() * p.element_size() for g in t.param_groups for p in g["params"])
+               if isinstance(t, torch.optim.Optimizer)
+               else sum(v.numel() * v.element_size() for v in t.state_dict().values())
+               for t in targets)
+
+
+def describe(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
 def weights_hash(weights):
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(weights[name].detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -595,12 +648,13 @@ def text_hash(text):
 def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None):
     """One file with all that a later stage needs; only tensors and plain containers.
 
-    parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares.
+    parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares. A
+    hash is that of the weights: what was trained. All of the file is in its digest.
     """
     check_finite(config, f"{path} is not written", model=model)
     gpt = model if isinstance(model, GPT) else model.gpt
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    save_file(dict(format="rlhf-1", stage=stage, weights=weights,
+    save_file(dict(format="rlhf-2", stage=stage, weights=weights,
                    model=dataclasses.asdict(gpt.config), tokenizer=tokenizer.state,
                    config=dataclasses.asdict(config), metrics=metrics, hash=weights_hash(weights),
                    parents=parents or {}), Path(path))
@@ -618,12 +672,33 @@ def load_checkpoint(path, stages, device="cpu"):
         raise UserError(f"no checkpoint at {path}: make one with "
                         + " or ".join(f"`python {s}.py --out={folder}`" for s in stages))
     checkpoint = load_file(path, device)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "rlhf-1":
+    if checkpoint.get("format") not in ("rlhf-1", "rlhf-2"):
         raise UserError(f"{path} is not a checkpoint of this project")
+    for name, kind in dict(stage=str, weights=dict, model=dict, tokenizer=(str, dict), config=dict,
+                           metrics=dict, hash=str, parents=dict).items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise damaged(path, f"no {name} in it")
     if checkpoint["stage"] not in stages:
-        raise UserError(f"{path} is a {checkpoint['stage']} checkpoint; needed here: "
+        raise UserError(f"{path} is a {checkpoint['stage'][:20]} checkpoint; needed here: "
                         + " or ".join(stages))
+    check_weights(checkpoint, path)
     return checkpoint
+
+
+def damaged(path, why):
+    return UserError(f"{path} is damaged, or of another version of this project: {why}")
+
+
+def check_weights(checkpoint, path):
+    """UserError where the weights are none, or of rlhf-1 not those of the hash. There the sizes of
+    the model are checked by their shapes alone, which do not know n_head."""
+    weights = checkpoint["weights"]
+    for name, w in weights.items():
+        if not (isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
+                and w.layout == torch.strided and w.is_contiguous()):
+            raise damaged(path, f"its weight {str(name)[:50]} is none")
+    if checkpoint["format"] == "rlhf-1" and weights_hash(weights) != checkpoint["hash"]:
+        raise damaged(path, "its weights are not those of its hash")
 
 
 def load_policy(path, stages, device):
@@ -634,27 +709,49 @@ def load_policy(path, stages, device):
 
 def build(network, checkpoint, path, device):
     """(network, tokenizer) of a checkpoint, which loses its weights. UserError if it is damaged."""
+    tokenizer, size = declared(checkpoint, path)
     try:
-        tokenizer = load_tokenizer(checkpoint["tokenizer"])
-        size = dict(checkpoint["model"], dropout=0.0)
-        check_vocabulary(size, tokenizer, path)
-        model = network(GPTConfig(**size))
+        weights = checkpoint["weights"]
+        if size.n_layer > len(weights):  # a layer takes time and memory without a number in it
+            raise ValueError(f"{size.n_layer} layers in {len(weights)} tensors")
+        with torch.device("meta"):  # a declared size may be any; nothing is allocated here
+            shapes = {name: w.shape for name, w in network(size).state_dict().items()}
+        found = {name: w.shape for name, w in weights.items()}
+        if shapes != found:
+            name = min(n for n in shapes | found if shapes.get(n) != found.get(n))
+            show = lambda shape: "missing" if shape is None else [*shape]
+            raise ValueError(f"{name} is {show(found.get(name))}, expected "
+                             f"{show(shapes.get(name))}")
+        model = network(size)
         model.load_state_dict(checkpoint.pop("weights"))  # or they would live as long as the dict
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # torch's for a size that no tensor can have
         if out_of_memory(error):
             raise
-        why = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} is damaged, or of another version of this project: "
-                        f"{type(error).__name__}: {why}") from None
+        raise damaged(path, describe(error)) from None
     if not norms(model).isfinite().all():
         raise UserError(f"{path} is destroyed: the weights of this {checkpoint['stage']} model are "
                         "not finite. Make it again, with a lower --lr")
     return model.to(device).eval(), tokenizer
 
 
+def declared(checkpoint, path):
+    """(tokenizer, GPTConfig) of a checkpoint. UserError if they are damaged."""
+    try:
+        tokenizer = load_tokenizer(checkpoint["tokenizer"])
+        size = GPTConfig(**dict(checkpoint["model"], dropout=0.0))
+        if not isinstance(tokenizer.eos, int):
+            raise ValueError(f"EOS is {tokenizer.eos!r}")
+    except UserError:
+        raise
+    except Exception as error:  # as many kinds as there are ways to be broken
+        raise damaged(path, describe(error)) from None
+    check_vocabulary(size, tokenizer, path)
+    return tokenizer, size
+
+
 def check_vocabulary(size, tokenizer, path):
-    if (size["vocab_size"], size["n_tokens"]) != (tokenizer.vocab_size, tokenizer.n_tokens):
-        raise UserError(f"{path} has a vocabulary of {size['n_tokens']} tokens, its tokenizer "
+    if (size.vocab_size, size.n_tokens) != (tokenizer.vocab_size, tokenizer.n_tokens):
+        raise UserError(f"{path} has a vocabulary of {size.n_tokens} tokens, its tokenizer "
                         f"{tokenizer.name} {tokenizer.n_tokens}: they do not belong together")
 
 

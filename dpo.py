@@ -258,9 +258,8 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
     logps, size = torch.zeros(0, dtype=torch.float64), 1024  # answers between two looks at the time
     cached = common.by_the_first(lambda: common.load_file(path) if path.exists() else None)
     if cached is not None:
-        if not isinstance(cached, dict) or cached.get("key") != key \
-                or not isinstance(cached.get("logps"), torch.Tensor) \
-                or len(cached["logps"]) > len(rows):
+        if cached.get("key") != key or not isinstance(cached.get("logps"), torch.Tensor) \
+                or cached["logps"].dim() != 1 or len(cached["logps"]) > len(rows):
             raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
                             " and it is computed again")
         logps = cached["logps"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import cli
-from cli import Positive
+from cli import NotNegative, Positive
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Config(cli.Config):
     # no flags: an evaluation is short, and starts again
     resume: ClassVar[bool | None] = None
     save_minutes: ClassVar[float] = 5
-    temperature: Positive[float] = 1.0  # of both models
+    temperature: NotNegative[float] = 1.0  # of both models; 0 takes the most probable tokens, and
+    #                                        KL and entropy are those at 1 on these answers
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS
 
@@ -74,6 +75,7 @@ import common
 from cli import UserError, note, say
 from data import batches, instruments
 from data.choices import choice_logprobs, chosen
+from data.files import whole_file
 from data.load import load_prompts
 from data.records import question, write_jsonl
 from data.sets import load_sets, measure_set, set_rows
@@ -81,7 +83,6 @@ from data.synthetic.behaviour import four_choices, rates
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
 from data.text import text_rows
-from data.tokenizer import load_tokenizer
 from data.verifier import is_right
 from model import token_logprobs, token_stats
 from reward import load_reward_model
@@ -275,7 +276,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     drawn, every = draw(policy, "policy", 1), draw(reference, "reference", n)
     sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
     logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
-                                        config.temperature, "KL") for model in (policy, reference))
+                                        config.temperature or 1.0, "KL")
+                      for model in (policy, reference))
     # what is measured: one number a prompt, of the reference and of the policy
     each = lambda value: [np.array([value(s, i) for i, s in enumerate(samples)], float)
                           for samples in (sft, drawn)]
@@ -426,7 +428,8 @@ def ask(model, tokenizer, ids, config, purpose, samples=1):
 def answer_stats(model, ids, drawn, pad, config):
     """(log pi(y | x), sum of the entropies of its tokens), each (n,): nats per sequence."""
     def stats(tokens, mask):
-        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature, entropy=True)
+        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature or 1.0,
+                                        entropy=True)
         return torch.stack([logp.sum(1), entropy.sum(1)], 1)
 
     rows, masks = response_rows(ids, drawn)
@@ -461,7 +464,7 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     drawn = ask(model, tokenizer, ids, config, "answers")
     logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
     ref_logp = sequence_logprobs(reference, *response_rows(ids, drawn), tokenizer.pad,
-                                 config.temperature, "KL").numpy()
+                                 config.temperature or 1.0, "KL").numpy()
     lengths = np.array([len(s["ids"]) for s in drawn], float)
     rate = entropy.sum() / lengths.sum()
     values = dict(kl=logp - ref_logp, length=lengths,
@@ -643,9 +646,9 @@ def make_report(config, device):
         checkpoint = common.load_checkpoint(path, STAGES)
         del checkpoint["weights"]  # read again when it is measured: one at a time
         parents[path] = checkpoint["hash"]
-        room = min(room, checkpoint["model"]["block_size"])
-        common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
-                                    config.reference)
+        own, size = common.declared(checkpoint, path)
+        room = min(room, size.block_size)
+        common.check_same_tokenizer(own, tokenizer, path, config.reference)
     if config.reward_model:
         reward_model, rm_parent = load_judge(config, tokenizer, config.reference, device)
         parents["reward"], room = rm_parent["hash"], min(room, reward_model.gpt.config.block_size)
@@ -714,7 +717,8 @@ def write_report(folder, config, found, columns, rows, words, prompts):
                                  if each["families"]}, verdicts=words,
                    rows={name: dict(label=label, unit=unit, better=better)
                          for name, label, unit, better in rows})
-    (folder / "report.json").write_text(cli.to_json(content, indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / "report.json", "w", encoding="utf-8") as file:
+        file.write(cli.to_json(content, indent=1) + "\n")
     # a program of its own: it stands on a higher floor, and matplotlib may not be there
     drawn = subprocess.run([sys.executable, str(common.ROOT / "plot.py"), str(folder)],
                            capture_output=True, text=True, env=cli.one_process())
@@ -742,7 +746,8 @@ def write_report(folder, config, found, columns, rows, words, prompts):
     write_jsonl(folder / "answers.jsonl", (
         dict(prompt=text, **{path: each["answers"][i]["text"] for path, each in found.items()})
         for i, text in enumerate(texts)))
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    with whole_file(folder / "report.md", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines))
 
 
 def select(config, device):
@@ -810,6 +815,8 @@ def main(config):
         ("select", "no --policies and no --sets", not (config.policies or config.sets)),
         ("sets", "--policies=", config.policies),
         ("best_of", "--reward_model=", config.reward_model),
+        ("best_of", "a --temperature above 0: all n samples are the same", config.temperature),
+        ("samples", "a --temperature above 0: all of them are the same", config.temperature),
         ("score_by", "--reward_model=", config.reward_model)))
     if config.select or config.policies:
         return (select if config.select else make_report)(config, device)

@@ -47,6 +47,18 @@ class GPTConfig:
     tied: bool = True  # one matrix for embedding and head
 
     def __post_init__(self):
+        for name, size in vars(self).items():
+            kind = type(GPTConfig.__dataclass_fields__[name].default)
+            if kind is int and (type(size) is not int or not 0 <= size < 2**31):
+                raise ValueError(f"{name}={size!r}: must be a whole number from 0, below 2^31")
+            if type(size) is not kind and not (kind is float and type(size) is int):
+                raise ValueError(f"{name}={size!r}: must be of type {kind.__name__}")
+            below = 1 if name == "dropout" else math.inf
+            if kind is float and not 0 <= size < below:
+                raise ValueError(f"{name}={size!r}: must be at least 0, and below {below}")
+        if len(self.rope_scaling) not in (0, 4) or not all(
+                0 < x < math.inf for x in self.rope_scaling):
+            raise ValueError(f"rope_scaling={self.rope_scaling}: must be four positive numbers")
         if not self.head_dim and self.n_head and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         for name, size in dict(n_kv_head=self.n_head, head_dim=self.n_embd // (self.n_head or 1),

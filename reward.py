@@ -187,6 +187,8 @@ def load_reward_model(path, device, score_by="mean"):
         raise UserError(f"--score_by={score_by}: choose one of {', '.join(SCORE_BY)}")
     checkpoint = common.load_checkpoint(path, ("reward",), device)
     n = checkpoint["config"].get("ensemble", 1)
+    if type(n) is not int or not 1 <= n <= len(checkpoint["weights"]):
+        raise common.damaged(path, f"an ensemble of {str(n)[:20]}")
     network = RewardModel if n == 1 else lambda size: Ensemble(
         [RewardModel(size) for _ in range(n)], score_by)
     model, tokenizer = common.build(network, checkpoint, path, device)

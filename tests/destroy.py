@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import torch
 
 from conftest import run_script
@@ -160,7 +161,7 @@ def make_folder(folder):
         content = torch.load(folder / stage / "model.pt", weights_only=True)
         change(content["weights"], content)
         (folder / name).mkdir()
-        torch.save(content, folder / name / "model.pt")
+        common.save_file(content, folder / name / "model.pt")
 
     copy("reward", "rm_scale", lambda w, _: w["scale"].zero_())
     copy("reward", "rm_shift", lambda w, _: w["shift"].fill_(math.inf))
