@@ -486,8 +486,8 @@ DATA = [
            'np.sign(r["ranks"][j] - r["ranks"][i]) / 2 + 0.5,', 'r["ranks"][j] >= r["ranks"][i],',
            "test_label.py::test_wins_count_ties_half_and_their_own_prompt_only", "-"),
     Mutant("every_round_starts_from_sft", "studies/feedback.py",
-           "policy = one_round(policy, n, kind, **more)",
-           "one_round(policy, n, kind, **more)",
+           "policy = one_round(policy, n, kind, **flags)",
+           "one_round(policy, n, kind, **flags)",
            "test_label.py::test_the_study_of_feedback", "-"),
 ]
 
@@ -1705,8 +1705,8 @@ BAD = "test_destroy.py::"
 STOPS = BAD + "test_a_destroyed_run_stops_with_one_line"
 NUMBERS = [
     Mutant("one_good_number_will_do", "common.py",
-           "torch.stack([v.isfinite().all() for v in numbers.values()]).all()",
-           "torch.stack([v.isfinite().all() for v in numbers.values()]).any()",
+           "torch.stack([v.isfinite().all().to(device) for v in numbers.values()]).all()",
+           "torch.stack([v.isfinite().all().to(device) for v in numbers.values()]).any()",
            BAD + "test_what_is_finite_passes_and_what_is_not_is_named", "-"),
     Mutant("a_weight_whose_square_overflows_passes", "common.py",
            "return torch.stack([v.float().norm() for v",
@@ -1735,7 +1735,8 @@ NUMBERS = [
            "self.watched[text] = count + bool(bad)",
            BAD + "test_a_warning_comes_once_after_as_many_in_a_row", "-"),
     Mutant("a_resume_forgets_what_was_watched", "common.py",
-           'self.watched = state.pop("watched")', 'state.pop("watched")',
+           'self.watched, self.saved = state.pop("watched", {}), state["step"]',
+           'self.saved = state["step"]',
            BAD + "test_counts_survive_a_resume", "-"),
     Mutant("a_kl_limit_of_zero_stops", "evaluate.py",
            "kl > config.max_kl > 0:", "kl > config.max_kl:",
