@@ -17,7 +17,10 @@ the type Words has no flag: it takes the arguments that begin without a dash, as
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
+import io
+import json
 import math
 import os
 import re
@@ -118,7 +121,7 @@ def parse(config_class):
 def run_main(main, config, folder=None):
     """What every script ends with: main(config), a user error as one line. folder: locked, this
     script writes there and no other process may."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # half a surrogate pair in a text
+    sys.stdout, sys.stderr = robust(sys.stdout), robust(sys.stderr)
     NOTES.clear()
     catch_signals(interrupt)
     with one_line_errors():
@@ -133,23 +136,64 @@ def run_main(main, config, folder=None):
                     f"; the same command goes on:\n    {command_line()}"
                     if hasattr(config, "resume") else ""), file=sys.stderr)
             sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if lost_process(error):
                 raise UserError("another process of this run ended, and so this one does; the "
                                 "same command goes on from the last saved state") from None
             if not out_of_memory(error):
+                if isinstance(error, OSError):
+                    raise UserError(f"{error.filename or 'a file'}: {error.strerror}") from None
                 raise
             flags = [f"--{name} (now {as_text(getattr(config, name))})" for name in (
                 "micro_batch", "batch_size", "max_new_tokens") if hasattr(config, name)]
             raise UserError("out of memory: lower " + " or ".join(flags or ["the model's size"]) + (
                 ", or take --checkpointing=true" if hasattr(config, "checkpointing")
                 else "")) from None
+        except FloatingPointError as error:  # see model.generate
+            rates = [f"--{name} (now {as_text(getattr(config, name))})"
+                     for name in ("lr", "critic_lr") if hasattr(config, name)]
+            if getattr(config, "temperature", 1.0) < 1e-6:
+                why = f"raise --temperature (now {config.temperature})"
+            elif rates:
+                why = (f"the weights are destroyed: lower {' or '.join(rates)}, or take another "
+                       "--init")
+            else:
+                why = "the weights are destroyed: make the checkpoint again, with a lower --lr"
+            raise UserError(f"{error}: {why}") from None
 
 
 def out_of_memory(error):
-    """Torch has a RuntimeError for it on a GPU, and another one on a CPU."""
+    """Torch has a RuntimeError for it on a GPU, and others on a CPU; the system has a number."""
     return (isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-            or "can't allocate memory" in str(error))
+            or getattr(error, "errno", None) == errno.ENOMEM
+            or re.search("can(.t|not) (allocate memory|start new thread)|bad_alloc|out of memory",
+                         str(error), re.IGNORECASE) is not None)
+
+
+def robust(stream):
+    """Standard output, or error, that cannot end a run: `| head -1` closes it, a disk is full. What
+    it does not take is dropped; half a surrogate pair is written as its escape."""
+    if stream is None:  # closed from the start
+        return open(os.devnull, "w")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        raw = Output(stream.fileno(), "w", closefd=False)
+    except OSError:  # of a test, not of the system
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw),
+                            stream.encoding, stream.errors, None, stream.line_buffering,
+                            stream.write_through)
+
+
+class Output(io.FileIO):
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
 
 
 def lost_process(error):
@@ -224,17 +268,19 @@ def read_flags(config_class, argv):
         if words and not argument.startswith("-"):
             values[words] = (*values.get(words, ()), argument)
             continue
-        match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", argument, re.DOTALL)
+        match = re.fullmatch(r"--([A-Za-z_][\w-]*)=(.*)", argument, re.DOTALL)
         if not match:
             raise UserError(f"cannot read {argument!r}: flags are written --name=value "
                             "(--help lists them)")
         name, text = match.groups()
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0.0)
+            near = difflib.get_close_matches(name.replace("-", "_"), fields, 1, 0.0)
             raise UserError(f"unknown flag --{name}: did you mean --{near[0]}?")
         if name in values:
             raise UserError(f"--{name} is given twice")
         values[name] = _read_value(name, text, fields[name].type)
+        if values[name] == "" != fields[name].default:
+            raise UserError(f"--{name}= is empty: leave it out for its default")
     return config_class(**values)
 
 
@@ -248,6 +294,8 @@ def _read_value(name, text, kind):
         if text.lower() not in ("true", "false"):
             raise UserError(f"--{name}={text}: expected true or false")
         return text.lower() == "true"
+    if kind is str and name != "prompt":  # a path, or some: the shell does not see their ~
+        text = re.sub(r"(?:^|(?<=,))~(?=/|,|$)", os.path.expanduser("~"), text)
     try:
         value = kind(text)
     except ValueError:
@@ -267,10 +315,10 @@ def check_needs(config, rules):
             raise UserError(f"--{name}={getattr(config, name)} needs {needed}")
 
 
-def say(text=""):
+def say(text="", file=None):
     """Print above the bar, if there is one."""
     if first_process():
-        tqdm.write(text)
+        tqdm.write(text, file=file)
 
 
 def note(text, file=None):
@@ -285,6 +333,24 @@ def progress(items, name, **options):
     terminal, or without a name."""
     return tqdm(items, name, mininterval=1, delay=1, leave=False,
                 disable=None if name and first_process() else True, **options)
+
+
+def to_json(value, **options):
+    """JSON text. nan and infinities, which JSON does not know, become null, nested ones too."""
+    try:
+        return json.dumps(value, default=float, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(value), **options)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def table(columns):

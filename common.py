@@ -3,6 +3,7 @@
 No loss and no training loop lives here.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line,
-                 first_process, interrupt, make_folder, note, one_process, out_of_memory, processes)
-from data.files import file_hash, is_data, missing
+                 first_process, interrupt, make_folder, note, one_process, out_of_memory, processes,
+                 say, to_json)
+from data.files import append, file_hash, is_data, missing, need_room, sweep, whole_file
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -58,7 +61,7 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device={asked} is not available here") from None
     return device
@@ -244,6 +247,74 @@ def round_blocks(model):
             module.to(torch.bfloat16)
 
 
+# --- numbers that go wrong -----------------------------------------------------------------------
+
+# flags that can make numbers overflow, with what is usual where the default is auto
+RATES = dict(lr=1e-3, muon_lr=2e-2, critic_lr=1e-3)
+SUSPECTS = RATES | dict(
+    beta=0.3, temperature=1.0, missing_eos=-3.0, gamma=1.0, lam=1.0, ptx_coef=0.0, nll=0.0,
+    pretrain_mix=0.5, entropy_coef=0.0, simpo_margin=0.5, desirable=1.0, undesirable=1.0,
+    weight_decay=0.1)
+
+
+def check_finite(config, step, **values):
+    """UserError unless every value is finite: a loss, a gradient norm, scores, a module's weights.
+
+    Called before the optimiser's step, so that nothing bad gets into weights, states or the log.
+    values: tensors (any shape), floats, modules; one look at the device for all of them. step: the
+    number of the optimiser step or iteration, or words that say where.
+    """
+    numbers = {name: norms(v) if isinstance(v, torch.nn.Module) else torch.as_tensor(v).detach()
+               for name, v in values.items()}
+    device = max((v.device for v in numbers.values()), key=lambda device: device.type == "cuda")
+    if torch.stack([v.isfinite().all().to(device) for v in numbers.values()]).all():
+        return
+    name, bad = next((name, v[~v.isfinite()][0].item()) for name, v in numbers.items()
+                     if not v.isfinite().all())
+    where = f"step {step}" if isinstance(step, int) else step
+    if isinstance(values[name], torch.nn.Module):
+        what = f"the weights of the {name} are no longer finite"
+    else:
+        what = f"{name} is {bad}"
+    raise UserError(f"{where}: {what}. {advice(config, name)}. {last_state(config)}")
+
+
+def norms(module):
+    """The norm of each tensor of a module. Above 1e19 it is infinite, as the first square is: no
+    forward pass would give a number."""
+    return torch.stack([v.float().norm() for v in module.state_dict().values()])
+
+
+def advice(config, name=""):
+    """The likely cause of a `name` that is not finite: flags far from what is usual, with their
+    values; the learning rates if there is none."""
+    if name == "score":
+        return "The reward model is destroyed: make it again, with a lower --lr"
+    found = []
+    for flag, usual in SUSPECTS.items():
+        value, default = getattr(config, flag, None), getattr(type(config), flag, None)
+        low, high = (usual / 10, usual * 10) if default is None else (default, default)
+        if value is not None and (value > high or value < low and flag not in RATES):
+            found.append(f"{'lower' if value > high else 'raise'} --{flag} (now {value})")
+    found = found or [f"lower --{flag} (now {as_text(getattr(config, flag))})"
+                      for flag in RATES if hasattr(config, flag)] + [
+                      "take another --init"] * hasattr(config, "lr")
+    if not found:
+        return "The checkpoint it comes from is destroyed: make it again, with a lower --lr"
+    return "A learning rate or a coefficient is likely out of range: " + ", or ".join(found)
+
+
+def last_state(config):
+    """In words, what a run that stops leaves behind."""
+    path, step = Path(config.out) / "state.pt", "an earlier step"
+    if not path.is_file():
+        return "Nothing is saved"
+    with contextlib.suppress(Exception):  # whatever is wrong with the file is another matter
+        step = f"step {torch.load(path, 'cpu', weights_only=True, mmap=True)['step']}"
+    return (f"Nothing of it is saved: {path} is still that of {step}; --overwrite=true starts "
+            "again, with other flags")
+
+
 # --- run folders, logs ---------------------------------------------------------------------------
 
 
@@ -298,6 +369,7 @@ class Run:
         self.stage, self.config, self.device = stage, config, device
         self.folder, self.parents = Path(config.out), dict(parents or {})
         self.keys, self.start = {}, time.time()
+        self.watched = {}  # {warning: how often in a row, or -1 once it was said}
         self.saved, self.saved_at, self.stop = None, time.monotonic(), None
         self.settings = dataclasses.asdict(config)
         for name in DATA:
@@ -326,6 +398,8 @@ class Run:
         if config.resume and not self.resuming:
             raise UserError(f"--resume=true: {self.folder} holds no interrupted run (no state.pt)")
         by_the_first(lambda: make_folder("out", self.folder))  # all have looked before one writes
+        if first_process():
+            sweep(self.folder)
         if self.resuming:
             NOTES.clear()  # the log has them
             self._say_changes(before)
@@ -378,15 +452,13 @@ class Run:
         if not first_process():
             return NOTES.clear()
         rows = (row, *(dict(kind="note", text=text) for text in NOTES))
-        rows = [{k: None if v != v else v for k, v in each.items()} for each in rows]  # no nan
-        text = "".join(json.dumps(each, default=float) + "\n" for each in rows)
+        text = "".join(to_json(each) + "\n" for each in rows)
         path = self.folder / "log.jsonl"
         if new:  # in one piece: a first row is there or not, never half of it
-            path.with_suffix(".tmp").write_text(text)
-            os.replace(path.with_suffix(".tmp"), path)
+            with whole_file(path, "w") as file:
+                file.write(text)
         else:
-            with open(path, "a") as f:
-                f.write(text)
+            append(path, text)
         NOTES.clear()
 
     def log(self, kind="step", **row):
@@ -394,6 +466,17 @@ class Run:
         if keys != set(row):
             raise KeyError(f"log row of kind {kind!r}: keys differ by {keys ^ set(row)}")
         self._write(dict(kind=kind, **row))
+
+    def watch(self, text, bad, patience=5):
+        """Warn once, when something has been bad so often in a row; `finish` says it again. To be
+        called behind the `log` of the row that it is about."""
+        count = self.watched.get(text, 0)
+        if count >= 0:
+            self.watched[text] = count + 1 if bad else 0
+        if self.watched[text] >= patience:
+            self.watched[text] = -1
+            say(f"warning: {text}", sys.stderr)
+            self._write(dict(kind="note", text=f"warning: {text}"))
 
     def save_model(self, model, tokenizer, metrics, name="model.pt"):
         save_checkpoint(self.folder / name, model, self.stage, tokenizer, self.config, metrics,
@@ -406,6 +489,7 @@ class Run:
         if first_process():
             (self.folder / "state.pt").unlink(missing_ok=True)
         print(f"\n{self.stage}: done after {seconds} s, result in {self.folder}"
+              + "".join(f"\nwarning: {text}" for text, n in self.watched.items() if n < 0)
               + (f"\ncurves: python plot.py {self.folder}" if "lr" in self.settings else "")
               + (f"\nnext: {then}" if then else ""), flush=True)
 
@@ -420,6 +504,9 @@ class Run:
     def save_state(self, step, steps, **state):
         """Everything an exact resume needs before step `step` of `steps`, modules and optimisers
         among it; written whole or not at all. If a signal asked to stop, it ends the run."""
+        for name, value in state.items():
+            if isinstance(value, torch.nn.Module):
+                check_finite(self.config, step, **{name: value})
         if first_process():
             self._save_state(step, state)
         self.saved, self.saved_at = step, time.monotonic()
@@ -434,6 +521,7 @@ class Run:
         with open(self.folder / "log.jsonl", "rb") as log:
             os.fsync(log.fileno())  # the rows that the state counts on
         state |= dict(step=step, rng=torch.get_rng_state(), seconds=time.time() - self.start,
+                      watched=self.watched,
                       log_size=(self.folder / "log.jsonl").stat().st_size)
         if self.device.type == "cuda":  # only dropout draws from it
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -445,16 +533,27 @@ class Run:
         state; else {}. Log rows written after it are cut off. From here to the end of the loop
         Ctrl-C and SIGTERM wait for the step's end, and `save_state` stops the run."""
         catch_signals(self._stop_soon)
+        path = self.folder / "state.pt"
         if not self.resuming:
+            # two states, one beside the other; then the model, where one of them was
+            need_room(path, 2 * state_size(targets.values()), "a run of this model")
             return {}
-        state = load_file(self.folder / "state.pt", self.device)
-        for name, target in targets.items():
-            target.load_state_dict(state.pop(name))
-        torch.set_rng_state(state["rng"].cpu())
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
-        self.start -= state["seconds"]  # of the sessions before
-        self.saved = state["step"]
+        state = load_file(path, self.device)
+        try:
+            for name, target in targets.items():
+                target.load_state_dict(state.pop(name))
+            torch.set_rng_state(state["rng"].cpu())
+            if "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+            self.start -= state["seconds"]  # of the sessions before
+            self.watched, self.saved = state.pop("watched", {}), state["step"]
+            if not 0 <= state["log_size"] <= (self.folder / "log.jsonl").stat().st_size:
+                raise ValueError("log.jsonl is shorter")
+        except Exception as error:  # as many kinds as there are ways in which it may not fit
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{path} is of another version of this project: --overwrite=true "
+                            f"starts again ({describe(error)})") from None
         by_the_first(lambda: os.truncate(self.folder / "log.jsonl", state["log_size"]))
         return state
 
@@ -470,20 +569,32 @@ class Run:
 
 
 def save_file(content, path):
+    """Write a dict of tensors and plain containers, and its digest, whole or not at all."""
     if not first_process():
         return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may write to one cache
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)  # never half a file
-    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    digest, content = hashlib.sha256(), {k: v for k, v in content.items() if k != "digest"}
+    size = add_to(digest, content)
+    with whole_file(path, size=size) as file:
+        try:
+            torch.save(content | dict(digest=digest.hexdigest()), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's follows from it and says less
+                raise error.__context__ from None
+            raise
 
 
 def load_file(path, device="cpu"):
+    """The dict that save_file wrote. UserError unless it is that, to the last bit."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content.get("format") != "rlhf-1":  # that has no digest, but a hash of its weights
+            found, digest = content.pop("digest"), hashlib.sha256()
+            add_to(digest, content)
+            if found != digest.hexdigest():
+                raise damaged(path, "it is not what was written, by its digest")
+        return content
+    except UserError:
+        raise
     except Exception as error:  # torch raises a different error for each way a file can be broken
         if out_of_memory(error):
             raise
@@ -491,11 +602,40 @@ def load_file(path, device="cpu"):
                         f"({type(error).__name__})") from None
 
 
+def add_to(digest, value):
+    """Take all of a value of tensors and plain containers into a hash; the bytes of its tensors."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor that repeats its numbers")  # they would all be written out
+        digest.update(repr((value.dtype, *value.shape)).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return value.numel() * value.element_size()
+    if isinstance(value, (dict, list, tuple)):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        parts = chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        return sum(add_to(digest, part) for part in parts)
+    digest.update(f"{value!r};".encode("utf-8", "backslashreplace"))
+    return 0
+
+
+def state_size(targets):
+    """Bytes of a state of these modules and optimisers: of a module its numbers, of an optimiser
+    at most two for each number that it moves."""
+    return sum(2 * sum(p.numel() * p.element_size() for g in t.param_groups for p in g["params"])
+               if isinstance(t, torch.optim.Optimizer)
+               else sum(v.numel() * v.element_size() for v in t.state_dict().values())
+               for t in targets)
+
+
+def describe(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
 def weights_hash(weights):
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(weights[name].detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -506,11 +646,13 @@ def text_hash(text):
 def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None):
     """One file with all that a later stage needs; only tensors and plain containers.
 
-    parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares.
+    parents: {role: hash} of what this was made from, the lineage that `check_lineage` compares. A
+    hash is that of the weights: what was trained. All of the file is in its digest.
     """
+    check_finite(config, f"{path} is not written", model=model)
     gpt = model if isinstance(model, GPT) else model.gpt
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    save_file(dict(format="rlhf-1", stage=stage, weights=weights,
+    save_file(dict(format="rlhf-2", stage=stage, weights=weights,
                    model=dataclasses.asdict(gpt.config), tokenizer=tokenizer.state,
                    config=dataclasses.asdict(config), metrics=metrics, hash=weights_hash(weights),
                    parents=parents or {}), Path(path))
@@ -528,12 +670,33 @@ def load_checkpoint(path, stages, device="cpu"):
         raise UserError(f"no checkpoint at {path}: make one with "
                         + " or ".join(f"`python {s}.py --out={folder}`" for s in stages))
     checkpoint = load_file(path, device)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "rlhf-1":
+    if checkpoint.get("format") not in ("rlhf-1", "rlhf-2"):
         raise UserError(f"{path} is not a checkpoint of this project")
+    for name, kind in dict(stage=str, weights=dict, model=dict, tokenizer=(str, dict), config=dict,
+                           metrics=dict, hash=str, parents=dict).items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise damaged(path, f"no {name} in it")
     if checkpoint["stage"] not in stages:
-        raise UserError(f"{path} is a {checkpoint['stage']} checkpoint; needed here: "
+        raise UserError(f"{path} is a {checkpoint['stage'][:20]} checkpoint; needed here: "
                         + " or ".join(stages))
+    check_weights(checkpoint, path)
     return checkpoint
+
+
+def damaged(path, why):
+    return UserError(f"{path} is damaged, or of another version of this project: {why}")
+
+
+def check_weights(checkpoint, path):
+    """UserError where the weights are none, or of rlhf-1 not those of the hash. There the sizes of
+    the model are checked by their shapes alone, which do not know n_head."""
+    weights = checkpoint["weights"]
+    for name, w in weights.items():
+        if not (isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
+                and w.layout == torch.strided and w.is_contiguous()):
+            raise damaged(path, f"its weight {str(name)[:50]} is none")
+    if checkpoint["format"] == "rlhf-1" and weights_hash(weights) != checkpoint["hash"]:
+        raise damaged(path, "its weights are not those of its hash")
 
 
 def load_policy(path, stages, device):
@@ -544,24 +707,49 @@ def load_policy(path, stages, device):
 
 def build(network, checkpoint, path, device):
     """(network, tokenizer) of a checkpoint, which loses its weights. UserError if it is damaged."""
+    tokenizer, size = declared(checkpoint, path)
     try:
-        tokenizer = load_tokenizer(checkpoint["tokenizer"])
-        size = dict(checkpoint["model"], dropout=0.0)
-        check_vocabulary(size, tokenizer, path)
-        model = network(GPTConfig(**size))
+        weights = checkpoint["weights"]
+        if size.n_layer > len(weights):  # a layer takes time and memory without a number in it
+            raise ValueError(f"{size.n_layer} layers in {len(weights)} tensors")
+        with torch.device("meta"):  # a declared size may be any; nothing is allocated here
+            shapes = {name: w.shape for name, w in network(size).state_dict().items()}
+        found = {name: w.shape for name, w in weights.items()}
+        if shapes != found:
+            name = min(n for n in shapes | found if shapes.get(n) != found.get(n))
+            show = lambda shape: "missing" if shape is None else [*shape]
+            raise ValueError(f"{name} is {show(found.get(name))}, expected "
+                             f"{show(shapes.get(name))}")
+        model = network(size)
         model.load_state_dict(checkpoint.pop("weights"))  # or they would live as long as the dict
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # torch's for a size that no tensor can have
         if out_of_memory(error):
             raise
-        why = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} is damaged, or of another version of this project: "
-                        f"{type(error).__name__}: {why}") from None
+        raise damaged(path, describe(error)) from None
+    if not norms(model).isfinite().all():
+        raise UserError(f"{path} is destroyed: the weights of this {checkpoint['stage']} model are "
+                        "not finite. Make it again, with a lower --lr")
     return model.to(device).eval(), tokenizer
 
 
+def declared(checkpoint, path):
+    """(tokenizer, GPTConfig) of a checkpoint. UserError if they are damaged."""
+    try:
+        tokenizer = load_tokenizer(checkpoint["tokenizer"])
+        size = GPTConfig(**dict(checkpoint["model"], dropout=0.0))
+        if not isinstance(tokenizer.eos, int):
+            raise ValueError(f"EOS is {tokenizer.eos!r}")
+    except UserError:
+        raise
+    except Exception as error:  # as many kinds as there are ways to be broken
+        raise damaged(path, describe(error)) from None
+    check_vocabulary(size, tokenizer, path)
+    return tokenizer, size
+
+
 def check_vocabulary(size, tokenizer, path):
-    if (size["vocab_size"], size["n_tokens"]) != (tokenizer.vocab_size, tokenizer.n_tokens):
-        raise UserError(f"{path} has a vocabulary of {size['n_tokens']} tokens, its tokenizer "
+    if (size.vocab_size, size.n_tokens) != (tokenizer.vocab_size, tokenizer.n_tokens):
+        raise UserError(f"{path} has a vocabulary of {size.n_tokens} tokens, its tokenizer "
                         f"{tokenizer.name} {tokenizer.n_tokens}: they do not belong together")
 
 

@@ -33,6 +33,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -44,6 +45,7 @@ import common
 from cli import note
 from data.chat import jinja, read_object, read_tokenizer, tokenizer_json, with_tokens
 from data.download import fetch_model
+from data.files import cannot_write, sweep, sync_folder
 from data.tokenizer import TEMPLATES
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -196,7 +198,10 @@ class Tensors:
             single = folder / f"{stem}.{self.ending}"
             index = folder / f"{single.name}.index.json"
             if index.exists():
-                named = read_object(index).get("weight_map", {})
+                named = read_object(index).get("weight_map")
+                if not isinstance(named, dict) or not all(
+                        isinstance(file, str) for file in named.values()):
+                    raise UserError(f"{index}: its weight_map does not say which file holds what")
                 self.files = {name: folder / file for name, file in named.items()}
                 for path in sorted(set(self.files.values())):
                     missing = {n for n, p in self.files.items() if p == path} - {*self.names(path)}
@@ -213,7 +218,11 @@ class Tensors:
         """What is in a file: memory-mapped, so that only what is looked at is read."""
         try:
             if self.ending == "bin":
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if not all(isinstance(name, str) and isinstance(x, torch.Tensor)
+                           for name, x in content.items()):
+                    raise ValueError("holds other things than tensors")
+                return content
             from safetensors import safe_open
             return safe_open(path, framework="pt")
         except ImportError:
@@ -221,7 +230,7 @@ class Tensors:
                             "pip install safetensors") from None
         except Exception as error:  # a different one for each way a file can be broken
             raise UserError(f"{path} cannot be read, it is truncated or of another kind: "
-                            f"{str(error).splitlines()[0][:120]}") from None
+                            f"{common.describe(error)}") from None
 
     def names(self, path):
         return list(self.open(path).keys())
@@ -302,6 +311,11 @@ def read_model(config):
         raise UserError(f"--block_size={config.block_size}: the model knows {size.block_size} "
                         "positions")
     size = dataclasses.replace(size, vocab_size=tokenizer.vocab_size, n_tokens=tokenizer.n_tokens)
+    with torch.device("meta"):  # config.json may declare any size: nothing is allocated for it yet
+        count = GPT(size).num_params() if size.n_layer <= len(tensors.files) else math.inf
+    count -= 2 * size.n_embd * max(0, size.vocab_size - rows)  # rows that are ours
+    if count > sum(path.stat().st_size for path in set(tensors.files.values())):  # bytes
+        raise UserError(f"{path}: it declares a model that is larger than the files beside it")
     model = GPT(size)
     read_weights(kind, size, rows, tensors, model)
     with torch.no_grad():
@@ -370,7 +384,7 @@ def write_folder(config, out):
     checkpoint = common.load_checkpoint(
         config.source, ("pretrain", "reward", *common.POLICIES))
     is_reward = checkpoint["stage"] == "reward"
-    if checkpoint["config"].get("ensemble", 1) > 1:
+    if checkpoint["config"].get("ensemble", 1) != 1:
         raise UserError(f"{config.source} is an ensemble of reward models, for which transformers "
                         "has no class: train one with `python reward.py --ensemble=1`")
     model, tokenizer = common.build(RewardModel if is_reward else GPT, checkpoint, config.source,
@@ -423,6 +437,7 @@ def write_folder(config, out):
         form = jinja(tokenizer.template, names_of[tokenizer.eos] if is_reward else None)
     files = {"config.json": content, "generation_config.json": plain,
              "tokenizer_config.json": settings, "tokenizer.json": text, "chat_template.jinja": form}
+    sweep(out.parent, out.name)
     folder = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True)
@@ -432,8 +447,13 @@ def write_folder(config, out):
                                        json.dumps(value, indent=1) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
         for path in folder.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(path, out / path.name)
-    except (OSError, SafetensorError) as error:
+        sync_folder(out)
+    except OSError as error:
+        raise UserError(cannot_write(out, error)) from None
+    except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

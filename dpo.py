@@ -81,6 +81,9 @@ from model import autocast, token_logprobs
 # simpo, and the two ipo aim at a margin of 1 / (2 beta).
 LOSSES = ("dpo", "cdpo", "ipo", "ipo_mean", "dpo_norm", "simpo", "kto")
 
+NOT_LEARNT = ("the training pairs are not learnt: a coin orders them as well. Do the labels "
+              "contradict each other? Is --lr or --beta too low?")
+
 
 # --- the losses: one value a pair (kto: an answer), no reduction ----------------------------------
 #
@@ -255,9 +258,8 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
     logps, size = torch.zeros(0, dtype=torch.float64), 1024  # answers between two looks at the time
     cached = common.by_the_first(lambda: common.load_file(path) if path.exists() else None)
     if cached is not None:
-        if not isinstance(cached, dict) or cached.get("key") != key \
-                or not isinstance(cached.get("logps"), torch.Tensor) \
-                or len(cached["logps"]) > len(rows):
+        if cached.get("key") != key or not isinstance(cached.get("logps"), torch.Tensor) \
+                or cached["logps"].dim() != 1 or len(cached["logps"]) > len(rows):
             raise UserError(f"{path} does not hold what its name says: stale or mixed up. Delete it"
                             " and it is computed again")
         logps = cached["logps"]
@@ -345,13 +347,14 @@ def per_step(train, config):
     return count / steps, best / steps
 
 
-def update(policy, reference, optimizer, batch, others, average, config, pad, check=False):
+def update(policy, reference, optimizer, batch, others, average, config, pad, step=None):
     """Train the policy on what `batch_of` returned: one optimiser step, its learning rate set.
 
     The loss is its sum over pairs (kto: labelled answers) divided by their number in an average
-    step; average: what `per_step` returns. check: assert that every log-ratio is 0. Returns tensors
-    or floats: loss and accuracy, means over the pairs or answers of this step; baseline, kto's z0;
-    grad_norm, before clipping.
+    step; average: what `per_step` returns. step: its number; in step 0 assert that every log-ratio
+    is 0, unless there is a --reference. UserError, before the optimiser's step, where the loss or
+    the gradient is not finite. Returns tensors or floats: loss and accuracy, means over the pairs
+    or answers of this step; baseline, kto's z0; grad_norm, before clipping.
     """
     device, baseline = policy.wte.weight.device, 0.0
     if config.loss == "kto":
@@ -377,7 +380,7 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, ch
             loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
             reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
             right = ordered(reward[winners] - reward[losers])
-        if check:
+        if step == 0 and not config.reference:
             check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
         sums += torch.stack([loss.detach(), right.sum()])
         total = loss / average[0]
@@ -386,6 +389,7 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, ch
         total.backward()
     common.sum_gradients(policy)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+    common.check_finite(config, step, loss=sums[0], grad_norm=norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     loss, right = common.total(sums)
@@ -440,6 +444,7 @@ def main(config):
         """Held-out pairs beside training pairs, in one row of the log."""
         policy.eval()
         metrics = pair_metrics(policy, held_out, config, tokenizer.pad)
+        common.check_finite(config, f"after epoch {epoch}", held_out_loss=metrics["loss"])
         trained = pair_metrics(policy, watched, config, tokenizer.pad)
         metrics |= dict(epoch=epoch, train_loss=trained["loss"], train_accuracy=trained["accuracy"])
         run.log("validation", **metrics)
@@ -467,16 +472,20 @@ def main(config):
         batch, others = batch_of(train, order, i, config)
         common.set_lr(optimizer, config.lr * common.cosine(step, steps, config.warmup))
         trained = update(policy, reference, optimizer, batch, others, average, config,
-                         tokenizer.pad, check=step == 0 and not config.reference)
+                         tokenizer.pad, step)
         # --- log: nothing from here on changes the weights -------------------
         if step % 10 == 0:
             row = {name: float(value) for name, value in trained.items()}
             answers, seconds = sum(len(e.numbers) for e in batch), time.perf_counter() - start
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **row,
                     answers_per_s=answers / seconds)
+            run.watch(NOT_LEARNT, row["accuracy"] <= 0.5, 10)
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
         if i + 1 == steps_per_epoch:
-            metrics = validate(epoch + 1)
+            before, metrics = metrics, validate(epoch + 1)
+            run.watch(NOT_LEARNT, metrics["train_accuracy"] < 0.52, 1)
+            run.watch("the loss of the training pairs has risen over an epoch: lower --lr",
+                      metrics["train_loss"] > before["train_loss"], 1)
             run.save_model(policy, tokenizer, metrics, f"model-epoch{epoch + 1}.pt")
     save(steps)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import cli
-from cli import Positive
+from cli import NotNegative, Positive
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Config(cli.Config):
     # no flags: an evaluation is short, and starts again
     resume: ClassVar[bool | None] = None
     save_minutes: ClassVar[float] = 5
-    temperature: Positive[float] = 1.0  # of both models
+    temperature: NotNegative[float] = 1.0  # of both models; 0 takes the most probable tokens, and
+    #                                        KL and entropy are those at 1 on these answers
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS
 
@@ -60,7 +61,6 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import json
 import math
 import subprocess
 import sys
@@ -75,6 +75,7 @@ import common
 from cli import UserError, note, say
 from data import batches, instruments
 from data.choices import choice_logprobs, chosen
+from data.files import whole_file
 from data.load import load_prompts
 from data.records import question, write_jsonl
 from data.sets import load_sets, measure_set, set_rows
@@ -82,7 +83,6 @@ from data.synthetic.behaviour import four_choices, rates
 from data.synthetic.gold import PARTS, gold_reward, parts
 from data.synthetic.world import FAMILIES, lookup
 from data.text import text_rows
-from data.tokenizer import load_tokenizer
 from data.verifier import is_right
 from model import token_logprobs, token_stats
 from reward import load_reward_model
@@ -167,6 +167,39 @@ def rollout_metrics(batch, prompts, texts, beta, clock, synthetic):
     return row
 
 
+def never_ends(config):
+    return (f"hardly any response ends, below 5% before --max_new_tokens={config.max_new_tokens}: "
+            "raise it, take an --init that ends its responses, or lower --lr")
+
+
+def watch_rollouts(run, config, row, batch, score, reward_model=None):
+    """Warn of what makes the iterations of ppo.py and grpo.py useless; UserError above --max_kl.
+
+    row: that of the log; batch: what `prepare` returned; score (B,): as the
+    reward model, if there is one, gives it.
+    """
+    kl, finished = row["kl"], batch["finished"]
+    if kl is not None and kl > config.max_kl > 0:
+        raise UserError(f"step {row['step']}: the KL to the reference is {kl:.1f} nats a sequence, "
+                        f"above --max_kl={config.max_kl}: lower --lr, or raise --beta (now "
+                        f"{row.get('beta', config.beta)}). {common.last_state(config)}")
+    spread = (batch["score"].amax() - batch["score"].amin()).item()  # rounding apart
+    same = spread < 1e-4 or row.get("no_signal") == 1  # in each group
+    run.watch("no signal: the responses that are compared all get the same score, so nothing is "
+              "learnt. Read the samples: are prompts too hard, or all responses cut? Take easier "
+              "prompts, a better --init, a higher --temperature or --max_new_tokens",
+              same and row.get("accuracy") != 1)  # all right: done, and nothing to worry about
+    run.watch(never_ends(config), row["eos_rate"] < 0.05)
+    run.watch("the entropy has collapsed, to below 0.03 nats a token: every prompt gets one answer "
+              "only. Raise --beta, or lower --lr", row["entropy"] < 0.03)
+    if reward_model is not None:
+        low, high = reward_model.seen
+        mean = score[finished].mean().item()  # nan, and so no warning, where none is finished
+        run.watch(f"the mean score is outside of {low:.2f} to {high:.2f}, what the reward model "
+                  "gives its held-out answers: it is likely exploited. Read the samples; raise "
+                  "--beta", mean < low or mean > high)
+
+
 def warn_of_negative_kl(kl, se):
     """A mean of k1 may fall below 0 by chance, but not by three of its standard errors."""
     if kl < -3 * se - 1e-3:
@@ -208,11 +241,12 @@ def sequence_logprobs(model, rows, masks, pad, temperature=1.0, bar=None, size=6
         rows, masks, pad, model.wte.weight.device, size, bar)
 
 
-def scores(reward_model, prompt_ids, drawn, pad, device, missing_eos):
-    """The score of each sample, (n,); a cut one is not judged, but gets missing_eos."""
+def scores(reward_model, prompt_ids, drawn, pad, device, config):
+    """The score of each sample, (n,); a cut one is not judged, but gets config's missing_eos."""
     found = batches.over_rows(reward_model, *response_rows(prompt_ids, drawn), pad, device,
                               bar="scores")
-    return np.where([s["finished"] for s in drawn], found, missing_eos)
+    common.check_finite(config, "evaluation", score=found)
+    return np.where([s["finished"] for s in drawn], found, config.missing_eos)
 
 
 LABELS = dict(gold="gold, the true reward", score="score of the reward model",
@@ -242,7 +276,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     drawn, every = draw(policy, "policy", 1), draw(reference, "reference", n)
     sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
     logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
-                                        config.temperature, "KL") for model in (policy, reference))
+                                        config.temperature or 1.0, "KL")
+                      for model in (policy, reference))
     # what is measured: one number a prompt, of the reference and of the policy
     each = lambda value: [np.array([value(s, i) for i, s in enumerate(samples)], float)
                           for samples in (sft, drawn)]
@@ -252,7 +287,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
         measured["accuracy"] = each(lambda s, i: s["finished"] and is_right(s["text"], answers[i]))
     if reward_model is not None:
         judge = lambda ids, samples: scores(reward_model, ids, samples, tokenizer.pad, device,
-                                            config.missing_eos)
+                                            config)
         score, every_score = judge(ids, drawn), judge([i for i in ids for _ in range(n)], every)
         measured["score"] = every_score[::n], score
     if synthetic:
@@ -279,6 +314,7 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
             metrics |= dict(best_of=n, **with_se("gold_best_of_n", best),
                             **with_se("gold_over_best_of_n", measured["gold"][1] - best))
     report(metrics)
+    run.watch(never_ends(config), metrics["eos_rate"] < 0.05, 1)
     write_jsonl(run.folder / "answers.jsonl", (
         dict(prompt=texts[i], reference=sft[i]["text"], policy=drawn[i]["text"],
              **{f"{name}_{who}": side[i].item() for name, sides in measured.items()
@@ -392,7 +428,8 @@ def ask(model, tokenizer, ids, config, purpose, samples=1):
 def answer_stats(model, ids, drawn, pad, config):
     """(log pi(y | x), sum of the entropies of its tokens), each (n,): nats per sequence."""
     def stats(tokens, mask):
-        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature, entropy=True)
+        logp, entropy, *_ = token_stats(model, tokens, mask, config.temperature or 1.0,
+                                        entropy=True)
         return torch.stack([logp.sum(1), entropy.sum(1)], 1)
 
     rows, masks = response_rows(ids, drawn)
@@ -427,7 +464,7 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
     drawn = ask(model, tokenizer, ids, config, "answers")
     logp, entropy = answer_stats(model, ids, drawn, tokenizer.pad, config)
     ref_logp = sequence_logprobs(reference, *response_rows(ids, drawn), tokenizer.pad,
-                                 config.temperature, "KL").numpy()
+                                 config.temperature or 1.0, "KL").numpy()
     lengths = np.array([len(s["ids"]) for s in drawn], float)
     rate = entropy.sum() / lengths.sum()
     values = dict(kl=logp - ref_logp, length=lengths,
@@ -437,7 +474,7 @@ def measure(model, reference, reward_model, tokenizer, prompts, everything, conf
                   repetition=np.array([instruments.repetition(s["ids"]) for s in drawn]))
     if reward_model is not None:
         values["score"] = scores(reward_model, ids, drawn, tokenizer.pad, device,
-                                 config.missing_eos)
+                                 config)
     if everything is not None:
         values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
     values = {name: (x, cluster) for name, x in values.items()}
@@ -492,7 +529,7 @@ def best_of_n(reward_model, reference, tokenizer, prompts, config, synthetic):
     n, (texts, ids, _) = config.best_of, zip(*prompts)
     every = ask(reference, tokenizer, ids, config, f"best of {n}", n)
     score = scores(reward_model, [i for i in ids for _ in range(n)], every, tokenizer.pad,
-                   reference.wte.weight.device, config.missing_eos).reshape(-1, n)
+                   reference.wte.weight.device, config).reshape(-1, n)
     drawn = [every[i * n + k] for i, k in enumerate(score.argmax(1))]
     values = dict(score=score.max(1), length=np.array([len(s["ids"]) for s in drawn], float),
                   eos_rate=np.array([s["finished"] for s in drawn]),
@@ -609,9 +646,9 @@ def make_report(config, device):
         checkpoint = common.load_checkpoint(path, STAGES)
         del checkpoint["weights"]  # read again when it is measured: one at a time
         parents[path] = checkpoint["hash"]
-        room = min(room, checkpoint["model"]["block_size"])
-        common.check_same_tokenizer(load_tokenizer(checkpoint["tokenizer"]), tokenizer, path,
-                                    config.reference)
+        own, size = common.declared(checkpoint, path)
+        room = min(room, size.block_size)
+        common.check_same_tokenizer(own, tokenizer, path, config.reference)
     if config.reward_model:
         reward_model, rm_parent = load_judge(config, tokenizer, config.reference, device)
         parents["reward"], room = rm_parent["hash"], min(room, reward_model.gpt.config.block_size)
@@ -673,16 +710,15 @@ def write_report(folder, config, found, columns, rows, words, prompts):
     checkpoint says to the same prompts."""
     texts = [p[0] for p in prompts]
     content = dict(reference=config.reference, prompts=len(texts), data=config.data,
-                   checkpoints={path: {k: None if v != v else v for k, v in each["metrics"].items()}
-                                for path, each in found.items()},
+                   checkpoints={path: each["metrics"] for path, each in found.items()},
                    gold_by_family={path: each["families"][0] for path, each in found.items()
                                    if each["families"]},
                    gold_by_part={path: each["families"][1] for path, each in found.items()
                                  if each["families"]}, verdicts=words,
                    rows={name: dict(label=label, unit=unit, better=better)
                          for name, label, unit, better in rows})
-    (folder / "report.json").write_text(json.dumps(content, indent=1, default=float) + "\n",
-                                        encoding="utf-8")
+    with whole_file(folder / "report.json", "w", encoding="utf-8") as file:
+        file.write(cli.to_json(content, indent=1) + "\n")
     # a program of its own: it stands on a higher floor, and matplotlib may not be there
     drawn = subprocess.run([sys.executable, str(common.ROOT / "plot.py"), str(folder)],
                            capture_output=True, text=True, env=cli.one_process())
@@ -710,7 +746,8 @@ def write_report(folder, config, found, columns, rows, words, prompts):
     write_jsonl(folder / "answers.jsonl", (
         dict(prompt=text, **{path: each["answers"][i]["text"] for path, each in found.items()})
         for i, text in enumerate(texts)))
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    with whole_file(folder / "report.md", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines))
 
 
 def select(config, device):
@@ -739,7 +776,7 @@ def select(config, device):
             cluster = [question(t, config.data == "synthetic") for t in texts]
         drawn = ask(model, tokenizer, ids, config, "answers")
         values = dict(score=scores(reward_model, ids, drawn, tokenizer.pad, device,
-                                   config.missing_eos))
+                                   config))
         if config.data == "synthetic":
             values["gold"] = np.array([gold_reward(t, s["text"]) for t, s in zip(texts, drawn)])
         row = dict(epoch=int(path.stem[11:]), loss=checkpoint["metrics"]["loss"],
@@ -778,6 +815,8 @@ def main(config):
         ("select", "no --policies and no --sets", not (config.policies or config.sets)),
         ("sets", "--policies=", config.policies),
         ("best_of", "--reward_model=", config.reward_model),
+        ("best_of", "a --temperature above 0: all n samples are the same", config.temperature),
+        ("samples", "a --temperature above 0: all of them are the same", config.temperature),
         ("score_by", "--reward_model=", config.reward_model)))
     if config.select or config.policies:
         return (select if config.select else make_report)(config, device)

@@ -60,6 +60,7 @@ class Config(cli.Config):
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     text_length: Positive[int] | None = None  # tokens of a sequence
     # --- looking and saving
+    max_kl: NotNegative[float] = 100.0  # nats a sequence: above it the run stops; 0: never
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     log_every: Positive[int] = 10  # iterations between sample tables
     save_every: Positive[int] = 20  # iterations between saved states
@@ -93,7 +94,8 @@ from data.records import check_answer, check_prompt
 from data.synthetic.world import FAMILIES
 from data.text import text_rows
 from data.verifier import is_right
-from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
+from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
+                      watch_rollouts)
 from model import autocast, generate, token_logprobs, token_stats
 from reward import SCORE_BY, score_batch
 
@@ -295,12 +297,13 @@ def losses(logp, batch, p, config):
     return loss, kl, info
 
 
-def update(policy, optimizer, batch, config, rng, text=None, check=False):
+def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
     """Train the policy on the batch that `prepare` returned: epochs of minibatches.
 
     rng: numpy Generator, for the order of the responses: groups need not stay together, their
-    advantages are fixed. text: rows (n, T) of pretraining text. check: assert on the first
-    minibatch that ratios are 1 and the KL is 0.
+    advantages are fixed. text: rows (n, T) of pretraining text. iteration: its number; on the
+    first minibatch of iteration 0 assert that ratios are 1 and the KL is 0. UserError, before an
+    optimiser's step, where a loss or the gradient is not finite.
     Returns means per response token over all epochs (clip_fraction, approx_kl) and ratio_max, of
     the responses that are kept, and the means of the steps' policy_loss, kl_loss and gradient norm
     before clipping; the last ptx_loss or None.
@@ -308,6 +311,7 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
     device, steps, ptx, lengths = tokens.device, [], None, batches.ends(mask)
     totals = dict.fromkeys(("clip_fraction", "approx_kl", "seen"), 0.0)  # seen: response tokens
+    check = iteration == 0 and not config.reference
     ratio_max = torch.zeros((), device=device)
     for _ in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(tokens))).to(device)
@@ -341,6 +345,8 @@ def update(policy, optimizer, batch, config, rng, text=None, check=False):
             common.sum_gradients(policy)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
             steps.append(torch.stack([*common.total(step), norm]))
+            common.check_finite(config, iteration, policy_loss=step[0], kl_loss=step[1],
+                                grad_norm=norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     mean = torch.stack(steps).mean(0).tolist() if steps else [0.0, 0.0, 0.0]
@@ -433,6 +439,7 @@ def main(config):
 
         # --- prepare: every answer against the others of its group -----------
         batch = prepare(policy, reference, tokens, mask, finished, score, config)
+        common.check_finite(config, step, score=score, logp=batch["old_logp"])
         clock.append(time.perf_counter())
 
         # --- update: a few minibatches on the clipped loss -------------------
@@ -440,7 +447,7 @@ def main(config):
         common.set_lr(optimizer, config.lr * factor)
         trained = update(policy, optimizer, batch, config,
                          common.stream(config.seed, "grpo", "minibatches", step), text,
-                         check=step == 0 and not config.reference)
+                         step)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -452,6 +459,7 @@ def main(config):
             kept=batch["kept"].mean().item(), advantage_std=batch["advantage"].std().item(),
             **rollout_metrics(batch, asked, texts, config.beta, clock, synthetic), **trained)
         run.log(**row)
+        watch_rollouts(run, config, row, batch, score, reward_model)
         if step % config.log_every == 0 or step + 1 == config.iterations:  # of one group
             show_samples(run, step, asked, texts[:min(config.k, 4)], score=batch["score"],
                          advantage=batch["advantage"])

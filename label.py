@@ -62,13 +62,12 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import json
 from pathlib import Path
 
 import common
 from cli import first_process, note, processes, progress, say, table
 from data import batches, labels, principles
-from data.files import file_hash
+from data.files import file_hash, refusing, whole_file
 from data.load import load_prompts
 from data.records import (append_jsonl, check_answers, prompt_digest, read_sides, whole_lines,
                           write_jsonl)
@@ -160,11 +159,22 @@ def read_answers(config):
     return lines
 
 
+def drawn_before(path, chunk, prompts):
+    """The lines of answers.jsonl that an interrupted run has left, up to the last whole chunk.
+    UserError if they are not those of these prompts."""
+    lines = common.by_the_first(lambda: whole_lines(path, chunk, len(prompts)))
+    with refusing(f"{path} does not hold answers to these prompts: --overwrite=true starts again"):
+        for line, prompt in zip(lines, prompts, strict=False):
+            if line != line | prompt or not all(isinstance(c, str) for c in line["completions"]):
+                raise ValueError(f"prompt {prompt['prompt']!r:.40}")
+    return lines
+
+
 def draw(run, config, writers, prompts):
     """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
     path = run.folder / "answers.jsonl"
-    lines = common.by_the_first(lambda: whole_lines(path, config.chunk, len(prompts)))
+    lines = drawn_before(path, config.chunk, prompts)
     each = -(-(config.k + config.oversample) // len(writers))  # draws of each writer
     for start in progress(range(len(lines), len(prompts), config.chunk), "answers",
                           initial=len(lines) // config.chunk, total=-(-len(prompts) //
@@ -242,7 +252,9 @@ def by_model(config, device):
             [[*head, (text, 1), (tokenizer.eos, 1)] for text in item["completions"]]))
         if max(map(len, rows)) > model.gpt.config.block_size:
             return None
-        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device).tolist()
+        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device)
+        common.check_finite(config, f"prompt {n}", score=scores)
+        scores = scores.tolist()
         return dict(ranks=principles.ranks_of(scores, 0.0), scores=scores)
 
     accuracy = parent["metrics"].get("accuracy")
@@ -302,6 +314,10 @@ def rank_all(run, config, rank, items):
     found = [] if config.labeler == "simulated" else common.by_the_first(lambda: whole_lines(path))
     if not found and first_process():
         path.unlink(missing_ok=True)
+    with refusing(f"{path} does not hold ranks of these answers: --overwrite=true starts again"):
+        for ranked, (_, item) in zip(found, items, strict=False):
+            if ranked is not None and len(ranked["ranks"]) != len(item["completions"]):
+                raise ValueError(f"prompt {item['prompt']!r:.40}")
     for n, item in progress(items[len(found):], "label", initial=len(found), total=len(items)):
         found.append(rank(n, item))
         append_jsonl(path, found[-1:])
@@ -418,12 +434,11 @@ def main(config):
     for r in records[:6]:
         run.log("sample", **{k: r.get(k) for k in ("prompt", "completions", "ranks", "gold")})
     write_jsonl(run.folder / "rankings.jsonl", records)
-    known = {k: None if v != v else v for k, v in metrics.items()}  # JSON knows no nan
     if first_process():
         (run.folder / "rankings.jsonl.part").unlink(missing_ok=True)
-        (run.folder / "card.json").write_text(json.dumps(dict(
-            card=card, labeler=about, parents=run.parents, metrics=known), indent=1,
-            allow_nan=False) + "\n")
+        with whole_file(run.folder / "card.json", "w") as file:
+            file.write(cli.to_json(dict(card=card, labeler=about, parents=run.parents,
+                                        metrics=metrics), indent=1) + "\n")
     first = records[0]
     asked = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
     value = first.get("gold") or first.get("scores")

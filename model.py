@@ -47,6 +47,18 @@ class GPTConfig:
     tied: bool = True  # one matrix for embedding and head
 
     def __post_init__(self):
+        for name, size in vars(self).items():
+            kind = type(GPTConfig.__dataclass_fields__[name].default)
+            if kind is int and (type(size) is not int or not 0 <= size < 2**31):
+                raise ValueError(f"{name}={size!r}: must be a whole number from 0, below 2^31")
+            if type(size) is not kind and not (kind is float and type(size) is int):
+                raise ValueError(f"{name}={size!r}: must be of type {kind.__name__}")
+            below = 1 if name == "dropout" else math.inf
+            if kind is float and not 0 <= size < below:
+                raise ValueError(f"{name}={size!r}: must be at least 0, and below {below}")
+        if len(self.rope_scaling) not in (0, 4) or not all(
+                0 < x < math.inf for x in self.rope_scaling):
+            raise ValueError(f"rope_scaling={self.rope_scaling}: must be four positive numbers")
         if not self.head_dim and self.n_head and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         for name, size in dict(n_kv_head=self.n_head, head_dim=self.n_embd // (self.n_head or 1),
@@ -312,7 +324,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
     Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
     response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
     ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
-    Raises ValueError for an empty prompt or one that leaves no room in the context.
+    Raises ValueError for an empty prompt or one that leaves no room in the context, and
+    FloatingPointError where the first logits are not finite.
     """
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
@@ -347,6 +360,9 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
     forward = None
     for step in range(max_new_tokens):
         logits = model.logits(last)
+        # sampled from nan, a token would be an id that does not exist
+        if step == 0 and not (logits / (temperature or 1)).isfinite().all():
+            raise FloatingPointError(f"the logits are not finite at temperature {temperature}")
         if temperature == 0:
             token = logits.argmax(-1)
         else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import cli
 from cli import UserError, Words, note
+from data.files import parse_json, refusing, whole_file
 
 
 @dataclass
@@ -26,7 +27,6 @@ class Config:
 
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
-import json
 import math
 import shutil
 import textwrap
@@ -86,8 +86,8 @@ def read_rows(folder):
     lines = path.read_text(errors="replace").rstrip("\n").split("\n")
     for n, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_json(line))
+        except ValueError:
             if n < len(lines) or n == 1:
                 raise UserError(f"{path}:{n}: not JSON, so no log of this project") from None
             note(f"{path}: the last line is incomplete, so it is left out; is the run going on?")
@@ -120,30 +120,33 @@ def by_unit(row, stage, flags):
 def read_run(folder):
     """The Run in a folder. A number stands at the steps that the weights it was measured on had
     made; sft.py and dpo.py do not say them for held-out data: after the last step with a row."""
-    first, *rows = read_rows(folder)
-    stage, flags = first["stage"], first["config"]
-    train, held_out, made = {}, {}, 0
-    prompts = f"up to {flags['samples']}" if "samples" in flags and stage == "sft" else None
-    for row in rows:
-        if row["kind"] not in ("step", "validation", "final"):
-            continue
-        curves, step = train if row["kind"] == "step" else held_out, row.get("step")
-        step = made if step is None else step
-        for field, value in by_unit(row, stage, flags).items():
-            if field in FIELDS and isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(field, {})[step] = value  # of a step's rows the last one counts
-        made = step + 1 if row["kind"] == "step" else made
-        prompts = row.get("judged", prompts)
-    label = [f"{folder}: {stage}"]
-    if stage in STEPS:
-        points = {step for curve in train.values() for step in curve}
-        label += [f"{len(points)} points", f"{flags['batch_size']} {STEPS[stage]}"]
-    label += [f"{prompts} prompts held out"] * bool(prompts)
-    target = flags.get("kl_target") or 0
-    label += [f"KL target {target:g}"] * bool(target)
-    ordered = lambda curves: {field: dict(sorted(c.items())) for field, c in curves.items()}
-    calibration = rows[-1].get("calibration", []) if rows else []
-    return Run(stage, ", ".join(label), target, ordered(train), ordered(held_out), calibration)
+    with refusing(f"{folder}/log.jsonl is no log of this project"):
+        first, *rows = read_rows(folder)
+        stage, flags = first["stage"], first["config"]
+        train, held_out, made = {}, {}, 0
+        prompts = f"up to {flags['samples']}" if "samples" in flags and stage == "sft" else None
+        for row in rows:
+            if row["kind"] not in ("step", "validation", "final"):
+                continue
+            curves, step = train if row["kind"] == "step" else held_out, row.get("step")
+            step = made if step is None else step
+            if type(step) is not int or abs(step) > 2**53:
+                raise TypeError(f"step {step!r}")
+            for field, value in by_unit(row, stage, flags).items():
+                if field in FIELDS and isinstance(value, int | float) and math.isfinite(value):
+                    curves.setdefault(field, {})[step] = value  # the last row of a step counts
+            made = step + 1 if row["kind"] == "step" else made
+            prompts = row.get("judged", prompts)
+        label = [f"{folder}: {stage}"]
+        if stage in STEPS:
+            points = {step for curve in train.values() for step in curve}
+            label += [f"{len(points)} points", f"{flags['batch_size']} {STEPS[stage]}"]
+        label += [f"{prompts} prompts held out"] * bool(prompts)
+        target = flags.get("kl_target") or 0
+        label += [f"KL target {target:g}"] * bool(target)
+        ordered = lambda curves: {field: dict(sorted(c.items())) for field, c in curves.items()}
+        calibration = rows[-1].get("calibration", []) if rows else []
+        return Run(stage, ", ".join(label), target, ordered(train), ordered(held_out), calibration)
 
 
 def panels_of(runs):
@@ -268,7 +271,7 @@ def read_report(folder):
     if not path.is_file():
         return None
     try:
-        report = json.loads(path.read_text())
+        report = parse_json(path.read_text())
         report["checkpoints"], report["rows"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no report of evaluate.py") from None
@@ -407,20 +410,23 @@ def main(config):
         if config.text or len(config.folders) > 1:
             raise UserError(f"{first} holds a report, which is drawn alone; as text it is "
                             f"{first}/report.md")
-        if len(report["checkpoints"]) > len(COLOURS):
-            raise UserError(f"{first}: {len(report['checkpoints'])} checkpoints, of which at most "
-                            f"{len(COLOURS)} can be told apart")
-        figure, name = report_picture(report), "report.png"
+        with refusing(f"{first}/report.json is no report of evaluate.py"):
+            if len(report["checkpoints"]) > len(COLOURS):
+                raise UserError(f"{first}: {len(report['checkpoints'])} checkpoints, of which at "
+                                f"most {len(COLOURS)} can be told apart")
+            figure, name = report_picture(report), "report.png"
     else:
         runs = [read_run(folder) for folder in config.folders]
-        if config.text:
-            print(as_characters(runs, shutil.get_terminal_size().columns))
-            return
-        figure, name = picture(runs), "curves.png"
+        with refusing("there is a log that cannot be drawn"):
+            if config.text:
+                print(as_characters(runs, shutil.get_terminal_size().columns))
+                return
+            figure, name = picture(runs), "curves.png"
     path = Path(config.out or f"{first}/{name}")
     try:
-        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # no such folder; a format that it does not know
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
+    except ValueError as error:  # a format that it does not know
         raise UserError(f"cannot write {path}: {error}") from None
     print(f"written: {path}")
 

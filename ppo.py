@@ -69,6 +69,7 @@ class Config(cli.Config):
     ptx_batch: Positive[int] = 32  # its sequences a minibatch
     text_length: Positive[int] | None = None  # tokens of a sequence
     # --- looking and saving
+    max_kl: NotNegative[float] = 100.0  # nats a sequence: above it the run stops; 0: never
     eval_prompts: Positive[int] = 512  # held-out prompts of the final comparison
     best_of: Positive[int] = 4  # embedded data: beside the best of n SFT samples by reward model
     log_every: Positive[int] = 10  # iterations between sample tables
@@ -88,7 +89,8 @@ from cli import progress
 from data import batches
 from data.load import load_prompts
 from data.text import text_rows
-from evaluate import check_start, compare, load_networks, rollout_metrics, show_samples
+from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
+                      watch_rollouts)
 from model import GPT, autocast, generate, token_stats, trim
 from reward import score_batch
 
@@ -299,12 +301,13 @@ def prepare(policy, critic, reference, tokens, mask, finished, score, beta, conf
 
 
 def update(policy, critic, reference, optimizers, batch, beta, config, rng, text=None,
-           check=False):
+           iteration=None):
     """Train policy and critic on the batch that `prepare` returned: epochs of minibatches.
 
     optimizers: (policy's, critic's), their learning rates set. rng: numpy Generator, for the order
-    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. check: assert on the first
-    minibatch that ratios are 1 and the KL is 0.
+    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. iteration: its
+    number; on the first minibatch of iteration 0 assert that ratios are 1 and the KL is 0.
+    UserError, before an optimiser's step, where a loss or a gradient is not finite.
     The loss of an optimiser step is its sum over response tokens divided by their number.
     Returns means per response token over all epochs (clip_fraction, approx_kl, policy_loss,
     value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
@@ -349,11 +352,14 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
                 ptx = batches.text_share(policy, text[rng.integers(0, len(text), config.ptx_batch)])
                 (config.ptx_coef * ptx).backward()
             common.sum_gradients(policy, critic)
-            if check and not norms and len(mine):
+            if iteration == 0 and not norms and not config.reference and len(mine):
                 check_start((logp - old_logp[p]) * mask[p],
                             ((old_logp - batch["ref_logp"]) * mask)[p].sum(1).mean())
             norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), config.grad_clip)
                           for m in (policy, critic)])
+            common.check_finite(config, iteration, policy_loss=totals["policy_loss"],
+                                value_loss=totals["value_loss"], grad_norm=norms[-1][0],
+                                critic_grad_norm=norms[-1][1])
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -449,6 +455,7 @@ def main(config):
 
         # --- prepare: the KL goes into the reward, the critic gives advantages -
         batch = prepare(policy, critic, reference, tokens, mask, finished, score, beta, config)
+        common.check_finite(config, step, score=raw_score, logp=batch["old_logp"])
         clock.append(time.perf_counter())
 
         # --- update: a few epochs of minibatches on the clipped loss ---------
@@ -457,7 +464,7 @@ def main(config):
         common.set_lr(critic_optimizer, config.critic_lr * factor)
         trained = update(policy, critic, reference, (optimizer, critic_optimizer), batch, beta,
                          config, common.stream(config.seed, "ppo", "minibatches", step), text,
-                         check=step == 0 and not config.reference)
+                         step)
         clock.append(time.perf_counter())
 
         # --- log: nothing from here on changes the weights -------------------
@@ -467,6 +474,9 @@ def main(config):
                    score=raw_score[finished].mean().item(), **critic_metrics(batch), **trained,
                    **rollout_metrics(batch, asked, texts, beta, clock, synthetic))
         run.log(**row)
+        watch_rollouts(run, config, row, batch, raw_score, reward_model)
+        run.watch("the critic is worse than a constant: explained variance below 0. Raise "
+                  "--critic_lr, or take more iterations", row["explained_variance"] < 0, 10)
         if step % config.log_every == 0 or step + 1 == config.iterations:
             seq_kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
             show_samples(run, step, asked, texts[:4], score=batch["score"], kl=seq_kl)

@@ -156,13 +156,15 @@ def main(config):
           f"in rows of {data.train.shape[1]}, {len(data.held_out)} rows held out")
 
     @torch.no_grad()
-    def validation_loss():
+    def validation_loss(step):
         model.eval()
         with autocast(device):
             parts = batches.share(data.held_out.split(config.batch_size))
             total = sum(text_loss(model, rows).item() * len(rows)
                         for rows in progress(parts, "held-out loss"))
-        return common.total(torch.tensor(total, dtype=torch.double)).item() / len(data.held_out)
+        total = common.total(torch.tensor(total, dtype=torch.double)).item()
+        common.check_finite(config, step, held_out_loss=total)
+        return total / len(data.held_out)
 
     # --- training loop -------------------------------------------------------
     # the matrices of the blocks go to Muon, the rest (embeddings, biases, gains) to AdamW
@@ -177,10 +179,12 @@ def main(config):
 
     bar = progress(range(first, config.steps), "pretrain", initial=first, total=config.steps)
     for step in bar:
+        # first, so that no state is saved whose loss is not finite
+        held_out = validation_loss(step) if step % config.eval_every == 0 else None
         if run.due(step, config.eval_every):
             save(step)
-        if step % config.eval_every == 0:
-            run.log("validation", step=step, loss=validation_loss())
+        if held_out is not None:
+            run.log("validation", step=step, loss=held_out)
         start = time.perf_counter()
         model.train()
         factor = common.cosine(step, config.steps, config.warmup)
@@ -200,6 +204,7 @@ def main(config):
             loss_sum = loss_sum + loss.detach()
         common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         adamw.step()
         muon.step()
         model.zero_grad(set_to_none=True)
@@ -213,8 +218,11 @@ def main(config):
     save(config.steps)
 
     # --- what it can do ------------------------------------------------------
-    metrics = dict(loss=validation_loss())
+    metrics = dict(loss=validation_loss(config.steps))
+    common.check_finite(config, config.steps, perplexity=torch.tensor(metrics["loss"]).exp())
     metrics["perplexity"] = math.exp(metrics["loss"])
+    run.watch("the loss is worse than that of guessing: lower --lr and --muon_lr",
+              metrics["loss"] > math.log(model.config.n_tokens), 1)
     model.eval()
     if config.data == "synthetic":
         metrics.update(base_gold(model, tokenizer, config, run))

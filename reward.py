@@ -181,14 +181,22 @@ def reward_loss(chosen, rejected):
 
 def load_reward_model(path, device, score_by="mean"):
     """(reward model, tokenizer, checkpoint without weights), frozen, in eval mode: a RewardModel,
-    or an Ensemble that scores by `score_by`, see `combine`."""
+    or an Ensemble that scores by `score_by`, see `combine`. `seen` of it: (lowest, highest) score
+    of its held-out answers, as far as the checkpoint says. UserError for a scale of 0."""
     if score_by not in SCORE_BY:
         raise UserError(f"--score_by={score_by}: choose one of {', '.join(SCORE_BY)}")
     checkpoint = common.load_checkpoint(path, ("reward",), device)
     n = checkpoint["config"].get("ensemble", 1)
+    if type(n) is not int or not 1 <= n <= len(checkpoint["weights"]):
+        raise common.damaged(path, f"an ensemble of {str(n)[:20]}")
     network = RewardModel if n == 1 else lambda size: Ensemble(
         [RewardModel(size) for _ in range(n)], score_by)
     model, tokenizer = common.build(network, checkpoint, path, device)
+    if not all(member.scale > 0 for member in model.members):
+        raise UserError(f"{path} is destroyed: its scale is 0, so every score is infinite. Make it "
+                        "again")
+    seen = checkpoint["metrics"]
+    model.seen = seen.get("score_min", -np.inf), seen.get("score_max", np.inf)
     return model.requires_grad_(False), tokenizer, checkpoint
 
 
@@ -200,14 +208,20 @@ def score_batch(score, tokens, mask, size):
 
 
 def evaluate(model, elements, pad, device, noise=None):
-    """The reward model's report card on held-out rankings, see `report_card`."""
+    """The reward model's report card on held-out rankings, see `report_card`; and score_min and
+    score_max, of their answers."""
     score = lambda fn: batches.over_rows(fn, *all_rows(elements), pad, device,
                                          bar="held-out answers")
     if not isinstance(model, Ensemble):
-        return report_card(score(model.raw).numpy(), elements, noise)
-    each = score(model.each)
-    return report_card(model.in_log_odds(each.to(device)).cpu().numpy(), elements, noise,
-                       each.numpy())
+        raw = score(model.raw)
+        scores = (raw - model.shift.item()) / model.scale.item()
+        metrics = report_card(raw.numpy(), elements, noise)
+    else:
+        each = score(model.each)
+        scores = combine(each.T, model.score_by)
+        metrics = report_card(model.in_log_odds(each.to(device)).cpu().numpy(), elements, noise,
+                              each.numpy())
+    return metrics | dict(score_min=scores.min().item(), score_max=scores.max().item())
 
 
 def epoch_order(train, epoch, config):
@@ -316,6 +330,7 @@ def main(config):
             (config.pretrain_mix * mix).backward()
         common.sum_gradients(member)
         norm = torch.nn.utils.clip_grad_norm_(member.parameters(), config.grad_clip)
+        common.check_finite(config, n, loss=loss, grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------
@@ -323,6 +338,8 @@ def main(config):
             value, accuracy = (common.total(sums) / count).tolist()
             run.log(step=n, loss=value, accuracy=accuracy, lr=lr, grad_norm=norm.item(),
                     pairs_per_s=count / (time.perf_counter() - start), member=number)
+            run.watch("the training pairs are not learnt: a coin orders them as well. Do the "
+                      "labels contradict each other? Is --lr too low?", accuracy <= 0.5, 10)
             bar.set_postfix(loss=f"{value:.3f}", accuracy=f"{accuracy:.3f}")
     save(total)
 
@@ -335,6 +352,8 @@ def main(config):
     for member in members:  # each its own, on the same answers
         demo_scores = score(member, zero.ids, zero.masks)
         sample_scores = score(member, *sample_rows)
+        common.check_finite(config, "after the training", raw_scores=sample_scores.sum()
+                            + demo_scores.sum())
         member.shift.fill_(float(demo_scores.mean()))
         member.scale.fill_(max(float(sample_scores.std(correction=0)), 1e-6))
         centred.append(float((sample_scores.mean() - member.shift.item()) / member.scale.item()))
@@ -344,6 +363,10 @@ def main(config):
                     demo_score=float(score(model, zero.ids, zero.masks).mean()),
                     sft_score=float(np.mean(centred)))
     say(show(metrics))
+    run.watch("the accuracy on held-out pairs is not above chance: train no policy on this model. "
+              "More labels, or labels that agree?", not metrics["accuracy_low"] > 0.5, 1)
+    run.watch("all samples get the same score: this model tells nothing apart",
+              min(member.scale.item() for member in members) <= 1e-6, 1)
     if config.probe:
         metrics |= probe(model, tokenizer, complete[:8], config.probe,
                          common.stream(config.seed, "reward", "probe"), device,

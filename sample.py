@@ -83,7 +83,10 @@ def nucleus(p, top_p):
 
 
 def choose(logits, temperature, top_p, generator):
-    """The id of a token, sampled from logits (V,). generator: numpy's."""
+    """The id of a token, sampled from logits (V,). generator: numpy's. FloatingPointError if they
+    are not finite."""
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
     if temperature == 0:
         return int(logits.argmax())
     # fp64, and the largest is 0: no temperature, however small, makes a nan

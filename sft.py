@@ -49,6 +49,7 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+import math
 import time
 
 import numpy as np
@@ -156,6 +157,7 @@ def main(config):
         logp = batches.over_rows(
             lambda tokens, mask: token_logprobs(model, tokens, mask).sum(1), data.held_out.ids,
             data.held_out.masks, tokenizer.pad, device, bar="held-out loss")
+        common.check_finite(config, f"after epoch {epoch}", held_out_loss=logp)
         metrics = dict(epoch=epoch,
                        loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
@@ -173,6 +175,12 @@ def main(config):
             run.log("sample", epoch=epoch, prompt=texts[i], response=samples[i]["text"],
                     gold=gold and gold[i])
         run.log("validation", **metrics)
+        if epoch > 0:
+            run.watch(f"hardly any sample ends, below 5% before --max_new_tokens="
+                      f"{config.max_new_tokens}: raise it, or train for more --epochs",
+                      metrics["eos_rate"] < 0.05, 1)
+            run.watch("the loss is worse than that of guessing: lower --lr",
+                      metrics["loss"] > math.log(model.config.n_tokens), 1)
         say(f"epoch {epoch}: held-out loss {metrics['loss']:.3f} nats a token, "
             f"{metrics['eos_rate']:.1%} of samples end, after {metrics['length']:.1f} tokens"
             + (f", gold {plus_minus(metrics['gold'], metrics['gold_se'])}" if "gold" in metrics
@@ -219,6 +227,7 @@ def main(config):
             (config.pretrain_mix * mix).backward()
         common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        common.check_finite(config, step, loss=loss_sum, grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------

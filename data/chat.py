@@ -9,6 +9,7 @@ import re
 from itertools import pairwise
 
 from cli import UserError
+from data.files import parse_json
 from data.tokenizer import LETTERS, ROLES, TEMPLATES, load_tokenizer, read_json, template
 
 # --- in ------------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ def read_object(path, needed=True):
     """A JSON object, {} where there is no file and none is needed."""
     text = read_text(path, needed)
     try:
-        content = json.loads(text or "{}")
+        content = parse_json(text or "{}")
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -112,6 +113,8 @@ def read_tokenizer(folder, name, asked, eos_id=None):
     if not isinstance(own, str | None):
         raise UserError(f"{folder}: the chat_template of tokenizer_config.json is no text")
     names = {i: token for token, i in added.items()}
+    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id  # Llama 3 has several
+    eos_id = eos_id if isinstance(eos_id, int) else None
     specials.setdefault("eos_token", names.get(eos_id))
     if asked not in ("auto", *TEMPLATES):
         raise UserError(f"--template={asked}: choose one of auto, {', '.join(TEMPLATES)}")

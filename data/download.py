@@ -7,7 +7,6 @@ downloads the files that it pins by commit and SHA-256 into out/downloads/<set>/
 
 import hashlib
 import http.client
-import json
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import UserError, note
-from data.files import file_hash
+from data.files import file_hash, parse_json, sync_folder
 from data.records import prompt_key, split_key, write_jsonl
 
 DOWNLOADS = Path("out/downloads")
@@ -66,7 +65,10 @@ def fetch(url, path, sha256):
         raise UserError(f"{url} arrived with SHA-{256 if len(sha256) == 64 else 1} {found}, "
                         f"expected {sha256}: it is deleted, "
                         "try again; --source=DIR reads a local copy")
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
     part.replace(path)
+    sync_folder(path.parent)
     return path
 
 
@@ -169,7 +171,7 @@ def fetch_model(name):
     url = f"{hub()}/api/models/{name}?blobs=true"
     try:
         with urllib.request.urlopen(request(url), timeout=TIMEOUT) as response:
-            card = json.load(response)
+            card = parse_json(response.read())
         files = {f["rfilename"]: f.get("lfs", {}).get("sha256") or f["blobId"]
                  for f in card["siblings"] if MODEL_FILES.fullmatch(f["rfilename"])}
         commit = card["sha"]

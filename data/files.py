@@ -1,16 +1,20 @@
-"""Rows of a data file: JSON lines or one JSON list, plain or gzip.
+"""Rows of a data file: JSON lines or one JSON list, plain or gzip. And how files are written.
 
 What a file is is decided by its bytes, never by its name. A pipe, as in --data=<(zcat FILE), is
-read once and kept.
+read once and kept. What is written stands there whole and on the disk, or not at all.
 """
 
+import contextlib
 import csv
 import difflib
+import errno
 import gzip
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import zlib
 from functools import cache
 from itertools import chain
@@ -89,6 +93,8 @@ def missing(path):
             f": {', '.join(inside[:5])}" + ", ..." * (len(inside) > 5) if inside else "")
     if path.exists():
         return f"{name} is neither a file nor a pipe"
+    if path.is_symlink():
+        return f"{name} is a link to {os.readlink(path)}, where there is nothing"
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)
     return f"there is no file {name}" + (f"; did you mean {path.parent / close[0]}?" if close
@@ -189,6 +195,23 @@ def _why(error):
         f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else "")
 
 
+def parse_json(text):
+    """json.loads, where a list too deep is a ValueError as well: Python has a RecursionError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """UserError, `what`, where something that was read is not made as it should be."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{what} ({type(error).__name__}: {shorten(str(error), 80)})") from None
+
+
 def _parse(text):
     """(what the JSON says, None), or (None, why it is none)."""
     try:
@@ -268,3 +291,94 @@ def table_rows(path):
             yield f"{path}: row {n}", dict(zip(names, cells)), why
     except csv.Error as error:
         raise UserError(f"{path}: neither JSON nor a table (behind row {n}: {error})") from None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb", size=0, **options):
+    """An open file. What it was given stands at path at the end, on the disk; where that fails, the
+    file that was there before. size: bytes to come, where they are known: they must be free.
+    UserError where the file cannot be written."""
+    path = Path(path)
+    need_room(path, size)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write to one cache
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or after a loss of power the name may stand for nothing
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(cannot_write(path, error, size)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def append(path, text):
+    """More text at the end of a file, all of it or none: half a row would break its readers."""
+    path = Path(path)
+    before = path.stat().st_size if path.exists() else 0
+    content = text.encode(errors="backslashreplace")  # half a surrogate pair, which is no UTF-8
+    try:
+        with open(path, "ab") as file:
+            file.write(content)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        raise UserError(cannot_write(path, error, len(content))) from None
+
+
+def sync_folder(folder):
+    """The names in a folder, on the disk. Windows has no such call."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def need_room(path, size, what="it"):
+    """UserError where the disk of path has fewer free bytes than size."""
+    with contextlib.suppress(OSError):  # a folder that is not there: writing will say so
+        free = shutil.disk_usage(Path(path).parent).free
+        if free < size:
+            raise UserError(f"cannot write {path}: {what} needs {_mb(size)}, {_mb(free)} are free")
+
+
+def cannot_write(path, error, size=0):
+    """A line for an OSError."""
+    why = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needs = f"needs {_mb(size)}, " if size else ""
+        with contextlib.suppress(OSError):
+            why += f" ({needs}{_mb(shutil.disk_usage(Path(path).parent).free)} are free)"
+    return f"cannot write {path}: {why}"
+
+
+def _mb(size):
+    return f"{size / 1e6:,.1f} MB"
+
+
+def sweep(folder, name="*"):
+    """Remove what dead processes have left of unfinished files, and of folders, in a folder."""
+    for path in Path(folder).glob(f"{name}.*.tmp"):
+        number = path.name.split(".")[-2]
+        if number.isdigit() and not _alive(int(number)):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _alive(process):
+    """Whether another process with this number runs: of ours nothing is unfinished yet."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return process != os.getpid()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli import UserError, note, progress
+from data.files import cannot_write
 from data.records import (Split, check_prompt, check_ranking, chunks, collate, fits, prompt_digest,
                           ranking_pairs, ranking_rows, read_sides)
 from data.synthetic.world import FAMILIES, all_prompts, sample_prompts
@@ -45,14 +46,18 @@ def load_prompts(data, counts, tokenizer, room, seed=0, families=FAMILIES, check
         for r in records:
             places.append((prompt_digest(r), file.tell()))
             file.write(dumps(r["prompt"], r.get("answer")))
+        file.flush()
         return places
 
     def at(place):
         file.seek(place)
         return file.readline()
 
-    sides = None if data == "synthetic" else read_sides(
-        data, check, [side for side in counts if side != "all"], skip_bad, keep)
+    try:
+        sides = None if data == "synthetic" else read_sides(
+            data, check, [side for side in counts if side != "all"], skip_bad, keep)
+    except OSError as error:
+        raise UserError(cannot_write(f"{tempfile.gettempdir()}/prompts", error)) from None
     lists = []
     for side, n in counts.items():
         if sides is None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from cli import UserError
+from data.files import parse_json, whole_file
 
 HTML = Path(__file__).with_name("page.html")
 LIMIT = 1000  # bytes of a body: an id and nine ranks have less than 100
@@ -154,7 +155,7 @@ def start(session, port):
     a tab which is open goes on after a restart."""
     path = session.folder / "page.json"
     try:
-        known = json.loads(path.read_text())
+        known = parse_json(path.read_text())
         before, token = int(known["port"]), str(known["token"])
     except (OSError, ValueError, KeyError, TypeError):
         before, token = 0, secrets.token_urlsafe(24)
@@ -166,12 +167,9 @@ def start(session, port):
                             "takes one that is free") from None
         # a tab of ours may have told the token to the program that has the port now
         server = Server(session, 0, secrets.token_urlsafe(24))
-    temporary = path.with_name("page.json.tmp")
-    with session.saving():
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(dict(port=server.server_port, token=server.token), file)
-        temporary.replace(path)
+    with session.saving(), whole_file(
+            path, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        json.dump(dict(port=server.server_port, token=server.token), file)
     return server
 
 

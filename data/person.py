@@ -22,6 +22,7 @@ from itertools import combinations
 from pathlib import Path
 
 from cli import UserError, note
+from data.files import parse_json, sync_folder, whole_file
 
 RECENT = 5  # the last questions are not asked again yet: they would be remembered
 # what a terminal would obey, or cannot print: control characters but tab and line break, those that
@@ -69,10 +70,7 @@ class Session:
             self._lock()
             self._read()
             _rewrite(self.rankings, self.records())
-            if os.name == "posix":  # the names of the files, too
-                number = os.open(self.folder, os.O_RDONLY)
-                os.fsync(number)
-                os.close(number)
+            sync_folder(self.folder)  # the names of the files, too
 
     def _lock(self):
         with contextlib.suppress(ImportError):  # there is none on Windows
@@ -96,12 +94,12 @@ class Session:
         for n, line in enumerate(content[:whole].splitlines(), 1):
             where = f"{self.journal.name}, line {n}"
             try:
-                event = json.loads(line)
+                event = parse_json(line)
                 if self.hashes[event["item"]:][:1] != [event["hash"]]:
                     raise UserError(f"{where}: a choice between other answers than these: go on "
                                     "with those, or choose another folder (--out=DIR)")
                 self._apply(event)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
                 raise UserError(f"{where}: no choice that can be read; mend the line, or choose "
                                 "another folder (--out=DIR)") from None
 
@@ -274,12 +272,9 @@ def _append(file, *rows):
 
 
 def _rewrite(path, rows):
-    """The file with these lines and no others, or as it was. As data/records.py does, which takes
-    seconds to import."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """The file with these lines and no others, or as it was."""
+    with whole_file(path) as file:
         _append(file, *rows)
-    temporary.replace(path)
 
 
 def _hash(item, n):

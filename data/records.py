@@ -19,6 +19,7 @@ system prompt, what is not to be learnt. Null is the same as absent.
 """
 
 import hashlib
+import contextlib
 import json
 import re
 import unicodedata
@@ -31,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, first_process, note
-from data.files import each_row, json_rows
+from cli import UserError, first_process, note, to_json
+from data.files import append, each_row, is_data, json_rows, parse_json, whole_file
 from data.synthetic.world import all_prompts, lookup
 from data.verifier import broken_constraints, is_gold
 
@@ -411,34 +412,36 @@ def check_prompt(record, where="record"):
 def write_jsonl(path, records):
     if not first_process():
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its JSON escape
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
+    with whole_file(path, "w", encoding="utf-8", errors="backslashreplace") as f:
         for record in records:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+            f.write(to_json(record, ensure_ascii=False) + "\n")
 
 
 def append_jsonl(path, records):
     """More lines, as write_jsonl writes them."""
-    if not first_process():
-        return
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if first_process():
+        append(path, "".join(to_json(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def whole_lines(path, unit=1, total=0):
     """The records of a file that append_jsonl may have been stopped in: those up to the last whole
     `unit` of lines, or all if there are `total`. What is behind them is cut off."""
-    lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    lines = Path(path).read_bytes().split(b"\n")[:-1] if is_data(path) else []
     if len(lines) != total:
         lines = lines[:len(lines) // unit * unit]
         if Path(path).exists():
             with open(path, "r+b") as f:
                 f.truncate(sum(len(line) + 1 for line in lines))
-    return [json.loads(line) for line in lines]
+    records = []
+    for n, line in enumerate(lines, 1):
+        with contextlib.suppress(ValueError):
+            records.append(parse_json(line))
+        if len(records) < n or not isinstance(records[-1], dict | None):
+            raise UserError(f"{path}:{n}: no record, so the file is damaged: --overwrite=true "
+                            "starts again")
+    return records
 
 
 def _history(record):
@@ -647,7 +650,7 @@ def embedded(path):
         return None
     try:
         return dict(noise=float(record["noise"]), policy=str(record["policy"]))
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise UserError(f"{path}: rankings of the embedded world need \"noise\" and \"policy\", as "
                         "label.py writes them") from None
 

@@ -27,7 +27,8 @@ import regex  # comes with tiktoken
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
-from cli import UserError
+from cli import UserError, shorten
+from data.files import parse_json
 
 ROLES = ("system", "user", "assistant")
 SYNTHETIC_RANKS = Path(__file__).parent / "synthetic" / "synthetic.tiktoken"
@@ -200,11 +201,19 @@ def read_ranks(path):
     """
     try:
         lines = Path(path).read_text().splitlines()
-        return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+        ranks = {base64.b64decode(token, validate=True): int(rank)
+                 for token, rank in map(str.split, lines)}
+        # with a rank twice, or none, tiktoken stops the whole process
+        if sorted(ranks.values()) != [*range(len(lines))]:
+            raise ValueError("its ranks do not run from 0 without gaps, each once")
+        if not ranks.keys() >= {bytes([b]) for b in range(256)}:
+            raise ValueError("a single byte has no rank")
+        return ranks
     except OSError as error:
         raise UserError(f"cannot read the ranks file {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not a ranks file of tiktoken's format") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not a ranks file of tiktoken's format: "
+                        f"{shorten(str(error), 80)}") from None
 
 
 def load_tokenizer(state):
@@ -280,6 +289,11 @@ def pattern_of(pre):
 def _from_files(state):
     """The Tokenizer of a state {"name", "tokenizer.json", "template", ...}, given as JSON."""
     state = json.loads(state)
+    form = state["template"]
+    texts = [form["begin"], *(form[part][role] for part in ("head", "tail") for role in ROLES)]
+    if not all(isinstance(text, str) for text in texts) \
+            or not isinstance(form["default_system"], str | None):
+        raise ValueError("its chat template is not made of texts")
     return Tokenizer(state["name"], *read_json(state["tokenizer.json"], state["name"]),
                      template=state["template"], state=state)
 
@@ -292,11 +306,13 @@ def read_json(text, where):
         raise UserError(f"{where}: {why}")
 
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         model, pre = content["model"], content.get("pre_tokenizer")
         normalizer = (content.get("normalizer") or {"type": None})["type"]
         vocab = model.get("vocab")
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        if not all(token.encode() for token in added):
+            refuse("an added token is empty")
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             refuse(f"its model is {model.get('type')}, not byte-level BPE")
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
@@ -324,9 +340,11 @@ def read_json(text, where):
         if lost:
             refuse(f"{len(lost)} tokens that no merge makes, such as {sorted(lost)[0]!r}")
         ranks = {bytes(BYTES[letter] for letter in token): vocab[token] for token in plain}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(f"not a tokenizer.json that can be read ({type(error).__name__}: {error})")
-    ids = sorted([*ranks.values(), *added.values()])
-    if ids != list(range(len(ids))):
-        refuse("its ids do not run from 0 without gaps")
+        ids = sorted([*ranks.values(), *added.values()])
+        # with an id twice tiktoken stops the whole process
+        if ids != list(range(len(ids))) or not all(type(i) is int for i in ids):
+            refuse("its ids do not run from 0 without gaps")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        refuse("not a tokenizer.json that can be read "
+               f"({type(error).__name__}: {shorten(str(error), 80)})")
     return ranks, added, pattern, normalizer == "NFC", found

@@ -6,10 +6,9 @@ memory: what is not looked at costs none. No text is kept.
 """
 
 import hashlib
+import io
 import json
-import os
 import re
-import shutil
 import tempfile
 from array import array
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import NOTES, UserError, note
-from data.files import file_hash
+from data.files import cannot_write, file_hash, sweep, whole_file
 from data.records import digest, need_sides, read_sides
 
 CACHE = Path("out/cache")
@@ -157,7 +156,7 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
         try:
             _write_cache(cache, path, check, encode, tokenizer, skip_bad)
         except OSError as error:
-            raise UserError(f"cannot write to {CACHE}: {error.strerror}") from None
+            raise UserError(cannot_write(cache, error)) from None
         if file_hash(path) != content:
             cache.unlink(missing_ok=True)  # by another process
             raise UserError(f"{path} changed while it was read: start again")
@@ -177,8 +176,8 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
 
 
 def _kinds(tokenizer):
-    """{array: its type}, in the order in which a cache holds them; behind them the card, JSON, and
-    its length in 8 bytes."""
+    """{array: its type}, in the order in which a cache holds them; behind them the card, JSON, its
+    length in 8 bytes, and the SHA-256 of all that."""
     return dict(lengths=np.int64, facts=FACTS, ids=id_type(tokenizer), masks=np.uint8)
 
 
@@ -186,18 +185,18 @@ def _read_card(cache):
     """What is known of a cache, or None if there is none, or not all of it."""
     try:
         with open(cache, "rb") as f:
-            size = f.seek(-8, 2)
-            length = int.from_bytes(f.read(), "big")
-            f.seek(size - length)  # below 0 is an error
-            card = json.loads(f.read(length))
-        return card if card["bytes"] == size - length else None
-    except (OSError, ValueError, KeyError, TypeError):
+            size = f.seek(-40, 2)
+            length, found = int.from_bytes(f.read(8), "big"), f.read()
+            content = np.memmap(f, np.uint8, "r")[:size + 8]
+            return json.loads(content[-8 - length:-8].tobytes()) \
+                if hashlib.sha256(content).digest() == found else None
+    except (OSError, ValueError):
         return None
 
 
 def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
-    """Under another name until it is whole: two runs may write to one cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    sweep(CACHE)
     said, n = len(NOTES), 0
     with ExitStack() as stack:
         parts = {name: stack.enter_context(tempfile.TemporaryFile(dir=CACHE))
@@ -218,14 +217,13 @@ def _write_cache(cache, path, check, encode, tokenizer, skip_bad):
         facts.flush()
         counts = {name: parts[name].seek(0, 2) // np.dtype(kind).itemsize
                   for name, kind in _kinds(tokenizer).items()}
-        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as f:
-            for part in parts.values():
-                part.seek(0)
-                shutil.copyfileobj(part, f)
+        with whole_file(cache) as f:
+            sha = hashlib.sha256()
             card = json.dumps(dict(path=str(path), notes=NOTES[said:], summary=sides.summary,
-                                   counts=counts, bytes=f.tell())).encode()
-            f.write(card + len(card).to_bytes(8, "big"))
-            f.flush()
-            os.fsync(f.fileno())  # or after a loss of power the name may stand for nothing
-        temporary.replace(cache)
+                                   counts=counts)).encode()
+            for part in (*parts.values(), io.BytesIO(card + len(card).to_bytes(8, "big"))):
+                part.seek(0)
+                while content := part.read(2**20):
+                    sha.update(content)
+                    f.write(content)
+            f.write(sha.digest())

@@ -11,7 +11,6 @@ best-of-n is the bound log n - (n - 1) / n (Stiennon et al. 2020; exact where no
     python studies/frontier.py --table=docs/results.md --out=docs    # only draws an earlier table
 """
 
-import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -274,7 +273,7 @@ def main(config):
             rows.append(summary(name, beta, [f for (n, b, _), f in finals.items()
                                              if (n, b) == (name, beta)]))
     out = Path(config.out)
-    (out / "frontier.json").write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    (out / "frontier.json").write_text(cli.to_json(rows, indent=1) + "\n")
     (out / "frontier.md").write_text(table(rows) + "\n")
     print(table(rows))
     plot(rows, out / "frontier.png")

@@ -116,11 +116,9 @@ MODEL = [
            "[p for p, some in zip(params, found.tolist()) if some]", "params",
            MANY + "[2-reward]", "-"),
     Mutant("muon_before_the_sum", "pretrain.py",
-           "        common.sum_gradients(model)\n        norm = torch.nn.utils.clip_grad_norm_("
-           "model.parameters(), config.grad_clip)\n        adamw.step()\n        muon.step()\n",
+           "        common.sum_gradients(model)\n        norm =",
            "        muon.step()\n        common.sum_gradients(model)\n"
-           "        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)\n"
-           "        adamw.step()\n", MANY + "[2-pretrain]", "-"),
+           "        norm =", MANY + "[2-pretrain]", "-"),
     Mutant("every_process_adds_the_text", "data/batches.py",
            "mine, device = share(tokens), model.wte.weight.device",
            "mine, device = tokens, model.wte.weight.device", MANY + "[2-grpo]", "-"),
@@ -197,8 +195,8 @@ MODEL = [
            "test_model.py::test_generate_stops_at_eos_and_pads_behind_it",
            "OpenRLHF: the last token of a cut response becomes EOS"),
     Mutant("dropout_in_every_stage", "common.py",
-           'size = dict(checkpoint["model"], dropout=0.0)',
-           'size = dict(checkpoint["model"])',
+           'GPTConfig(**dict(checkpoint["model"], dropout=0.0))',
+           'GPTConfig(**checkpoint["model"])',
            "test_common.py::test_checkpoint_round_trip", "TRL 744, 1508, 2042, PR 3234"),
     Mutant("models_left_in_training_mode", "common.py",
            "return model.to(device).eval(), tokenizer",
@@ -449,8 +447,7 @@ DATA = [
            '"answers.jsonl", *others)', '"answers.jsonl", "rankings.jsonl", *others)',
            "test_common.py::test_only_the_files_of_a_run_are_removed", "-"),
     Mutant("half_of_a_chunk_goes_on", "label.py",
-           "whole_lines(path, config.chunk, len(prompts))",
-           "whole_lines(path, 1, len(prompts))",
+           "whole_lines(path, chunk, len(prompts))", "whole_lines(path, 1, len(prompts))",
            "test_label.py::test_stopped_in_each_phase", "-"),
     Mutant("noise_of_a_resumed_labeler_starts_again", "label.py",
            'found = [] if config.labeler == "simulated"',
@@ -650,8 +647,8 @@ REWARD = [
            "np.uint16 if tokenizer.n_tokens <= 2**16 else np.uint32", "np.uint16",
            "test_tokens.py::test_many_kinds_of_tokens_take_four_bytes", "-"),
     Mutant("half_a_cache_kept", "data/tokens.py",
-           'return card if card["bytes"] == size - length else None',
-           "return card",
+           "if hashlib.sha256(content).digest() == found else None",
+           "if len(content) >= 0 else None",
            "test_tokens.py::test_a_damaged_cache_is_made_again", "-"),
     Mutant("batches_not_sorted", "data/batches.py",
            "order = order[np.lexsort((np.asarray(lengths)[order], buckets))]\n", "\n",
@@ -884,6 +881,11 @@ PPO = [
            "            norms.append([torch.nn.utils.clip_grad_norm_(m.parameters(), "
            "config.grad_clip)\n"
            "                          for m in (policy, critic)])\n"
+           "            common.check_finite(config, iteration, "
+           "policy_loss=totals[\"policy_loss\"],\n"
+           "                                value_loss=totals[\"value_loss\"], grad_norm="
+           "norms[-1][0],\n"
+           "                                critic_grad_norm=norms[-1][1])\n"
            "            for optimizer in optimizers:\n"
            "                optimizer.step()\n",
            "            for optimizer in optimizers:\n"
@@ -1184,7 +1186,7 @@ DPO = [
            'cached.get("key") != key', 'False', DOUBT,
            "cf. TRL 2423: precomputed reference log-probabilities that diverge"),
     Mutant("long_cache_accepted", "dpo.py",
-           'or len(cached["logps"]) > len(rows):', "or False:", DOUBT, "-"),
+           ' or len(cached["logps"]) > len(rows):', ":", DOUBT, "-"),
     Mutant("cache_never_used", "dpo.py", "if path.exists() else None)", "if False else None)",
            "test_dpo.py::test_the_cache_is_used_again_when_nothing_changed", "-"),
     Mutant("trace_writes_a_cache", "trace.py",
@@ -1414,6 +1416,9 @@ GRPO = [
            "            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), "
            "config.grad_clip)\n"
            "            steps.append(torch.stack([*common.total(step), norm]))\n"
+           "            common.check_finite(config, iteration, policy_loss=step[0], "
+           "kl_loss=step[1],\n"
+           "                                grad_norm=norm)\n"
            "            optimizer.step()\n",
            "            optimizer.step()\n"
            "            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), "
@@ -1699,7 +1704,57 @@ PERSON = [
            "test_page.py::test_rank_by_keyboard_and_undo", "-"),
 ]
 
-MUTANTS = MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS + PERSON
+# --- numbers that go wrong -----------------------------------------------------------------------
+
+BAD = "test_destroy.py::"
+STOPS = BAD + "test_a_destroyed_run_stops_with_one_line"
+NUMBERS = [
+    Mutant("one_good_number_will_do", "common.py",
+           "torch.stack([v.isfinite().all() for v in numbers.values()]).all()",
+           "torch.stack([v.isfinite().all() for v in numbers.values()]).any()",
+           BAD + "test_what_is_finite_passes_and_what_is_not_is_named", "-"),
+    Mutant("a_weight_whose_square_overflows_passes", "common.py",
+           "return torch.stack([v.float().norm() for v",
+           "return torch.stack([v.float().abs().amax() for v",
+           BAD + "test_weights_without_a_norm_are_destroyed", "-"),
+    Mutant("a_dead_state_replaces_the_last_good_one", "common.py",
+           "            if isinstance(value, torch.nn.Module):\n                check_finite",
+           "            if False:\n                check_finite",
+           BAD + "test_the_last_good_state_is_named_and_stays",
+           "ours: the last good state was overwritten with nan"),
+    Mutant("a_dead_parent_is_loaded", "common.py",
+           "    if not norms(model).isfinite().all():", "    if False:",
+           STOPS, "ours: a parent of nan was reported as a ratio that is not 1"),
+    Mutant("a_scale_of_zero_is_loaded", "reward.py",
+           "if not all(member.scale > 0 for", "if not all(member.scale >= 0 for",
+           STOPS, "ours: scores of infinity"),
+    Mutant("sampled_from_nan", "model.py",
+           "if step == 0 and not (logits", "if step < 0 and not (logits",
+           BAD + "test_no_token_is_sampled_from_nan", "ours: an id beyond the vocabulary"),
+    Mutant("the_loss_alone_is_looked_at", "sft.py",
+           "common.check_finite(config, step, loss=loss_sum, grad_norm=norm)",
+           "common.check_finite(config, step, loss=loss_sum)",
+           STOPS, "ours: a finite loss whose gradient is not"),
+    Mutant("a_warning_after_so_many_in_all", "common.py",
+           "self.watched[text] = count + 1 if bad else 0",
+           "self.watched[text] = count + bool(bad)",
+           BAD + "test_a_warning_comes_once_after_as_many_in_a_row", "-"),
+    Mutant("a_resume_forgets_what_was_watched", "common.py",
+           'self.watched = state.pop("watched")', 'state.pop("watched")',
+           BAD + "test_counts_survive_a_resume", "-"),
+    Mutant("a_kl_limit_of_zero_stops", "evaluate.py",
+           "kl > config.max_kl > 0:", "kl > config.max_kl:",
+           BAD + "test_a_kl_that_is_too_high_stops_the_run", "-"),
+    Mutant("all_right_is_called_no_signal", "evaluate.py",
+           'same and row.get("accuracy") != 1)', "same)",
+           BAD + "test_what_is_said_of_rollouts", "-"),
+    Mutant("nan_inside_of_a_list_is_logged", "cli.py",
+           "return [_without_nan(v) for v in value]", "return list(value)",
+           BAD + "test_json_without_nan", "ours: NaN in nested fields, which only Python reads"),
+]
+
+MUTANTS = (MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS + PERSON
+           + NUMBERS)
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"

@@ -93,8 +93,6 @@ EQUIVALENT = [
     ("common.py", "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))",
      "return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(2, steps - warmup)))",
      "only in a run of a single step, where the numerator is 0"),
-    ("common.py", 'old, new = same(before["config"]), same(self.settings)',
-     'old, new = before["config"], same(self.settings)', "only the keys of `new` are compared"),
     ("grpo.py", "optimizer.zero_grad(set_to_none=True)", "optimizer.zero_grad(set_to_none=False)",
      "every weight has a gradient in every step"),
     ("grpo.py", "step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])",

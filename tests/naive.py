@@ -1005,6 +1005,8 @@ def report_card(judge, held_out, noise):
         calibration=table, calibration_error=sum(
             abs(t["confidence"] - t["accuracy"]) * t["pairs"] for t in table) / len(pairs),
         overconfidence=np.mean(sure) - np.mean(right))
+    scores = [score for a in answers for score in a["each"].mean(1)]
+    final |= dict(score_min=min(scores), score_max=max(scores))
     known = [p for p in pairs if p["gap"] is not None]
     if known:
         final["gold_accuracy"] = np.mean([half(p["gap"]) for p in known])

@@ -1,7 +1,10 @@
 """Flags, run folders, checkpoints."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import random
 import re
 import subprocess
 import sys
@@ -10,11 +13,16 @@ from types import SimpleNamespace
 
 import cli
 import common
+import evaluate
 import grpo
 import pytest
+import sample
+import sft
 import torch
 from cli import NotNegative, Positive, UserError, read_flags
+from data import files
 from data.tokenizer import load_tokenizer
+from full_disk import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import GPT, GPTConfig
@@ -31,7 +39,8 @@ class Config(cli.Config):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(), st.integers(1), st.floats(0, allow_infinity=False), st.booleans())
+@given(st.text(min_size=1).filter(lambda text: "~" not in text), st.integers(1),
+       st.floats(0, allow_infinity=False), st.booleans())
 def test_flags_round_trip(out, steps, lr, resume):
     # catches values that change on the way: "=" in a value, a 1 for a float, newlines
     argv = [f"--out={out}", f"--steps={steps}", f"--lr={lr}", f"--resume={str(resume).lower()}"]
@@ -534,30 +543,204 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     lambda c: c.pop("tokenizer"), lambda c: c.update(tokenizer={"name": "x"}),
     lambda c: c["model"].update(heads=3), lambda c: c["model"].pop("n_embd"),
     lambda c: c["weights"].pop("ln_f.weight"), lambda c: c.update(weights=None),
-    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)})])
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, change):
-    # catches a traceback where a file is of another version, or was written by half
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)}),
+    lambda c: c["model"].update(n_head=2), lambda c: c["weights"]["wte.weight"][3].add_(1),
+    lambda c: c.update(stage="dpo"), lambda c: c["metrics"].update(loss=0.1)])
+def test_a_changed_checkpoint_is_one_clear_line(tmp_path, change):
+    # catches a byte that has changed, also where the shapes of the weights do not know of it
+    path = tmp_path / "model.pt"
+    checkpoint(path)
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="is damaged, or of another version") as error:
+        common.load_policy(path, ["sft", "dpo"], torch.device("cpu"))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("tokenizer"), lambda c: c.update(tokenizer={"name": "x"}),
+    lambda c: c["model"].update(heads=3), lambda c: c["model"].pop("n_embd"),
+    lambda c: c["weights"].pop("ln_f.weight"), lambda c: c.update(weights=None),
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(3)}),
+    lambda c: c["weights"].update({"ln_f.weight": "1"}),
+    lambda c: c["weights"].update({"ln_f.weight": torch.zeros(8, dtype=torch.long)}),
+    lambda c: c["model"].update(n_layer=10**9), lambda c: c["model"].update(block_size=2**31 - 1),
+    lambda c: c["model"].update(n_embd=10**30), lambda c: c["model"].update(norm_eps="1"),
+    lambda c: c["model"].update(rope_scaling=(1.0, float("nan"), 1.0, 1.0)),
+    lambda c: (c["model"].update(block_size=2**31 - 1), c["weights"].update(
+        {"wpe.weight": torch.zeros(1, 8).expand(2**31 - 1, 8)}))])
+def test_a_checkpoint_of_another_version_is_one_clear_line(tmp_path, change):
+    # catches a traceback where a file is of another version, and memory taken for a declared size
     tokenizer = load_tokenizer("synthetic")
     path = tmp_path / "model.pt"
     model = GPT(GPTConfig(tokenizer.vocab_size, tokenizer.n_tokens, 16, 1, 1, 8))
     common.save_checkpoint(path, model, "sft", tokenizer, Config(), {})
     common.load_policy(path, ["sft"], torch.device("cpu"))
-    content = torch.load(path)
-    change(content)
-    torch.save(content, path)
+    old = common.load_file(path) | dict(format="rlhf-1")  # which has no digest to say it first
+    change(old)
+    torch.save(old, path)
     with pytest.raises(UserError, match="is damaged, or of another version") as error:
         common.load_policy(path, ["sft"], torch.device("cpu"))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+# --- files --------------------------------------------------------------------------------------
+
+
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch):
     # catches a traceback, and a part of a file that stays behind
-    (tmp_path / "model.pt").write_text("old")
-    def save(content, path):
-        path.write_text("half")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(UserError, match="cannot write .*model.pt: PytorchStreamWriter"):
-        common.save_file({}, tmp_path / "model.pt")
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
-    assert (tmp_path / "model.pt").read_text() == "old"
+    path = tmp_path / "model.pt"
+    for writes in range(3):  # it takes three
+        path.write_text("old")
+        monkeypatch.setattr(files, "open", Disk(writes).open, raising=False)
+        with pytest.raises(UserError, match="cannot write .*model.pt: No space left on device "
+                                            r"\(needs 0.4 MB, [\d,.]+ MB are free\)"):
+            common.save_file(dict(weights=torch.ones(10**5)), path)
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+        assert path.read_text() == "old"
+
+
+def test_half_a_row_is_taken_back(tmp_path, monkeypatch):
+    # catches a log that no later run can read
+    run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
+    before = (tmp_path / "log.jsonl").read_bytes()
+    monkeypatch.setattr(files, "open", Disk(0).open, raising=False)
+    with pytest.raises(UserError, match="cannot write .*log.jsonl: No space left"):
+        run.log(loss=1.0)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_the_room_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
+    # catches a run that finds out at its first saved state, an hour later
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    optimizer = common.adamw([model], 0.1)
+    free = lambda n: monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(
+        free=n))
+    run = common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
+    free(23.9e6)  # two states of weights and two moments, 4 MB each
+    with pytest.raises(UserError, match="state.pt: a run of this model needs 24.0 MB, 23.9 MB are"):
+        run.load_state(model=model, optimizer=optimizer)
+    free(24.1e6)
+    assert run.load_state(model=model, optimizer=optimizer) == {}
+    run.save_state(3, 9, model=model)
+    again = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+    free(1000)  # going on takes none at first: the state is there already
+    assert again.load_state(model=model)["step"] == 3
+    assert not again.due(3, 1) and again.due(4, 1)
+    with pytest.raises(UserError, match="cannot write .*state.pt: it needs 4.0 MB, 0.0 MB are"):
+        again.save_state(4, 9, model=model)
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    # catches a flipped bit in a run that goes on
+    model = torch.nn.Linear(3, 3)
+    common.Run("x", Config(out=str(tmp_path)), torch.device("cpu")).save_state(
+        1, 9, model=model, metrics=dict(loss=0.5))
+    path = tmp_path / "state.pt"
+    whole, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(100):
+        broken, n = bytearray(whole), rng.randrange(len(whole))
+        broken[n] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        run = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+        try:  # what the archive pads its files with may be anything
+            assert run.load_state(model=torch.nn.Linear(3, 3))["metrics"] == dict(loss=0.5)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 20
+    common.save_file(dict(step=1), path)
+    run = common.Run("x", Config(out=str(tmp_path), resume=True), torch.device("cpu"))
+    with pytest.raises(UserError, match="of another version of this project"):
+        run.load_state(model=model)
+
+
+def test_every_number_of_a_state_is_in_its_digest():
+    # catches a digest that knows only some of a file
+    state = lambda: dict(model=dict(w=torch.ones(2, 3), b=torch.ones((), dtype=torch.bfloat16)),
+                         optimizer=[dict(step=torch.tensor(1), lr=0.1)], rng=torch.arange(4),
+                         n=None)
+
+    def digest(change):
+        content, found = state(), hashlib.sha256()
+        change(content)
+        common.add_to(found, content)
+        return found.hexdigest()
+
+    changes = [lambda s: None, lambda s: s["model"]["w"][1, 2].add_(1e-6),
+               lambda s: s["model"].update(w=torch.ones(3, 2)), lambda s: s["model"]["b"].zero_(),
+               lambda s: s["optimizer"][0].update(lr=0.2), lambda s: s["rng"][3].add_(1),
+               lambda s: s["optimizer"].append({}), lambda s: s.update(n=0), lambda s: s.pop("n"),
+               lambda s: s.update(rng=torch.arange(4).int()), lambda s: s.update(n=[1, 23]),
+               lambda s: s.update(n=[12, 3])]
+    assert len(set(map(digest, changes))) == len(changes)
+    assert digest(changes[0]) == digest(changes[0])
+
+
+def test_files_of_dead_processes_are_swept(tmp_path):
+    # catches disks that fill up with parts of files, and a file that another run is writing
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = {"model.pt.1.tmp", "notes.tmp", "notes.x.tmp", "model.tmp.pt"}
+    for name in (f"model.pt.{dead.pid}.tmp", f"log.{os.getpid()}.tmp", *kept):
+        (tmp_path / name).write_text("")
+    common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"log.jsonl"}
+
+
+# --- what the user gives, and where the output goes ----------------------------------------------
+
+
+def test_a_home_folder_is_found(monkeypatch):
+    # catches a folder that is called ~
+    monkeypatch.setenv("HOME", "/home/me")
+    read = lambda *argv: cli.read_flags(sft.Config, argv)
+    assert read("--out=~/a").out == "/home/me/a" and read("--out=a/~b~/c").out == "a/~b~/c"
+    assert read("--init=x,~/y,~").init == "x,/home/me/y,/home/me"
+    assert cli.read_flags(sample.Config, ["--prompt=~/x is?"]).prompt == "~/x is?"
+    with pytest.raises(UserError, match="--out= is empty"):
+        read("--out=")
+    with pytest.raises(UserError, match="did you mean --save_every"):
+        read("--save-every=5")
+    assert evaluate.Config().reward_model == "" == cli.read_flags(
+        evaluate.Config, ["--reward_model="]).reward_model
+
+
+def test_any_seed_is_a_seed():
+    # catches a time stamp that torch or numpy refuses
+    for seed in (2**32, 2**64, 10**30):
+        assert cli.read_flags(sft.Config, [f"--seed={seed}"]).seed == seed
+        common.stream(seed, "x", "y").random(), common.stream(seed, "x", "y", device="cpu")
+
+
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(UserError, match="--device=meta is not available here"):
+        common.find_device("meta")
+
+
+def test_output_that_nobody_takes_is_dropped(tmp_path):
+    # catches a run that ends because of `| head -1`, or of a full disk behind `> log`
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = """
+import sys, cli
+def main(config):
+    for n in range(9000):
+        print('line', n, flush=n % 9 == 0)
+    print('x', file=sys.stderr)
+    open('done', 'w').close()
+cli.run_main(main, cli.Config())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=writer, stderr=writer,
+                         env=os.environ | dict(PYTHONPATH=str(common.ROOT)))
+    assert ran.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_errors_of_the_system_are_one_line(tmp_path, capsys):
+    # catches a traceback for a file that nobody thought of
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(lambda _: open(tmp_path), cli.Config())
+    assert stop.value.code == 2 and f"error: {tmp_path}: Is a directory" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from data.tokenizer import load_tokenizer
 from data.instruments import clustered_se
 from data.load import load_prompts
 from evaluate import gold_tables, verdict
+from model import generate, token_logprobs
 from studies import frontier
 from studies import instruments as instruments_study
 from tiny_runs import make_inputs
@@ -193,7 +194,9 @@ def test_a_policy_against_itself(folder):
     assert {"gold", "gold_sft", "gold_win_rate", "tie_rate", "length", "eos_rate", "score",
             "gold_best_of_n"} <= set(final)
     again = run_script("evaluate.py", *flags, cwd=folder)
-    assert again.returncode == 2 and "already holds" in again.stderr
+    assert again.returncode == 0 and "holds this run, finished" in again.stdout
+    other = run_script("evaluate.py", *flags, "--seed=2", cwd=folder)
+    assert other.returncode == 2 and "a finished run with --seed=1, not as here" in other.stderr
     wrong = run_script("evaluate.py", "--policy=reward", cwd=folder)
     assert wrong.returncode == 2 and "is a reward checkpoint" in wrong.stderr
 
@@ -203,13 +206,40 @@ def test_a_reward_model_with_a_smaller_context(folder, monkeypatch):
     content = torch.load(folder / "reward" / "model.pt", weights_only=True)
     content["model"]["block_size"] = 24
     content["weights"]["gpt.wpe.weight"] = content["weights"]["gpt.wpe.weight"][:24]
-    torch.save(content, folder / "small.pt")
+    common.save_file(content, folder / "small.pt")
     monkeypatch.chdir(folder)
     evaluate.main(evaluate.Config(policy="sft", reference="sft", reward_model="small.pt",
                                   eval_prompts=64, max_new_tokens=12, out="small"))
     rows = list(map(json.loads, Path("small/log.jsonl").read_text().splitlines()))
     assert np.isfinite(rows[-1]["score"])
     assert set(rows[0]["parents"]) == {"policy", "reference", "reward"}
+
+
+def test_greedy_evaluation(folder, monkeypatch):
+    # catches log-probabilities divided by 0, and answers that are drawn all the same
+    monkeypatch.chdir(folder)
+    policy, tokenizer, _ = common.load_policy("sft", ("sft",), torch.device("cpu"))
+    found = []
+    for seed in (1, 2):
+        evaluate.main(evaluate.Config(policy="sft", reference="sft", eval_prompts=6, seed=seed,
+                                      max_new_tokens=8, temperature=0.0, out=f"greedy{seed}"))
+        rows = list(map(json.loads, Path(f"greedy{seed}/answers.jsonl").read_text().splitlines()))
+        assert json.loads(Path(f"greedy{seed}/log.jsonl").read_text().splitlines()[-1])["kl"] == 0
+        found.append([(r["prompt"], r["policy"]) for r in rows])
+    assert found[0] == found[1]
+    tokens, mask, _ = generate(policy, [tokenizer.encode_prompt(found[0][0][0])], 8, tokenizer.eos,
+                               temperature=0)
+    assert tokenizer.decode(tokens[0][mask[0] > 0]) == found[0][0][1]
+    ids = [tokenizer.encode_prompt(found[0][0][0])]
+    drawn = [dict(ids=tokens[0][mask[0] > 0].tolist())]
+    logp, entropy = evaluate.answer_stats(policy, ids, drawn, tokenizer.pad, evaluate.Config(
+        temperature=0.0))
+    assert np.isfinite(entropy).all() and logp == pytest.approx(
+        token_logprobs(policy, tokens, mask).sum().item())
+    for flags, why in ((dict(best_of=2, reward_model="reward"), "best_of=2 needs a --temperature"),
+                       (dict(samples=4), "samples=4 needs a --temperature above 0")):
+        with pytest.raises(UserError, match=why):
+            evaluate.main(evaluate.Config(temperature=0.0, **flags))
 
 
 def test_best_of_n_is_the_mean_over_all_subsets():
@@ -325,10 +355,10 @@ def report(folder):
     for name, p in content["weights"].items():
         if name.startswith("h.1"):
             p.mul_(1.5)
-    torch.save(content | dict(stage="dpo"), folder / "dpo" / "model.pt")
+    common.save_file(content | dict(stage="dpo"), folder / "dpo" / "model.pt")
     (folder / "other").mkdir(exist_ok=True)
     content = torch.load(folder / "sft" / "model.pt", weights_only=True)
-    torch.save(content | dict(stage="ppo"), folder / "other" / "model.pt")  # the reference's twin
+    common.save_file(content | dict(stage="ppo"), folder / "other" / "model.pt")  # a twin
     result = run_script("evaluate.py", *REPORT, "--reference=sft", "--out=report", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "report", result.stdout, json.loads((folder / "report/report.json").read_text())
@@ -490,7 +520,7 @@ def test_the_epoch_that_the_reward_model_likes(folder):
     for n, scale in enumerate((1.0, 1.6, 0.7), 1):
         weights = {k: v * scale if k.startswith("h.0") else v
                    for k, v in content["weights"].items()}
-        torch.save(content | dict(weights=weights, metrics=dict(loss=3.0 - n)),
+        common.save_file(content | dict(weights=weights, metrics=dict(loss=3.0 - n)),
                    folder / "epochs" / f"model-epoch{n}.pt")
     result = run_script("evaluate.py", "--select=epochs", "--reward_model=reward", "--out=chosen",
                         "--eval_prompts=40", "--max_new_tokens=12", cwd=folder)
@@ -692,7 +722,7 @@ def test_the_instruments_of_tiny_runs(folder, monkeypatch):
         if stage == "reward":
             (target / result).write_bytes(Path("reward/model.pt").read_bytes())
         elif stage != "label":
-            torch.save(content | dict(stage=stage), target / result)
+            common.save_file(content | dict(stage=stage), target / result)
         else:
             (target / result).touch()
 

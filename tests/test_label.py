@@ -233,7 +233,7 @@ def test_an_ensemble_ranks_as_it_is_told(folder):
                           enumerate((content["weights"], other)) for name, p in weights.items()}
     content["config"]["ensemble"] = 2
     (folder / "two").mkdir()
-    torch.save(content, "two/model.pt")
+    common.save_file(content, "two/model.pt")
     asked = dict(prompt="Say 1.", completions=["No.", "Yes.", "One. Two!"])
     scores = {}
     for by in ("mean", "min", "mean-std"):
@@ -270,7 +270,7 @@ def test_every_writer_needs_room(folder):
     content["model"]["block_size"] = 30
     content["weights"]["wpe.weight"] = content["weights"]["wpe.weight"][:30].clone()
     (folder / "brief").mkdir()
-    torch.save(content, "brief/model.pt")
+    common.save_file(content, "brief/model.pt")
     for init in ("sft,brief", "brief,sft"):
         with pytest.raises(UserError, match="--max_new_tokens=12 and the longest prompt of 2. do "
                                             "not fit the context of 30"):
@@ -758,7 +758,7 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
     small = feedback.Config(runs="s{seed}", seeds=2, rounds=2, prompts=22, held_out=6, iterations=1,
                             eval_prompts=4, max_new_tokens=8, page="docs/page.md")
     feedback.main(small)
-    assert len(calls) == 2 * (3 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
+    assert len(calls) == 2 * (4 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
     out = folder / "out" / "feedback"
     first = lambda path: rows(out / path / "log.jsonl")[0]
     for seed in (1, 2):
@@ -766,7 +766,8 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
         for stage in ("label2", "dpo2"):
             assert first(f"rounds/s{seed}/{stage}")["parents"]["dpo"] == made
             assert first(f"rounds/s{seed}/held-{stage}")["parents"]["dpo"] == made
-        for kind in ("", "held-"):
+        assert first(f"rounds/s{seed}/nll-dpo2")["config"]["nll"] == 0.2
+        for kind in ("", "held-", "nll-"):
             held = first(f"rounds/s{seed}/{kind}dpo2")["parents"].get("reference")
             assert held == (sft if kind else None)
         assert first(f"rounds/s{seed}/epochs")["config"]["epochs"] == 2
@@ -780,8 +781,8 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
         line for line in page.split("\n") if line.startswith("| round 2, held to round 1"))
     assert [line.split(" |")[0] for line in page.split("\n") if line.startswith("| ")] == [
         "| after", "| round 1, from the SFT model", "| 2 epochs of round 1",
-        "| round 2, held to round 1", "| round 2, held to the SFT model", "| labeler",
-        "| simulated", "| principles"]
+        "| round 2, held to round 1", "| round 2, held to the SFT model",
+        "| round 2, the same, --nll=0.2", "| labeler", "| simulated", "| principles"]
     calls.clear()
     feedback.main(small)
     assert not calls and (folder / "docs" / "page.md").read_text() == page

@@ -430,7 +430,8 @@ def test_comparison_with_the_reference(monkeypatch, tiny, tmp_path):
     monkeypatch.setattr(batches, "over_rows", lambda *_, **__: torch.tensor(next(scores)))
 
     class Log:
-        log, device, stage = staticmethod(lambda *_, **__: None), torch.device("cpu"), "ppo"
+        log = watch = staticmethod(lambda *_, **__: None)
+        device, stage = torch.device("cpu"), "ppo"
         folder = tmp_path
 
     metrics = evaluate.compare(tiny, tiny, tokenizer, [(p.text, [1], None) for p in prompts],

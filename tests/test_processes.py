@@ -128,7 +128,7 @@ def folder(request, tmp_path_factory):
         w += 0.05 * torch.randn_like(w)
     other["hash"] = common.weights_hash(other["weights"])
     (folder / "other").mkdir()
-    torch.save(other, folder / "other" / "model.pt")
+    common.save_file(other, folder / "other" / "model.pt")
     rng = np.random.default_rng(0)
     words = ["Al", "Bo", "likes", "rain", "no", "42"]
     say = lambda: " ".join(rng.choice(words, 1 + rng.integers(6)))

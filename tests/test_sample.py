@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     content = torch.load(folder / "small" / "model.pt", weights_only=True)
     content["model"]["block_size"] = 12
     content["weights"]["gpt.wpe.weight"] = content["weights"]["gpt.wpe.weight"][:12]
-    torch.save(content, folder / "small" / "model.pt")
+    common.save_file(content, folder / "small" / "model.pt")
     return folder
 
 

@@ -307,7 +307,7 @@ def test_vocabulary_that_does_not_fit(chain):
     content = torch.load(folder / "out" / "sft" / "model.pt", weights_only=True)
     content["model"] |= dict(vocab_size=64, n_tokens=60)
     (folder / "odd").mkdir()
-    torch.save(content, folder / "odd" / "model.pt")
+    common.save_file(content, folder / "odd" / "model.pt")
     result = run_script("sft.py", "--init=odd", "--out=out/new", cwd=folder)
     assert result.returncode == 2 and "do not belong together" in result.stderr
     assert not (folder / "out" / "new").exists()
