@@ -561,7 +561,7 @@ def person(monkeypatch):
 def test_a_person_stops_and_goes_on(folder, person, capsys, monkeypatch):
     # catches another order after a restart, --resume that has to be typed, a run that seems done
     flags = [*SMALL, "--labeler=page", "--port=8123", "--repeat=0.25"]
-    monkeypatch.setattr(sys, "argv", ["label.py", "--init=sft", *flags])
+    monkeypatch.setattr(sys, "argv", ["label.py", "--init=sft", *flags, "--out=out"])
     found, _ = run(*flags)
     said = capsys.readouterr().out
     assert len(found) == 5 and not (folder / "out" / "card.json").exists()
