@@ -51,7 +51,13 @@ def _twice():
     return why
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+def _whole_number(text):
+    if len(text) > 300:  # no float is that large: the first comparison with one would fail
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)
 
 
 def is_data(path):
@@ -196,9 +202,10 @@ def _why(error):
 
 
 def parse_json(text):
-    """json.loads, where a list too deep is a ValueError as well: Python has a RecursionError."""
+    """json.loads, where a list too deep is a ValueError as well: Python has a RecursionError. And
+    a number too large."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("too deep") from None
 

@@ -650,7 +650,7 @@ def embedded(path):
         return None
     try:
         return dict(noise=float(record["noise"]), policy=str(record["policy"]))
-    except (TypeError, ValueError, KeyError, OverflowError):
+    except (TypeError, ValueError, KeyError):
         raise UserError(f"{path}: rankings of the embedded world need \"noise\" and \"policy\", as "
                         "label.py writes them") from None
 
