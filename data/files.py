@@ -52,7 +52,7 @@ def _twice():
 
 
 def _whole_number(text):
-    if len(text) > 300:  # no float is that large: the first comparison with one would fail
+    if len(text) > 308:  # no float is that large: the first comparison with one would fail
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 

@@ -292,7 +292,7 @@ def _from_files(state):
     form = state["template"]
     texts = [form["begin"], *(form[part][role] for part in ("head", "tail") for role in ROLES)]
     if not all(isinstance(text, str) for text in texts) \
-            or not isinstance(form["default_system"], str | None):
+            or not isinstance(form["default_system"], str | None) or form["trim"] not in (0, 1):
         raise ValueError("its chat template is not made of texts")
     return Tokenizer(state["name"], *read_json(state["tokenizer.json"], state["name"]),
                      template=state["template"], state=state)

@@ -16,10 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
 import torch
 
-from conftest import run_script
+from conftest import run_script  # puts the repository on the path
+
+import common
 from data.records import write_jsonl
 from tiny_runs import make_inputs
 

@@ -37,6 +37,41 @@ class Mutant(NamedTuple):
     seen: str  # where this bug was found; "-" for a slip that is as easy, but has no public case
 
 
+# --- files ---------------------------------------------------------------------------------------
+
+FILES = [
+    Mutant("a_flipped_byte_is_loaded", "common.py",
+           "if found != digest.hexdigest():", "if found is None:",
+           "test_common.py::test_a_changed_checkpoint_is_one_clear_line "
+           "test_common.py::test_a_damaged_state_is_refused", "-"),
+    Mutant("a_flipped_byte_of_an_old_checkpoint_is_loaded", "common.py",
+           'if checkpoint["format"] == "rlhf-1" and weights_hash(weights) != checkpoint["hash"]:',
+           "if False:",
+           "test_common.py::test_a_checkpoint_of_another_version_is_one_clear_line", "-"),
+    Mutant("digest_without_shapes", "common.py",
+           "digest.update(repr((value.dtype, *value.shape)).encode())",
+           "digest.update(repr(value.dtype).encode())",
+           "test_common.py::test_every_number_of_a_state_is_in_its_digest", "-"),
+    Mutant("half_a_row_stays", "data/files.py",
+           "os.truncate(path, before)", "os.truncate(path, before + 9)",
+           "test_common.py::test_half_a_row_is_taken_back", "-"),
+    Mutant("a_part_of_a_file_stays", "data/files.py",
+           "            temporary.unlink()\n", "            pass\n",
+           "test_common.py::test_a_full_disk_is_one_clear_line_and_leaves_nothing", "-"),
+    Mutant("renamed_before_it_is_on_the_disk", "data/files.py",
+           "os.fsync(file.fileno())  # or after", "pass  # or after",
+           "test_common.py::test_a_file_is_on_the_disk_before_it_has_its_name", "-"),
+    Mutant("a_file_that_is_being_written_is_swept", "data/files.py",
+           "if number.isdigit() and not _alive(int(number)):", "if number.isdigit():",
+           "test_common.py::test_files_of_dead_processes_are_swept", "-"),
+    Mutant("a_rank_twice", "data/tokenizer.py",
+           "if sorted(ranks.values()) != [*range(len(lines))]:", "if not ranks:",
+           "test_tokens.py::test_ranks_that_would_end_the_process_are_refused", "-"),
+    Mutant("a_closed_pipe_ends_the_run", "cli.py",
+           "        except OSError:\n            return len(content)",
+           "        except PermissionError:\n            return len(content)",
+           "test_common.py::test_output_that_nobody_takes_is_dropped", "-")]
+
 # --- the model, sampling, log-probabilities ------------------------------------------------------
 
 MANY = "test_processes.py::test_processes_change_nothing"
@@ -1754,8 +1789,8 @@ NUMBERS = [
            BAD + "test_json_without_nan", "ours: NaN in nested fields, which only Python reads"),
 ]
 
-MUTANTS = (MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS + PERSON
-           + NUMBERS)
+MUTANTS = (FILES + MODEL + DATA + REWARD + PPO + DPO + GRPO + PRETRAINED + PLOT + SETS
+           + PERSON + NUMBERS)
 
 # an edit that does not run is not a bug that a test has found
 CRASH = re.compile(r"^E +(Name|Import|ModuleNotFound|Syntax|Indentation|Attribute|Type"

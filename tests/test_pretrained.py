@@ -761,7 +761,16 @@ NORM = "model.layers.1.input_layernorm.weight"
         (f / "tokenizer.json").read_text(), lambda c: c["added_tokens"].extend(
             dict(id=len(c["model"]["vocab"]) + n, content=f"<{n}>") for n in range(2)))),
      "the embedding"),
-    (lambda f: (f / "tokenizer_config.json").write_text("x"), "tokenizer_config.json: not JSON")])
+    (lambda f: (f / "tokenizer_config.json").write_text("x"), "tokenizer_config.json: not JSON"),
+    (edit(num_hidden_layers=10**9), "declares a model that is larger than the files beside it"),
+    (edit(intermediate_size=2**30), "declares a model that is larger than the files beside it"),
+    (edit(max_position_embeddings=10**10), "block_size=10000000000: must be a whole number"),
+    (lambda f: (f / "config.json").write_text("[" * 100000), "config.json: not JSON: too deep"),
+    (lambda f: (f / "config.json").write_text('{"n": ' + "9" * 5000 + "}"), "of 5000 digits"),
+    (lambda f: (f / "tokenizer.json").write_text("[" * 100000), "not a tokenizer.json"),
+    (lambda f: (f / "tokenizer.json").write_text(break_json(
+        (f / "tokenizer.json").read_text(), lambda c: c["added_tokens"].append(
+            c["added_tokens"][0] | dict(content="<twice>")))), "ids do not run from 0")])
 def test_a_broken_folder_is_one_clear_line(tmp_path, change, message):
     folder_of(tmp_path / "in")
     change(tmp_path / "in")
@@ -770,6 +779,14 @@ def test_a_broken_folder_is_one_clear_line(tmp_path, change, message):
     assert done.stderr.startswith("convert.py: error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_several_eos_in_the_config(tmp_path):
+    # catches a traceback on Llama 3, whose config.json has a list of them
+    folder_of(tmp_path / "in")
+    edit(eos_token_id=[1, 2])(tmp_path / "in")
+    done = run_script("convert.py", "--source=in", "--out=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 class Evil:

@@ -1,5 +1,6 @@
 """Encoded rows in flat arrays: what they hold, their cache, their memory."""
 
+import base64
 import json
 import tracemalloc
 
@@ -17,7 +18,7 @@ from data.records import (
     split,
 )
 from data.text import text_rows
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, read_ranks
 from data.tokens import read_tokens
 
 tok = load_tokenizer("synthetic")
@@ -226,3 +227,22 @@ def test_memory_does_not_grow_with_the_tokens(folder, kind):
         assert [sum(kept.facts["held_out"] == side) for side in (False, True)] == n
         assert kept.facts["record"].tolist() == [*range(4000)]
     assert peak < 1.5 * size + 26e6, (peak, size)
+
+
+@pytest.mark.parametrize("change, why", [
+    (lambda lines: [*lines, lines[5]], "do not run from 0"),
+    (lambda lines: [*lines[:9], lines[9].split()[0] + " 8", *lines[10:]], "do not run from 0"),
+    (lambda lines: lines[:-1], "a single byte has no rank"), (lambda lines: [], "a single byte"),
+    (lambda lines: [*lines, "dGg= " + "9" * 5000], "Exceeds the limit"),
+    (lambda lines: [*lines, "d*Gg= 256"], "ranks file"), (lambda lines: [*lines, "x"], "unpack")])
+def test_ranks_that_would_end_the_process_are_refused(tmp_path, change, why):
+    # catches a Rust panic, which is no exception: nothing would be said or saved
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    path = tmp_path / "ranks"
+    path.write_text("\n".join(lines))
+    assert len(read_ranks(path)) == 256
+    path.write_text("\n".join(change(lines)))
+    with pytest.raises(UserError, match=f"is not a ranks file of tiktoken's format: .*{why}" if
+                       why != "ranks file" else why) as error:
+        read_ranks(path)
+    assert "\n" not in str(error.value)
