@@ -62,6 +62,7 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+from itertools import islice
 from pathlib import Path
 
 import common
@@ -219,15 +220,16 @@ def facts(line, noise):
     return known | ({"before": line["ranks"]} if "ranks" in line else {})  # ranks of --answers
 
 
-# --- who ranks: each gives (rank, card, about, parents). rank(n, item) of the n-th prompt is what
-# the record gets, its "ranks" among it, or None where the judge's context is too short -----------
+# --- who ranks: each gives (rank, card, about, parents). rank([(n, item), ...]) of some prompts, n
+# their numbers, is for each what its record gets, its "ranks" among it, or None where the judge's
+# context is too short -----------------------------------------------------------------------------
 
 
 def simulated(config, device):
     labeler = Labeler(**{f.name: getattr(config, f.name) for f in fields(Labeler)})
     people = {}
 
-    def rank(n, item):
+    def rank_one(n, item):
         start = n // config.chunk * config.chunk
         if start not in people:
             # two people rank the same answers; the second only measures how far they agree
@@ -238,7 +240,7 @@ def simulated(config, device):
                          for rng in people[start])
         return dict(ranks=ranks, second=second)
 
-    return rank, labeler.card(), asdict(labeler), {}
+    return lambda part: [rank_one(*p) for p in part], labeler.card(), asdict(labeler), {}
 
 
 def by_model(config, device):
@@ -246,16 +248,21 @@ def by_model(config, device):
     common.ensure_input(config, "reward_model", "reward")
     model, tokenizer, parent = load_reward_model(config.reward_model, device, config.score_by)
 
-    def rank(n, item):
-        head = tokenizer.prompt_pieces(item["prompt"])
-        rows, masks = zip(*tokenizer.encode_pieces(
-            [[*head, (text, 1), (tokenizer.eos, 1)] for text in item["completions"]]))
-        if max(map(len, rows)) > model.gpt.config.block_size:
-            return None
-        scores = batches.over_rows(model, rows, masks, tokenizer.pad, device)
-        common.check_finite(config, f"prompt {n}", score=scores)
-        scores = scores.tolist()
-        return dict(ranks=principles.ranks_of(scores, 0.0), scores=scores)
+    def rank(part):
+        encoded = []  # (ids, mask) of each answer to each prompt, none where one is too long
+        for _, item in part:
+            head = tokenizer.prompt_pieces(item["prompt"])
+            rows = tokenizer.encode_pieces(
+                [[*head, (text, 1), (tokenizer.eos, 1)] for text in item["completions"]])
+            fit = max(len(ids) for ids, _ in rows) <= model.gpt.config.block_size
+            encoded.append(rows if fit else [])
+        flat, scores = [row for rows in encoded for row in rows], []
+        if flat:
+            scores = batches.over_rows(model, *zip(*flat), tokenizer.pad, device)
+            common.check_finite(config, f"prompts from {part[0][0]} on", score=scores)
+        rest = iter(map(float, scores))
+        scores = [list(islice(rest, len(rows))) for rows in encoded]
+        return [dict(ranks=principles.ranks_of(s, 0.0), scores=s) if s else None for s in scores]
 
     accuracy = parent["metrics"].get("accuracy")
     about = dict(reward_model=config.reward_model, score_by=config.score_by, hash=parent["hash"],
@@ -284,7 +291,7 @@ def by_principles(config, device):
         card += f"judged by {config.judge} ({parent['hash']})."
         about["hash"] = parents["judge"] = parent["hash"]
 
-    def rank(n, item):
+    def rank_one(item):
         found = judge(item)
         if found is None:
             return None
@@ -292,7 +299,7 @@ def by_principles(config, device):
         scores = principles.mean_wins(better)
         return dict(ranks=principles.ranks_of(scores), scores=scores, **orders)
 
-    return rank, card, about, parents
+    return lambda part: [rank_one(item) for _, item in part], card, about, parents
 
 
 def by_person(config, device):
@@ -310,17 +317,20 @@ def rank_all(run, config, rank, items):
     """What rank says of each of `items`, (n, item), in order. Until all are ranked they stand in
     another file than rankings.jsonl: no stage trains on half of them by mistake."""
     path = run.folder / "rankings.jsonl.part"
+    size = config.chunk if config.labeler == "model" else 1  # prompts that are scored together
     # the simulated one begins again: its noise is one stream for a chunk, and it is quick
-    found = [] if config.labeler == "simulated" else common.by_the_first(lambda: whole_lines(path))
+    found = [] if config.labeler == "simulated" else common.by_the_first(
+        lambda: whole_lines(path, size, len(items)))
     if not found and first_process():
         path.unlink(missing_ok=True)
     with refusing(f"{path} does not hold ranks of these answers: --overwrite=true starts again"):
         for ranked, (_, item) in zip(found, items, strict=False):
             if ranked is not None and len(ranked["ranks"]) != len(item["completions"]):
                 raise ValueError(f"prompt {item['prompt']!r:.40}")
-    for n, item in progress(items[len(found):], "label", initial=len(found), total=len(items)):
-        found.append(rank(n, item))
-        append_jsonl(path, found[-1:])
+    for start in progress(range(len(found), len(items), size), "label",
+                          initial=len(found) // size, total=-(-len(items) // size)):
+        found += rank(items[start:start + size])
+        append_jsonl(path, found[start:])
     return found
 
 

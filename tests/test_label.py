@@ -239,7 +239,7 @@ def test_an_ensemble_ranks_as_it_is_told(folder):
     for by in ("mean", "min", "mean-std"):
         config = label.Config(reward_model="two", score_by=by)
         rank, _, about, _ = label.by_model(config, torch.device("cpu"))
-        found = rank(0, asked)
+        [found] = rank([(0, asked)])
         scores[by] = np.array(found["scores"])
         assert found["ranks"] == principles.ranks_of(found["scores"], 0.0)
         assert about["score_by"] == by
@@ -257,8 +257,13 @@ def test_the_context_of_a_model(folder):
     fits = tok.decode(tok.encode("One. Two! " * 40)[:room])
     over = tok.decode(tok.encode("One. Two! " * 40)[:room + 1])
     assert (len(tok.encode(fits)), len(tok.encode(over))) == (room, room + 1)
-    assert len(rank(0, dict(prompt="Say 1.", completions=["No.", fits]))["scores"]) == 2
-    assert rank(0, dict(prompt="Say 1.", completions=["No.", over])) is None
+    asked = [(n, dict(prompt="Say 1.", completions=["No.", *more]))
+             for n, more in enumerate(([fits], [over], ["Yes.", "One."]))]
+    found = rank(asked)
+    assert found[1] is None and [len(found[n]["scores"]) for n in (0, 2)] == [2, 3]
+    assert rank(asked[1:2]) == [None]
+    for n in (0, 2):  # scores of its own answers, however many are scored together
+        np.testing.assert_allclose(found[n]["scores"], rank([asked[n]])[0]["scores"], atol=1e-5)
 
 
 # --- what is ranked ------------------------------------------------------------------------------
@@ -472,7 +477,7 @@ def test_stopped_in_each_phase(folder, flags):
     run(*SMALL, *flags, out="whole")
     files = {name: (folder / "whole" / name).read_bytes() for name in FILES}
     whole = [r for r in rows("whole/log.jsonl") if r["kind"] != "config"]
-    for n in (1, 3, 7, 9, 16):  # of the answers there are 7 chunks, the last one full; then ranks
+    for n in (1, 3, 7, 9, 13):  # of the answers there are 7 chunks, the last one full; then ranks
         out = f"stopped{n}"
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, n)
