@@ -182,6 +182,7 @@ def robust(stream):
         raw = Output(stream.fileno(), "w", closefd=False)
     except OSError:  # of a test, not of the system
         return stream
+    raw.owner = stream  # which would close the number with it
     stream.flush()
     return io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw),
                             stream.encoding, stream.errors, None, stream.line_buffering,

@@ -499,9 +499,7 @@ class Run:
         due = step != self.saved and (
             step % every == 0 or self.stop is not None
             or time.monotonic() - self.saved_at > 60 * self.config.save_minutes)
-        due, stop = total(torch.tensor([int(due), self.stop or 0]), most=True).tolist()
-        self.stop = stop or None
-        return bool(due)
+        return total(torch.tensor(int(due)), most=True).item() > 0  # in one, in all processes
 
     def save_state(self, step, steps, **state):
         """Everything an exact resume needs before step `step` of `steps`, modules and optimisers
@@ -512,7 +510,7 @@ class Run:
         if first_process():
             self._save_state(step, state)
         self.saved, self.saved_at = step, time.monotonic()
-        stop = total(torch.tensor(self.stop or 0), most=True).item()  # processes stop together
+        stop = total(torch.tensor(self.stop or 0), most=True).item()  # of any process
         if stop:
             raise Interrupted(stop)
         if step == steps:  # what follows the loop stops at once: it begins here again

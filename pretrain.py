@@ -179,10 +179,12 @@ def main(config):
 
     bar = progress(range(first, config.steps), "pretrain", initial=first, total=config.steps)
     for step in bar:
+        # first, so that no state is saved whose loss is not finite
+        held_out = validation_loss(step) if step % config.eval_every == 0 else None
         if run.due(step, config.eval_every):
             save(step)
-        if step % config.eval_every == 0:
-            run.log("validation", step=step, loss=validation_loss(step))
+        if held_out is not None:
+            run.log("validation", step=step, loss=held_out)
         start = time.perf_counter()
         model.train()
         factor = common.cosine(step, config.steps, config.warmup)

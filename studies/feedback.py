@@ -2,9 +2,9 @@
 
 rounds: online DPO. The reward model of the pipeline labels what the policy says, DPO learns from
 it, and again from the result, three times: each round with the policy that it starts from as its
-reference, as `--init` alone does, and with the SFT model (`--reference`). Beside them one round
-that trains three epochs on its first labels: as many steps, no new answers. All against the SFT
-model.
+reference, as `--init` alone does; with the SFT model (`--reference`); and with an SFT loss on the
+best answers on top (`--nll`). Beside them one round that trains three epochs on its first labels:
+as many steps, no new answers. All against the SFT model.
 
 labelers: the answers of the pipeline's rankings are ranked once more, by principles (the judge by
 rule of data/synthetic/principles.py). A reward model is trained on each, and PPO with each. How
@@ -88,9 +88,10 @@ def rounds(config, seed):
     def judged(name, policy):
         row = run("evaluate", folder / f"evaluate-{policy.name}", config, policy=str(policy),
                   reference=str(base / "sft"), eval_prompts=config.eval_prompts, **sizes)
-        found[name] = {k: row[k] for k in ("gold", "gold_win_rate", "kl", "length")}
+        found[name] = {k: row[k] for k in (
+            "gold", "gold_win_rate", "kl", "eos_rate", "length")}
 
-    def one_round(policy, n, kind="", **more):
+    def one_round(policy, n, kind="", held_to="", **more):
         """Label what the policy says, and train it; the folder of the result."""
         labels, trained = folder / f"{kind}label{n}", folder / f"{kind}dpo{n}"
         labelled = run("label", labels, config, init=str(policy), labeler="model",
@@ -100,8 +101,7 @@ def rounds(config, seed):
                      reference_cache=str(folder / "reference_logps"),
                      eval_prompts=config.eval_prompts, **sizes) | more
         run("dpo", trained, config, **flags)
-        name = f"round {n}, from the SFT model" if n == 1 else \
-            f"round {n}, held to {'the SFT model' if kind else f'round {n - 1}'}"
+        name = f"round {n}, {held_to or f'held to round {n - 1}'}"
         judged(name, trained)
         found[name] |= dict(pairs=labelled["pairs"])
         if n == 1:  # as many steps without new answers
@@ -109,11 +109,13 @@ def rounds(config, seed):
             judged(f"{config.rounds} epochs of round 1", folder / "epochs")
         return trained
 
-    first = one_round(base / "sft", 1)
-    for kind, more in (("", {}), ("held-", dict(reference=str(base / "sft")))):
+    first = one_round(base / "sft", 1, held_to="from the SFT model")
+    held = dict(reference=str(base / "sft"))
+    for kind, flags in (("", {}), ("held-", dict(held_to="held to the SFT model") | held),
+                        ("nll-", dict(held_to="the same, --nll=0.2", nll=0.2) | held)):
         policy = first
         for n in range(2, config.rounds + 1):
-            policy = one_round(policy, n, kind, **more)
+            policy = one_round(policy, n, kind, **flags)
     return found
 
 
@@ -162,7 +164,7 @@ COLUMNS = dict(
     labels=("labels that gold agrees with", "{:.1%}"), pairs=("pairs", "{:,.0f}"),
     accuracy=("reward model agrees with gold", "{:.1%}"), gold=("gold", "{:+.2f}"),
     gold_win_rate=("wins against SFT", "{:.1%}"), kl=("KL (nats)", "{:.2f}"),
-    length=("length", "{:.1f}"))
+    eos_rate=("end with EOS", "{:.1%}"), length=("length", "{:.1f}"))
 
 
 def table(name, each):

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-from conftest import run_script
+from conftest import run_script  # puts the repository on the path
+
+import common
 from data.records import write_jsonl
 from tiny_runs import make_inputs
 
@@ -160,7 +162,7 @@ def make_folder(folder):
         content = torch.load(folder / stage / "model.pt", weights_only=True)
         change(content["weights"], content)
         (folder / name).mkdir()
-        torch.save(content, folder / name / "model.pt")
+        common.save_file(content, folder / name / "model.pt")
 
     copy("reward", "rm_scale", lambda w, _: w["scale"].zero_())
     copy("reward", "rm_shift", lambda w, _: w["shift"].fill_(math.inf))

@@ -98,8 +98,6 @@ EQUIVALENT = [
     ("grpo.py", "step += torch.stack([(weight * x).sum().detach() for x in (loss, kl)])",
      "step += torch.stack([(weight * x).sum() for x in (loss, kl)])", MEMORY),
     ("grpo.py", "if check and not steps:", "if check:", "it is set to False behind the first one"),
-    ("label.py", "parents=run.parents, metrics=known), indent=1,",
-     "parents=run.parents, metrics=known), indent=-1,", "white space"),
     ("data/synthetic/people.py", "def demonstrations(prompts, seed, quality=0.5):",
      "def demonstrations(prompts, seed, quality=-0.5):", "no stage leaves it out"),
 ]

@@ -561,7 +561,7 @@ def person(monkeypatch):
 def test_a_person_stops_and_goes_on(folder, person, capsys, monkeypatch):
     # catches another order after a restart, --resume that has to be typed, a run that seems done
     flags = [*SMALL, "--labeler=page", "--port=8123", "--repeat=0.25"]
-    monkeypatch.setattr(sys, "argv", ["label.py", "--init=sft", *flags])
+    monkeypatch.setattr(sys, "argv", ["label.py", "--init=sft", *flags, "--out=out"])
     found, _ = run(*flags)
     said = capsys.readouterr().out
     assert len(found) == 5 and not (folder / "out" / "card.json").exists()
@@ -591,8 +591,9 @@ def test_a_person_stops_and_goes_on(folder, person, capsys, monkeypatch):
     assert embedded("out/rankings.jsonl")["noise"] == 0.0
     assert [r["held_out"] for r in found] != sorted(r["held_out"] for r in found)  # mixed
     assert "A person (page)" in json.loads((folder / "out" / "card.json").read_text())["card"]
-    with pytest.raises(UserError, match="already holds a finished run"):
+    with pytest.raises(SystemExit) as stop:  # and says that it is finished
         run(*flags)
+    assert stop.value.code == 0
 
 
 def test_a_person_in_the_terminal_who_skips_all(folder, person):
@@ -758,7 +759,7 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
     small = feedback.Config(runs="s{seed}", seeds=2, rounds=2, prompts=22, held_out=6, iterations=1,
                             eval_prompts=4, max_new_tokens=8, page="docs/page.md")
     feedback.main(small)
-    assert len(calls) == 2 * (3 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
+    assert len(calls) == 2 * (4 * 3 + 2) + 2 * 4  # rounds and the longer one; labelers
     out = folder / "out" / "feedback"
     first = lambda path: rows(out / path / "log.jsonl")[0]
     for seed in (1, 2):
@@ -766,7 +767,8 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
         for stage in ("label2", "dpo2"):
             assert first(f"rounds/s{seed}/{stage}")["parents"]["dpo"] == made
             assert first(f"rounds/s{seed}/held-{stage}")["parents"]["dpo"] == made
-        for kind in ("", "held-"):
+        assert first(f"rounds/s{seed}/nll-dpo2")["config"]["nll"] == 0.2
+        for kind in ("", "held-", "nll-"):
             held = first(f"rounds/s{seed}/{kind}dpo2")["parents"].get("reference")
             assert held == (sft if kind else None)
         assert first(f"rounds/s{seed}/epochs")["config"]["epochs"] == 2
@@ -780,8 +782,8 @@ def test_the_study_of_feedback(folder, monkeypatch, capsys):
         line for line in page.split("\n") if line.startswith("| round 2, held to round 1"))
     assert [line.split(" |")[0] for line in page.split("\n") if line.startswith("| ")] == [
         "| after", "| round 1, from the SFT model", "| 2 epochs of round 1",
-        "| round 2, held to round 1", "| round 2, held to the SFT model", "| labeler",
-        "| simulated", "| principles"]
+        "| round 2, held to round 1", "| round 2, held to the SFT model",
+        "| round 2, the same, --nll=0.2", "| labeler", "| simulated", "| principles"]
     calls.clear()
     feedback.main(small)
     assert not calls and (folder / "docs" / "page.md").read_text() == page

@@ -116,8 +116,9 @@ def run_in(count, folder, runs, strike=None, status=0):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Inputs, and under out1, out2, out3 what the runs wrote in so many processes."""
+def folder(request, tmp_path_factory):
+    """Inputs, and under out1, out2, out3 what the runs wrote in so many processes: the runs of the
+    tests that were chosen."""
     folder = make_inputs(tmp_path_factory.mktemp("processes"))
     other = torch.load(folder / "sft" / "model.pt", weights_only=True)
     other["model"]["tied"] = False  # a reward model then has weights without a gradient
@@ -127,7 +128,7 @@ def folder(tmp_path_factory):
         w += 0.05 * torch.randn_like(w)
     other["hash"] = common.weights_hash(other["weights"])
     (folder / "other").mkdir()
-    torch.save(other, folder / "other" / "model.pt")
+    common.save_file(other, folder / "other" / "model.pt")
     rng = np.random.default_rng(0)
     words = ["Al", "Bo", "likes", "rain", "no", "42"]
     say = lambda: " ".join(rng.choice(words, 1 + rng.integers(6)))
@@ -135,8 +136,11 @@ def folder(tmp_path_factory):
         dict(prompt=f"Tell {say()} {i}.", completions=[f"{say()} {k}" for k in range(2 + i % 3)],
              ranks=[1 + (k + i) % (2 + i % 3) for k in range(2 + i % 3)], held_out=i >= 10)
         for i in range(15)])
+    asked = {item.callspec.params["name"] for item in request.session.items
+             if item.function is test_processes_change_nothing}
+    chosen = {name: flags for name, flags in RUNS.items() if name in (asked or ["sft"])}
     for n in (1, 2, 3):
-        (folder / f"said{n}.json").write_text(json.dumps(run_in(n, folder, RUNS)[0]))
+        (folder / f"said{n}.json").write_text(json.dumps(run_in(n, folder, chosen)[0]))
     return folder
 
 
@@ -183,7 +187,7 @@ def test_the_first_process_alone_prints(folder):
     # but for the time, the size of what rounding left, and where the reference's numbers are cached
     lines = [[re.sub(r"[\d.]+ s\b|out\d/|\|log ratio\|.*|cache/.*|-(?=0.000)", "", line)
               for line in text.splitlines()] for text in (one[0], first)]
-    assert lines[0] == lines[1] and len(lines[0]) > 100
+    assert lines[0] == lines[1] and len(lines[0]) > 20
 
 
 def test_a_killed_process_ends_the_run_which_others_finish(folder):
@@ -198,8 +202,8 @@ def test_a_killed_process_ends_the_run_which_others_finish(folder):
     assert (folder / "killed" / "state.pt").exists()
     _, err = run_in(3, folder, dict(sft=flags))
     assert err[0].count("was started with processes 2, here is 3") == 1 and err[1:] == ["", ""]
-    run_in(1, folder, dict(sft=[*flags[:-1], "--out=whole"]))
-    assert same(*(rows(folder / out / "log.jsonl") for out in ("killed", "whole")))
+    run_in(1, folder, dict(sft=[*flags[:-1], "--out=unkilled"]))
+    assert same(*(rows(folder / out / "log.jsonl") for out in ("killed", "unkilled")))
 
 
 def test_processes_stop_together(folder):
@@ -209,8 +213,9 @@ def test_processes_stop_together(folder):
     assert err[0].startswith("\ninterrupted; the same command goes on:\n    torchrun "
                              "--nproc_per_node=2 ppo.py") and err[1] == ""
     assert torch.load(folder / "stopped" / "state.pt", weights_only=True)["step"] == 1
-    run_in(1, folder, dict(ppo=flags))
-    assert same(*(rows(folder / out / "log.jsonl") for out in ("stopped", "out1/ppo")))
+    for out in ("stopped", "whole"):
+        run_in(1, folder, dict(ppo=[*flags[:-1], f"--out={out}"]))
+    assert same(*(rows(folder / out / "log.jsonl") for out in ("stopped", "whole")))
 
 
 @pytest.mark.parametrize("rank, waits", [(0, []), (1, [5])])

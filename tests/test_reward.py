@@ -92,6 +92,8 @@ def test_report_card_on_a_known_model():
     # catches reversed accuracy, wrong baselines, and a calibration that is not one
 
     class Oracle:
+        shift, scale = torch.tensor(0.0), torch.tensor(1.0)
+
         """Its score is the id of the response's first token over ten."""
         def raw(self, tokens, mask):
             first = mask.argmax(1)
@@ -124,12 +126,15 @@ def test_equal_scores_are_half_right():
     # catches a tie of the model that counts as a win: a constant score would be 100% accurate
 
     class Constant:
+        shift, scale = torch.tensor(0.5), torch.tensor(2.0)
+
         def raw(self, tokens, mask):
             return torch.zeros(len(tokens))
 
     elements = elements_from([dict(prompt="a", completions=["xx", "y"], ranks=[1, 2])])
     card = evaluate(Constant(), elements, 99, torch.device("cpu"))
     assert card["accuracy"] == 0.5 and card["loss"] == pytest.approx(math.log(2))
+    assert card["score_min"] == card["score_max"] == -0.25
 
 
 def test_shift_and_scale_are_stored_with_the_weights(tmp_path):
