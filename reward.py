@@ -330,7 +330,7 @@ def main(config):
             (config.pretrain_mix * mix).backward()
         common.sum_gradients(member)
         norm = torch.nn.utils.clip_grad_norm_(member.parameters(), config.grad_clip)
-        common.check_finite(config, n, loss=loss, grad_norm=norm)
+        common.check_finite(config, n, loss=sums[0], grad_norm=norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # --- log: nothing from here on changes the weights -------------------

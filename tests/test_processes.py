@@ -43,7 +43,7 @@ RUNS = dict(
               "--dialect=llama"],
     sft=["--data=demos.jsonl", "--init=sft", "--epochs=1", "--batch_size=7", "--micro_batch=2",
          "--samples=5", "--max_new_tokens=8", "--pretrain_data=text.txt", "--lr=0.01"],
-    reward=["--data=pairs.jsonl", "--init=other", "--batch_size=3", "--lr=0.01", "--samples=7",
+    reward=["--data=pairs.jsonl", "--init=other", "--batch_size=2", "--lr=0.01", "--samples=7",
             "--max_new_tokens=9", "--ensemble=2", "--weight_decay=0.5", "--probe=1",
             "--micro_batch=4"],
     dpo=["--data=pairs.jsonl", "--init=sft", "--batch_size=3", "--lr=0.01", "--nll=0.3", *SHORT,
