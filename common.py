@@ -40,7 +40,7 @@ CHECKPOINTS = ("init", "policy", "reference", "policies", "reward_model", "judge
 # flags that may change where a run goes on: no number depends on them, or (micro_batch, device) the
 # last digits only
 FREE = ("out", "resume", "overwrite", "port", "log_every", "save_every", "save_minutes", "device",
-        "micro_batch", "checkpointing", "reference_cache")
+        "micro_batch", "checkpointing", "reference_cache", "max_kl")
 
 
 # --- device, precision, seeds --------------------------------------------------------------------

@@ -256,7 +256,10 @@ def reference_logprobs(reference, elements, tokenizer, config, device):
         device.type]))
     path = Path(config.reference_cache) / f"{key}.pt"
     logps, size = torch.zeros(0, dtype=torch.float64), 1024  # answers between two looks at the time
-    cached = common.by_the_first(lambda: common.load_file(path) if path.exists() else None)
+    try:
+        cached = common.by_the_first(lambda: common.load_file(path) if path.exists() else None)
+    except UserError as error:  # damaged, or of an earlier version
+        raise UserError(f"{error}. Delete it and it is computed again") from None
     if cached is not None:
         if cached.get("key") != key or not isinstance(cached.get("logps"), torch.Tensor) \
                 or cached["logps"].dim() != 1 or len(cached["logps"]) > len(rows):

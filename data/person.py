@@ -95,9 +95,18 @@ class Session:
             where = f"{self.journal.name}, line {n}"
             try:
                 event = parse_json(line)
+                if type(event["item"]) is not int or event["item"] < 0:
+                    raise ValueError
                 if self.hashes[event["item"]:][:1] != [event["hash"]]:
                     raise UserError(f"{where}: a choice between other answers than these: go on "
                                     "with those, or choose another folder (--out=DIR)")
+                answers = range(len(self.items[event["item"]]["completions"]))
+                if event["kind"] != "undo" and (
+                        sorted(event["shown"]) != [*answers] or event["repeat"] not in (0, 1)) or \
+                        event["kind"] == "ranks" and (
+                            len(event["ranks"]) != len(answers)
+                            or not all(type(r) is int and r > 0 for r in event["ranks"])):
+                    raise ValueError
                 self._apply(event)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError):
                 raise UserError(f"{where}: no choice that can be read; mend the line, or choose "

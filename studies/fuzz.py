@@ -250,6 +250,7 @@ def own_files(out):
     run.log("validation", step=2, loss=0.3)
     run.save_state(1, 9, policy=kept, optimizer=optimizer, metrics=dict(loss=1.0))
     run.resuming = True
+    run._stop_soon = cli.interrupt  # a study that nobody resumes stops at once
 
     prompts = [dict(prompt=p, held_out=p > "b") for p in "abcd"]
     pairs = out / "pairs.jsonl"

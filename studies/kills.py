@@ -86,7 +86,9 @@ def under_kills(stage, flags, cwd, seconds, rng):
             kills += 1
         if process.returncode == 0:
             return kills
-        if process.returncode not in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+        # a signal may come before Python has a handler: then it is that of the system
+        stops = (signal.SIGTERM, signal.SIGINT)
+        if process.returncode not in (-signal.SIGKILL, *(x for s in stops for x in (-s, 128 + s))):
             raise UserError(f"{stage}.py ended with {process.returncode}: {error[-500:]}")
 
 
