@@ -104,7 +104,7 @@ def run_in(count, folder, runs, strike=None, status=0):
                for rank in range(count)]
     for process in started:
         process.start()
-    end = time.monotonic() + 100
+    end = time.monotonic() + 200
     for process in started:
         process.join(max(0, end - time.monotonic()))
         process.kill()  # if it waits for another one
