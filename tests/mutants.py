@@ -445,7 +445,7 @@ DATA = [
            "cli.run_main(main, CONFIG)", "test_folders.py::test_every_stage_locks_its_folder",
            "here: four of five pairs of runs mixed their logs"),
     Mutant("stale_model_below_a_new_log", "common.py",
-           "path.unlink(missing_ok=True)\n            self._write(",
+           "(self.folder / name).unlink(missing_ok=True)\n            self._write(",
            "pass\n            self._write(",
            "test_folders.py::test_a_start_that_is_cut_leaves_no_result_of_another_run",
            "here: a later stage loaded it"),
