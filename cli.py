@@ -257,8 +257,9 @@ def locked(folder):
     try:
         yield
     finally:
-        if held and still_there(held):
-            path.unlink()
+        if held:
+            if still_there(held):
+                path.unlink()
             HELD.remove(held)
         if ours:
             with contextlib.suppress(OSError):  # it holds something
