@@ -549,8 +549,7 @@ DATA = [
            'np.sign(r["ranks"][j] - r["ranks"][i]) / 2 + 0.5,', 'r["ranks"][j] >= r["ranks"][i],',
            "test_label.py::test_wins_count_ties_half_and_their_own_prompt_only", "-"),
     Mutant("every_round_starts_from_sft", "studies/feedback.py",
-           "policy = one_round(policy, n, kind, **flags)",
-           "one_round(policy, n, kind, **flags)",
+           "        policy = first\n", '        policy = base / "sft"\n',
            "test_label.py::test_the_study_of_feedback", "-"),
 ]
 
