@@ -25,7 +25,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
-from data.records import write_jsonl
+from data import tokens
+from data.records import check_demonstration, demonstration_rows, write_jsonl
+from data.tokenizer import load_tokenizer
 from tiny_runs import make_inputs
 
 MODULES = {stage: __import__(stage) for stage in
@@ -248,6 +250,31 @@ def test_the_stage_before_is_one_process(monkeypatch, tmp_path):
     assert command[1:] == [str(ROOT / "pretrain.py"), "--device=cpu"]
     monkeypatch.delenv("WORLD_SIZE")
     assert env == dict(os.environ) and cli.processes() == (0, 1)
+
+
+def test_the_first_process_makes_the_cache(monkeypatch, tmp_path):
+    # catches a file of tokens that all write at once, others that do not wait, or read too early
+    order, real = [], tokens._write_cache
+    monkeypatch.setattr(tokens, "_write_cache", lambda *a: real(*a) or order.append("made"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: order.append("wait"))
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("demos.jsonl", [dict(prompt=f"{n}?", response="yes") for n in range(30)])
+
+    def read(rank):
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        order.clear()
+        rows = tokens.read_tokens("demos.jsonl", check_demonstration, demonstration_rows,
+                                  load_tokenizer("synthetic"))
+        return [rows[n] for n in range(len(rows))], [*order]
+
+    with pytest.raises(cli.UserError, match="several machines need one file system"):
+        read("1")
+    assert order == ["wait"]
+    rows, done = read("0")
+    assert done == ["made", "wait"] and len(rows) == 30
+    assert read("1") == read("0") == (rows, ["wait"])
 
 
 def test_scripts_of_one_process_say_so(monkeypatch, tmp_path):
