@@ -148,6 +148,9 @@ def join_processes(device):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # it waits in C++, where no handler of ours is called: let torchrun end it at once, when
+        # another process has failed before
+        catch_signals(signal.SIG_DFL)
         try:
             # when a process ends, torchrun ends the others; the time is for stages before this one
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -155,6 +158,7 @@ def join_processes(device):
         except ValueError as error:
             raise UserError("several processes are started by torchrun; WORLD_SIZE is set here, "
                             f"but not all that it sets: {error}") from None
+        catch_signals(interrupt)
     return device
 
 

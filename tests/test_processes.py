@@ -252,6 +252,24 @@ def test_the_stage_before_is_one_process(monkeypatch, tmp_path):
     assert env == dict(os.environ) and cli.processes() == (0, 1)
 
 
+def test_a_process_that_waits_for_the_others_can_be_ended(folder):
+    # catches one that sits in the rendezvous until torchrun kills it, after 30 seconds
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as first:
+        port, said = first.getsockname()[1], tempfile.mkdtemp(dir=folder)
+        process = FORKS.Process(target=work, args=(1, 2, port, folder, said, dict(
+            sft=[*RUNS["sft"], "--out=alone"])))
+        process.start()
+        first.settimeout(60)
+        connection, _ = first.accept()
+        connection.recv(1)  # it is in the rendezvous, and gets no answer
+        process.terminate()
+        process.join(5)
+        process.kill()
+        connection.close()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+
 def test_the_first_process_makes_the_cache(monkeypatch, tmp_path):
     # catches a file of tokens that all write at once, others that do not wait, or read too early
     order, real = [], tokens._write_cache
@@ -259,7 +277,7 @@ def test_the_first_process_makes_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: order.append("wait"))
     monkeypatch.chdir(tmp_path)
-    write_jsonl("demos.jsonl", [dict(prompt=f"{n}?", response="yes") for n in range(30)])
+    write_jsonl("demos.jsonl", [dict(prompt=f"{n}?", completion="yes") for n in range(30)])
 
     def read(rank):
         for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
