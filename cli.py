@@ -64,9 +64,11 @@ def interrupt(number, frame=None):
 
 
 def processes():
-    """(number of this process, how many there are): as torchrun says, else (0, 1)."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ["RANK"]) if n > 1 else 0, n
+    """(number of this process, how many there are): as torchrun says, in three whole numbers, else
+    (0, 1)."""
+    said = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    rank, n = map(int, said[:2]) if all(map(str.isdecimal, said)) else (0, 1)
+    return (rank, n) if n > 1 else (0, 1)
 
 
 def one_process():
@@ -288,7 +290,9 @@ def command_line():
     """The command that goes on: as it was typed, without what would start again."""
     n, again = processes()[1], re.compile("--(overwrite|resume)=.*", re.IGNORECASE)
     words = [word for word in sys.argv[1:] if not again.fullmatch(word)]
-    start = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    start = ["python"] if n == 1 else ["torchrun", f"--nproc_per_node={n}"]
+    if n > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(n):
+        start = ["torchrun", "..."]  # on several machines: what else was typed is not known here
     return shlex.join([*start, sys.argv[0], *words])
 
 

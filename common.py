@@ -50,6 +50,9 @@ def set_up(config, stage):
     """Seed what draws first weights and dropout, and return the torch.device."""
     torch.manual_seed(stable_seed(config.seed, stage, "weights", 0))
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in fp32
+    local = int(os.environ["LOCAL_RANK"]) if processes()[1] > 1 else 0
+    if 0 < local < torch.cuda.device_count() and config.device != "cpu":
+        torch.cuda.set_device(local)  # before the first tensor, which takes memory of its GPU
     device = find_device(config.device)
     return join_processes(device) if processes()[1] > 1 else device
 
@@ -142,12 +145,15 @@ def join_processes(device):
     if device.type == "cuda":
         local, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= n or device.index is not None:
-            raise UserError(f"--device={device}: {os.environ['LOCAL_WORLD_SIZE']} processes need "
-                            f"as many GPUs, here are {n}; take --device=cuda, and torchrun with "
-                            f"--nproc_per_node={n}")
+            count = os.environ.get("LOCAL_WORLD_SIZE", local + 1)
+            raise UserError(f"--device={device}: {count} processes need as many GPUs, here are {n};"
+                            f" take --device=cuda, and torchrun with --nproc_per_node={n}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # it waits in C++, where no handler of ours is called: let torchrun end it at once, when
+        # another process has failed before
+        catch_signals(signal.SIG_DFL)
         try:
             # when a process ends, torchrun ends the others; the time is for stages before this one
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -155,6 +161,7 @@ def join_processes(device):
         except ValueError as error:
             raise UserError("several processes are started by torchrun; WORLD_SIZE is set here, "
                             f"but not all that it sets: {error}") from None
+        catch_signals(interrupt)
     return device
 
 
@@ -660,6 +667,8 @@ def save_checkpoint(path, model, stage, tokenizer, config, metrics, parents=None
     hash is that of the weights: what was trained. All of the file is in its digest.
     """
     check_finite(config, f"{path} is not written", model=model)
+    if not first_process():  # only that writes: the others need no copy and no hash
+        return
     gpt = model if isinstance(model, GPT) else model.gpt
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     save_file(dict(format="rlhf-2", stage=stage, weights=weights,

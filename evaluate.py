@@ -673,7 +673,7 @@ def make_report(config, device):
         measured[path] = measure(model, reference, reward_model, tokenizer, prompts, everything,
                                  config)
         for name, (judged, ids, choices) in sets.items():
-            said = ask(model, tokenizer, ids, config, name) if ids else []
+            said = ask(model, tokenizer, ids, config, f"set {name}") if ids else []
             measured[path][0].update(measure_set(name, judged, said, choices, model, tokenizer))
         del model
     if config.best_of > 1 and reward_model is not None:

@@ -318,14 +318,14 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
 
     prompts: lists of token ids, of different lengths.
     uniforms (B, max_new_tokens), float64 in [0, 1): what the tokens of each row are drawn with, as
-    `common.uniforms` makes them; temperature 0 needs none.
+    `common.uniforms` makes them; only temperature 0 needs none.
     Rows of a prompt are adjacent: B = prompts * samples, row p * samples + k is sample k of prompt
     p. Each prompt is read once, whatever `samples` is: its cache is expanded to its rows.
     Returns tokens (B, T), prompt and response contiguous and right-padded with PAD;
     response_mask (B, T), 1.0 on response tokens, EOS included; finished (B,), True where the row
     ended with EOS (a row cut at max_new_tokens gets none). T is the longest row of the result.
-    Raises ValueError for an empty prompt or one that leaves no room in the context, and
-    FloatingPointError where the first logits are not finite.
+    Raises ValueError for an empty prompt, one that leaves no room in the context, or no uniforms
+    where some are needed, and FloatingPointError where the first logits are not finite.
     """
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
@@ -335,6 +335,9 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
     if longest + max_new_tokens > config.block_size:
         raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do "
                          f"not fit the context of {config.block_size}")
+    if temperature and uniforms is None:
+        raise ValueError(f"generate: temperature {temperature} needs uniforms, as common.uniforms "
+                         "makes them")
     pad, size = config.n_tokens, longest + max_new_tokens
     tokens = torch.full((len(prompts), size), pad)
     for row, prompt in enumerate(prompts):

@@ -127,7 +127,8 @@ def in_pieces(fn, lengths, size, bar=None, most=None):
     process has its own rows.
     """
     n, gradients = len(lengths), torch.is_grad_enabled()
-    rows = torch.arange(n) if gradients else torch.tensor(to_compute(n))
+    mine = range(n) if gradients else to_compute(n)
+    rows = torch.arange(mine.start, mine.stop, mine.step)
     parts = by_length(rows.to(lengths.device), lengths, size, most)
     if len(parts) > 1 and gradients:
         fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)

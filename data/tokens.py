@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-from cli import NOTES, UserError, note
+from cli import NOTES, UserError, first_process, note, processes
 from data.files import cannot_write, file_hash, sweep, whole_file
 from data.records import digest, need_sides, read_sides
 
@@ -144,14 +146,21 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
     """The Rows of a data file, those of both sides; what `read_sides` says of the file is said.
 
     encode(tokenizer, record) -> rows as `flatten` takes them, of what `check` returns. They come
-    from the cache where the same bytes were read by the same code for the same tokenizer.
+    from the cache where the same bytes were read by the same code for the same tokenizer. Of
+    several processes the first one makes it, and the others wait.
     """
     content = file_hash(path)
     code = [file_hash(Path(__file__).parent / name) for name in CODE]
     key = digest(json.dumps([content, check.__name__, encode.__name__, tokenizer.hash, skip_bad,
                              code]))
     cache = CACHE / f"{key:016x}"
+    several = processes()[1] > 1 and dist.is_initialized()
+    if several and not first_process():
+        dist.all_reduce(torch.zeros(()))  # a barrier, on the CPU
     card = _read_card(cache)
+    if card is None and several and not first_process():
+        raise UserError(f"{cache} is not here, and the first process made it: several machines "
+                        "need one file system, with the same files")
     if card is None:
         try:
             _write_cache(cache, path, check, encode, tokenizer, skip_bad)
@@ -166,6 +175,8 @@ def read_tokens(path, check, encode, tokenizer, needed=("training", "held-out"),
         for text in card["notes"]:
             note(named.sub(lambda m: m[1] + str(path), text))
         print(named.sub(lambda m: m[1] + str(path), card["summary"]))
+    if several and first_process():
+        dist.all_reduce(torch.zeros(()))  # now the others can read it
     arrays, offset = {}, 0
     for name, kind in _kinds(tokenizer).items():
         arrays[name] = np.memmap(cache, kind, "r", offset, card["counts"][name])

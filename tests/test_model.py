@@ -115,6 +115,8 @@ def test_samples_of_a_prompt_are_those_of_the_repeated_prompt(tiny, temperature)
 
 def test_generate_refuses_what_does_not_fit(tiny):
     # catches silent truncation
+    with pytest.raises(ValueError, match="temperature 1.0 needs uniforms"):
+        generate(tiny, [[1, 2]], 3, EOS)
     with pytest.raises(ValueError, match="do not fit the context of 24"):
         generate(tiny, [[1] * 20], 5, EOS)
     with pytest.raises(ValueError, match="empty"):

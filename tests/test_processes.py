@@ -25,7 +25,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
-from data.records import write_jsonl
+from data import tokens
+from data.records import check_demonstration, demonstration_rows, write_jsonl
+from data.tokenizer import load_tokenizer
 from tiny_runs import make_inputs
 
 MODULES = {stage: __import__(stage) for stage in
@@ -225,7 +227,7 @@ def test_an_error_of_all_is_said_once(monkeypatch, capsys, rank, waits):
     monkeypatch.setattr(cli.time, "sleep", slept.append)
     monkeypatch.setattr(sys, "argv", ["sft.py", "--epoch=2"])
     monkeypatch.setattr(sys, "stdout", sys.stdout)
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank))):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank)), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
         cli.parse(MODULES["sft"].Config)
@@ -241,7 +243,7 @@ def test_the_stage_before_is_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(common.subprocess, "Popen", lambda command, env, **_: started.append(
         (command, env)) or SimpleNamespace(wait=lambda: 0))
     monkeypatch.chdir(tmp_path)
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     common.make_input(MODULES["sft"].Config(device="cpu"), "init", "pretrain")
     [(command, env)] = started
@@ -250,9 +252,97 @@ def test_the_stage_before_is_one_process(monkeypatch, tmp_path):
     assert env == dict(os.environ) and cli.processes() == (0, 1)
 
 
+def test_a_process_that_waits_for_the_others_can_be_ended(folder):
+    # catches one that sits in the rendezvous until torchrun kills it, after 30 seconds
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as first:
+        port, said = first.getsockname()[1], tempfile.mkdtemp(dir=folder)
+        process = FORKS.Process(target=work, args=(1, 2, port, folder, said, dict(
+            sft=[*RUNS["sft"], "--out=alone"])))
+        process.start()
+        first.settimeout(60)
+        connection, _ = first.accept()
+        connection.recv(1)  # it is in the rendezvous, and gets no answer
+        process.terminate()
+        process.join(5)
+        process.kill()
+        connection.close()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_the_first_process_makes_the_cache(monkeypatch, tmp_path):
+    # catches a file of tokens that all write at once, others that do not wait, or read too early
+    order, real = [], tokens._write_cache
+    monkeypatch.setattr(tokens, "_write_cache", lambda *a: real(*a) or order.append("made"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: order.append("wait"))
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("demos.jsonl", [dict(prompt=f"{n}?", completion="yes") for n in range(30)])
+
+    def read(rank):
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        order.clear()
+        rows = tokens.read_tokens("demos.jsonl", check_demonstration, demonstration_rows,
+                                  load_tokenizer("synthetic"))
+        return [rows[n] for n in range(len(rows))], [*order]
+
+    with pytest.raises(cli.UserError, match="several machines need one file system"):
+        read("1")
+    assert order == ["wait"]
+    rows, done = read("0")
+    assert done == ["made", "wait"] and len(rows) == 30
+    assert read("1") == read("0") == (rows, ["wait"])
+
+
+@pytest.mark.parametrize("said, expected, start", [
+    (("1", "1", "2", "2"), (1, 2), "torchrun --nproc_per_node=2"),
+    (("9", "1", "16", "8"), (9, 16), "torchrun ..."), (("1", "1", "2", None), (1, 2), "torchrun ..."),
+    ((None, "0", "2", "2"), (0, 1), "python"), (("1", None, "2", "2"), (0, 1), "python"),
+    (("1", "1", "x", "2"), (0, 1), "python"), (("1", "1", "", "2"), (0, 1), "python"),
+    (("-1", "0", "2", "2"), (0, 1), "python"), (("0", "0", "0", "1"), (0, 1), "python"),
+    ((None, None, None, None), (0, 1), "python")])
+def test_several_processes_are_those_of_torchrun(monkeypatch, said, expected, start):
+    # catches a WORLD_SIZE that something else has set, a command that starts as many processes on
+    # each machine as there are on all
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), said):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["dir/sft.py", "--seed=2", "--overwrite=true"])
+    assert cli.processes() == expected
+    assert cli.command_line() == f"{start} sft.py --seed=2"
+
+
+def test_a_process_takes_its_own_gpu_first(monkeypatch):
+    # catches a tensor on the first GPU in every process, which takes its memory
+    order = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", order.append)
+    monkeypatch.setattr(common, "find_device", lambda name: order.append(name))
+    monkeypatch.setattr(common, "join_processes", lambda device: order.append("join"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    for name, value in (("WORLD_SIZE", "3"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    common.set_up(MODULES["sft"].Config(device="cuda"), "sft")
+    common.set_up(MODULES["sft"].Config(device="cpu"), "sft")
+    monkeypatch.setenv("LOCAL_RANK", "2")  # there is none: `join_processes` says so
+    common.set_up(MODULES["sft"].Config(device="auto"), "sft")
+    assert order == [1, "cuda", "join", "cpu", "join", "auto", "join"]
+
+
+def test_the_first_process_alone_hashes_the_weights(monkeypatch, tmp_path):
+    # catches a copy of all weights in every process
+    monkeypatch.setattr(common, "weights_hash", lambda _: pytest.fail("a hash"))
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    common.save_checkpoint(tmp_path / "x", torch.nn.Linear(1, 1), "sft", None, None, {})
+    assert not (tmp_path / "x").exists()
+
+
 def test_scripts_of_one_process_say_so(monkeypatch, tmp_path):
     # catches two chats at once, two downloads of one file
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     for script, flags in (("sample.py", ["--model=sft"]), ("plot.py", ["out/sft"]),
                           ("label.py", ["--labeler=page"])):
