@@ -798,13 +798,13 @@ def ensure_input(config, field, stage):
 
 
 def make_input(config, field, stage):
-    path, out = Path(getattr(config, field)), Path(config.out)
+    path, out = Path(getattr(config, field)), getattr(config, "out", None)  # a study may have none
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
     if is_data(path) or (path / "model.pt").exists() and not (path / "state.pt").exists():
         return
     if Path(default).suffix and str(path) != default:  # a data file of the user's
         raise UserError(f"--{field}: {missing(path)}")
-    if last_row(out).get("kind") == "final" and not (out / "state.pt").exists() \
+    if out and last_row(out).get("kind") == "final" and not Path(out, "state.pt").exists() \
             and not config.overwrite:
         raise UserError(f"{out} holds a finished run, but --{field}={path} is not there any more: "
                         "--overwrite=true makes both again, --out=DIR writes elsewhere")
