@@ -297,7 +297,8 @@ def test_the_first_process_makes_the_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("said, expected, start", [
     (("1", "1", "2", "2"), (1, 2), "torchrun --nproc_per_node=2"),
-    (("9", "1", "16", "8"), (9, 16), "torchrun ..."), (("1", "1", "2", None), (1, 2), "torchrun ..."),
+    (("9", "1", "16", "8"), (9, 16), "torchrun ..."),
+    (("1", "1", "2", None), (1, 2), "torchrun ..."),
     ((None, "0", "2", "2"), (0, 1), "python"), (("1", None, "2", "2"), (0, 1), "python"),
     (("1", "1", "x", "2"), (0, 1), "python"), (("1", "1", "", "2"), (0, 1), "python"),
     (("-1", "0", "2", "2"), (0, 1), "python"), (("0", "0", "0", "1"), (0, 1), "python"),
