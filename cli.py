@@ -48,6 +48,7 @@ Words = tuple[str, ...]
 
 
 NOTES = []  # what `note` said and common.Run has not yet written
+STARTED = []  # the folder of the run that this process has begun, or goes on with
 
 
 class UserError(Exception):
@@ -104,13 +105,14 @@ class Config:
     device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
     resume: bool | None = None  # auto: go on with an interrupted run; true: or stop; false: never
     overwrite: bool = False  # start again in a folder that holds a run
-    save_minutes: NotNegative[float] = 5  # a state is saved this often at least
+    save_minutes: NotNegative[float] = 5.0  # a state is saved this often at least
 
 
 def parse(config_class):
     """The settings that the command line gives. --help prints them all and stops."""
     # until `run_main` there is nothing to save, and torch is imported for seconds
     catch_signals(lambda number, _: os._exit(128 + number))
+    sys.stdout, sys.stderr = robust(sys.stdout), robust(sys.stderr)
     if not first_process():
         sys.stdout = open(os.devnull, "w")
     with one_line_errors():
@@ -136,7 +138,8 @@ def run_main(main, config, folder=None):
             if first_process():
                 print("\ninterrupted" + (
                     f"; the same command goes on:\n    {command_line()}"
-                    if hasattr(config, "resume") else ""), file=sys.stderr)
+                    if "resume" in vars(config) and (config.overwrite is False or STARTED)
+                    else ""), file=sys.stderr)
             sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
         except (MemoryError, RuntimeError, OSError) as error:
             if lost_process(error):
@@ -147,7 +150,7 @@ def run_main(main, config, folder=None):
                     raise UserError(f"{error.filename or 'a file'}: {error.strerror}") from None
                 raise
             flags = [f"--{name} (now {as_text(getattr(config, name))})" for name in (
-                "micro_batch", "batch_size", "max_new_tokens") if hasattr(config, name)]
+                "micro_batch", "batch_size", "chunk", "max_new_tokens") if hasattr(config, name)]
             raise UserError("out of memory: lower " + " or ".join(flags or ["the model's size"]) + (
                 ", or take --checkpointing=true" if hasattr(config, "checkpointing")
                 else "")) from None
@@ -180,6 +183,8 @@ def robust(stream):
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.reconfigure(errors="backslashreplace")
+    if isinstance(getattr(stream.buffer, "raw", stream.buffer), Output):  # it is one already
+        return stream
     try:
         raw = Output(stream.fileno(), "w", closefd=False)
     except OSError:  # of a test, not of the system
@@ -230,8 +235,9 @@ def make_folder(flag, path):
 def locked(folder):
     """Hold the folder, which goes at the end if nothing was written to it. UserError if another
     process holds it; the kernel takes the lock of one that is dead."""
+    ours = not Path(folder).exists()
     make_folder("out", folder)
-    path, file = Path(folder).resolve() / "lock", None
+    path, file, held = Path(folder).resolve() / "lock", None, None
     while file is None and fcntl:
         file = open(path, "a+")
         try:
@@ -244,24 +250,50 @@ def locked(folder):
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file = None
     if file:
-        file.truncate(0)
-        file.write(f"{os.getpid()} since {time.strftime('%d %b %H:%M')}")
-        file.flush()
+        held = path, os.fstat(file.fileno())
+        HELD.append(held)
+        with contextlib.suppress(OSError):  # a full disk: it locks without these words, too
+            file.truncate(0)
+            file.write(f"{os.getpid()} since {time.strftime('%d %b %H:%M')}")
+            file.flush()
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it holds something
-            path.parent.rmdir()
+        if held:
+            if still_there(held):
+                path.unlink()
+            HELD.remove(held)
+        if ours:
+            with contextlib.suppress(OSError):  # it holds something
+                path.parent.rmdir()
+
+
+HELD = []  # (path, what os.stat says) of each lock of this process
+
+
+def still_there(held):
+    try:
+        return os.path.samestat(held[1], held[0].stat())
+    except OSError:
+        return False
+
+
+def check_locks():
+    """UserError where a folder that this process holds was removed, or was and is there again:
+    what it writes would mix with the files of another run."""
+    for held in HELD:
+        if not still_there(held):
+            raise UserError(f"{held[0].parent} was removed while this run went on; it stops here")
 
 
 def command_line():
-    """The command as it was typed, without --overwrite=true: that would start again."""
-    words, n = [word for word in sys.argv[1:] if word != "--overwrite=true"], processes()[1]
+    """The command that goes on: as it was typed, without what would start again."""
+    n, again = processes()[1], re.compile("--(overwrite|resume)=.*", re.IGNORECASE)
+    words = [word for word in sys.argv[1:] if not again.fullmatch(word)]
     start = ["python"] if n == 1 else ["torchrun", f"--nproc_per_node={n}"]
     if n > 1 and os.environ.get("LOCAL_WORLD_SIZE") != str(n):
         start = ["torchrun", "..."]  # on several machines: what else was typed is not known here
-    return shlex.join([*start, Path(sys.argv[0]).name, *words])
+    return shlex.join([*start, sys.argv[0], *words])
 
 
 def read_flags(config_class, argv):

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cli import (NOTES, Interrupted, UserError, as_text, catch_signals, command_line,
-                 first_process, interrupt, make_folder, note, one_process, out_of_memory, processes,
-                 say, to_json)
+from cli import (NOTES, STARTED, Interrupted, UserError, as_text, catch_signals, check_locks,
+                 command_line, first_process, interrupt, make_folder, note, one_process,
+                 out_of_memory, processes, say, to_json)
 from data.files import append, file_hash, is_data, missing, need_room, sweep, whole_file
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -256,12 +256,10 @@ def round_blocks(model):
 
 # --- numbers that go wrong -----------------------------------------------------------------------
 
-# flags that can make numbers overflow, with what is usual where the default is auto
-RATES = dict(lr=1e-3, muon_lr=2e-2, critic_lr=1e-3)
-SUSPECTS = RATES | dict(
-    beta=0.3, temperature=1.0, missing_eos=-3.0, gamma=1.0, lam=1.0, ptx_coef=0.0, nll=0.0,
-    pretrain_mix=0.5, entropy_coef=0.0, simpo_margin=0.5, desirable=1.0, undesirable=1.0,
-    weight_decay=0.1)
+# coefficients that can make numbers overflow, with what is usual
+USUAL = dict(beta=1.0, temperature=1.0, missing_eos=-3.0, gamma=1.0, lam=1.0, ptx_coef=10.0,
+             nll=1.0, pretrain_mix=1.0, entropy_coef=0.1, simpo_margin=1.0, desirable=1.0,
+             undesirable=1.0, weight_decay=0.1)
 
 
 def check_finite(config, step, **values):
@@ -293,22 +291,22 @@ def norms(module):
 
 
 def advice(config, name=""):
-    """The likely cause of a `name` that is not finite: flags far from what is usual, with their
-    values; the learning rates if there is none."""
+    """The likely cause of a `name` that is not finite: coefficients far from what is usual, and
+    the learning rates, with their values."""
     if name == "score":
         return "The reward model is destroyed: make it again, with a lower --lr"
     found = []
-    for flag, usual in SUSPECTS.items():
-        value, default = getattr(config, flag, None), getattr(type(config), flag, None)
-        low, high = (usual / 10, usual * 10) if default is None else (default, default)
-        if value is not None and (value > high or value < low and flag not in RATES):
-            found.append(f"{'lower' if value > high else 'raise'} --{flag} (now {value})")
-    found = found or [f"lower --{flag} (now {as_text(getattr(config, flag))})"
-                      for flag in RATES if hasattr(config, flag)] + [
-                      "take another --init"] * hasattr(config, "lr")
+    for flag, usual in USUAL.items():
+        value = getattr(config, flag, None)
+        if value is not None and (abs(value) > 10 * abs(usual) or abs(value) < abs(usual) / 1000
+                                  and value != getattr(type(config), flag)):
+            found.append(f"{'lower' if value > usual else 'raise'} --{flag} (now {value})")
+    found += [f"lower --{flag} (now {as_text(getattr(config, flag))})"
+              for flag in ("lr", "muon_lr", "critic_lr") if hasattr(config, flag)]
     if not found:
         return "The checkpoint it comes from is destroyed: make it again, with a lower --lr"
-    return "A learning rate or a coefficient is likely out of range: " + ", or ".join(found)
+    return "A learning rate or a coefficient is likely out of range: " + ", or ".join(
+        [*found, "take another --init"])
 
 
 def last_state(config):
@@ -387,13 +385,15 @@ class Run:
         if before and before["stage"] != stage:
             raise UserError(f"{self.folder} holds a {before['stage']} run: choose another --out")
         files = list(dict.fromkeys((result, "model.pt", "state.pt", "answers.jsonl", *others)))
-        for name in files:
+        epochs = [path.name for path in self.folder.glob("model-epoch*.pt")]
+        for name in (*files, *epochs):
             if not before and (self.folder / name).exists():
                 raise UserError(f"{self.folder / name} is there without the log of a run that made "
                                 "it: choose another --out=DIR, or move it away")
         state, ended = (self.folder / "state.pt").exists(), finished(self.folder, result)
-        if before and (state or ended) and not config.overwrite:
-            self._must_match(before, "a finished run" if ended else "an interrupted run")
+        final = last_row(self.folder).get("kind") == "final"  # its result may be elsewhere now
+        if before and (state or final) and not config.overwrite:
+            self._must_match(before, "an interrupted run" if state else "a finished run")
         if ended and not config.overwrite and not config.resume:
             print(f"{stage}: {self.folder} holds this run, finished: --overwrite=true starts it "
                   "again, --out=DIR writes elsewhere", flush=True)
@@ -411,12 +411,13 @@ class Run:
             NOTES.clear()  # the log has them
             self._say_changes(before)
         elif first_process():  # the result first: no file ever belongs to another's log
-            for path in (*(self.folder / name for name in files if name != "log.jsonl"),
-                         *self.folder.glob("model-epoch*.pt")):
-                path.unlink(missing_ok=True)
+            for name in (*files, *epochs):
+                if name != "log.jsonl":
+                    (self.folder / name).unlink(missing_ok=True)
             self._write(dict(kind="config", stage=stage, config=self.settings,
                              command=command_line(), parents=self.parents, **self._machine()),
                         new=True)
+        STARTED.append(self.folder)
         flags = [f"--{f.name}={as_text(self.settings[f.name])}" for f in dataclasses.fields(config)
                  if self.settings[f.name] != f.default and f.name != "out"]
         print(f"{stage}: {'goes on in' if self.resuming else 'writes to'} {self.folder}, runs on "
@@ -450,7 +451,7 @@ class Run:
         """Warn of what makes the rest of the run differ in its last digits."""
         here = self._machine() | {k: v for k, v in self.settings.items() if k == "micro_batch"}
         for key, value in here.items():
-            made = before["config"].get(key) if key == "micro_batch" else before.get(key)
+            made = before["config"].get(key) if key == "micro_batch" else before.get(key, value)
             if made != value:
                 note(f"warning: {self.folder} was started with {key} {made}, here is {value}: it "
                      "goes on, but not to the last digit", sys.stderr)
@@ -458,7 +459,9 @@ class Run:
     def _write(self, row, new=False):
         if not first_process():
             return NOTES.clear()
-        rows = (row, *(dict(kind="note", text=text) for text in NOTES))
+        check_locks()
+        notes = [dict(kind="note", text=text) for text in NOTES]
+        rows = [*notes, row] if row["kind"] == "final" else [row, *notes]  # that is the last row
         text = "".join(to_json(each) + "\n" for each in rows)
         path = self.folder / "log.jsonl"
         if new:  # in one piece: a first row is there or not, never half of it
@@ -494,6 +497,7 @@ class Run:
         seconds = round(time.time() - self.start, 1)
         self._write(dict(kind="final", **metrics, seconds=seconds))
         if first_process():
+            self._sync_log()  # or after a loss of power there might be neither this row nor a state
             (self.folder / "state.pt").unlink(missing_ok=True)
         print(f"\n{self.stage}: done after {seconds} s, result in {self.folder}"
               + "".join(f"\nwarning: {text}" for text, n in self.watched.items() if n < 0)
@@ -525,8 +529,8 @@ class Run:
 
     def _save_state(self, step, state):
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-        with open(self.folder / "log.jsonl", "rb") as log:
-            os.fsync(log.fileno())  # the rows that the state counts on
+        check_locks()
+        self._sync_log()  # the rows that the state counts on
         state |= dict(step=step, rng=torch.get_rng_state(), seconds=time.time() - self.start,
                       watched=self.watched,
                       log_size=(self.folder / "log.jsonl").stat().st_size)
@@ -534,6 +538,10 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if step != self.saved:  # else it is there: a resume needs no more room than it had
             save_file(state, self.folder / "state.pt")
+
+    def _sync_log(self):
+        with open(self.folder / "log.jsonl", "rb") as log:
+            os.fsync(log.fileno())
 
     def load_state(self, **targets):
         """On resume load the targets, modules and optimisers, and return the rest of the saved
@@ -545,8 +553,8 @@ class Run:
             # two states, one beside the other; then the model, where one of them was
             need_room(path, 2 * state_size(targets.values()), "a run of this model")
             return {}
-        state = load_file(path, self.device)
         try:
+            state = load_file(path, self.device)
             for name, target in targets.items():
                 target.load_state_dict(state.pop(name))
             torch.set_rng_state(state["rng"].cpu())
@@ -556,6 +564,8 @@ class Run:
             self.watched, self.saved = state.pop("watched", {}), state["step"]
             if not 0 <= state["log_size"] <= (self.folder / "log.jsonl").stat().st_size:
                 raise ValueError("log.jsonl is shorter")
+        except UserError as error:
+            raise UserError(f"{error}: --overwrite=true starts again") from None
         except Exception as error:  # as many kinds as there are ways in which it may not fit
             if out_of_memory(error):
                 raise
@@ -595,7 +605,7 @@ def load_file(path, device="cpu"):
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         if content.get("format") != "rlhf-1":  # that has no digest, but a hash of its weights
-            found, digest = content.pop("digest"), hashlib.sha256()
+            found, digest = content.pop("digest", None), hashlib.sha256()
             add_to(digest, content)
             if found != digest.hexdigest():
                 raise damaged(path, "it is not what was written, by its digest")
@@ -788,16 +798,20 @@ def ensure_input(config, field, stage):
 
 
 def make_input(config, field, stage):
-    path = Path(getattr(config, field))
+    path, out = Path(getattr(config, field)), Path(config.out)
     default = next(f.default for f in dataclasses.fields(config) if f.name == field)
     if is_data(path) or (path / "model.pt").exists() and not (path / "state.pt").exists():
         return
     if Path(default).suffix and str(path) != default:  # a data file of the user's
         raise UserError(f"--{field}: {missing(path)}")
+    if last_row(out).get("kind") == "final" and not (out / "state.pt").exists() \
+            and not config.overwrite:
+        raise UserError(f"{out} holds a finished run, but --{field}={path} is not there any more: "
+                        "--overwrite=true makes both again, --out=DIR writes elsewhere")
     if str(path) != default:
         folder = path if not path.suffix else path.parent
         before = first_row(folder)
-        if before and before["stage"] == stage:
+        if before:
             raise UserError(f"--{field}={path} holds a run that is not finished: this goes on\n    "
                             + before.get("command", f"python {stage}.py --out={folder}"))
         if path.exists():

@@ -383,7 +383,7 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, st
             loss = pair_loss(config, seq_logp, ref, length, winners, losers).sum()
             reward = implicit_reward(seq_logp.detach(), ref, length, config.loss, config.beta)
             right = ordered(reward[winners] - reward[losers])
-        if step == 0 and not config.reference:
+        if step == 0 and not config.reference and loss.isfinite():  # else the line below
             check_start(seq_logp - ref, limit=1e-3 + 1e-6 * ref.abs().max())
         sums += torch.stack([loss.detach(), right.sum()])
         total = loss / average[0]

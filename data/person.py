@@ -67,19 +67,9 @@ class Session:
         with self.saving():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.journal = open(path, "a+b")
-            self._lock()
             self._read()
             _rewrite(self.rankings, self.records())
             sync_folder(self.folder)  # the names of the files, too
-
-    def _lock(self):
-        with contextlib.suppress(ImportError):  # there is none on Windows
-            import fcntl
-            try:
-                fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder} is being labelled already, in another terminal or "
-                                "page: go on there, or stop it") from None
 
     def _read(self):
         """Go through the journal. A half-written last line, of a process that was killed before it

@@ -372,7 +372,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         load("sft")
     torch.save(dict(weights={}), tmp_path / "model.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
+    with pytest.raises(UserError, match="it is not what was written, by its digest"):
         load("sft")
     checkpoint(tmp_path / "model.pt", stage="pretrain")
     with pytest.raises(UserError, match="is a pretrain checkpoint; needed here: sft"):

@@ -128,10 +128,11 @@ def test_the_flags_to_change_are_those_out_of_range():
     advice = lambda **flags: common.advice(Config(**flags)).partition(": ")[2]
     assert advice(lr=1e-3) == "lower --lr (now 0.001), or take another --init"
     assert advice(lr=5e-7) == "lower --lr (now 5e-07), or take another --init"  # never to be raised
-    assert advice(lr=1e-3, beta=1e38) == "lower --beta (now 1e+38)"
-    assert advice(lr=3.0, missing_eos=-1e38) == "lower --lr (now 3.0), or raise --missing_eos (" \
-        "now -1e+38)"
-    assert advice(temperature=1e-38) == "raise --temperature (now 1e-38)"
+    assert advice(lr=1e-3, beta=1e38) == \
+        "lower --beta (now 1e+38), or lower --lr (now 0.001), or take another --init"
+    assert advice(lr=3.0, missing_eos=-1e38, temperature=0.7) == \
+        "raise --missing_eos (now -1e+38), or lower --lr (now 3.0), or take another --init"
+    assert advice(temperature=1e-38).startswith("raise --temperature (now 1e-38), or lower --lr")
     assert common.advice(cli.Config()) == ("The checkpoint it comes from is destroyed: make it "
                                            "again, with a lower --lr")
 
@@ -186,8 +187,8 @@ def test_scores_that_are_no_numbers_stop_an_evaluation(monkeypatch, tmp_path):
         Broken(), tokenizer, dict(metrics={}, hash="h")))
     monkeypatch.setattr(common, "ensure_input", lambda *_: None)
     rank, *_ = label.by_model(config, CPU)
-    with pytest.raises(UserError, match="prompt 7: score is nan"):
-        rank(7, dict(prompt="Say.", completions=["a", "b"]))
+    with pytest.raises(UserError, match="score is nan"):
+        rank([(7, dict(prompt="Say.", completions=["a", "b"]))])
 
 
 @pytest.mark.parametrize("stage", [ppo, grpo])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def launch(code, cwd):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -122,7 +123,8 @@ def test_every_stage_locks_its_folder(tmp_path):
     # catches a script that ends with run_main(main, CONFIG) alone
     for script in ("pretrain", "sft", "label", "reward", "ppo", "dpo", "grpo", "evaluate"):
         with cli.locked(tmp_path):
-            done = run_script(f"{script}.py", f"--out={tmp_path}", cwd=tmp_path)
+            done = run_script(f"{script}.py", f"--out={tmp_path}", *["--init=nothing"] * (
+                script not in ("pretrain", "evaluate")), cwd=tmp_path)
         assert done.returncode == 2 and "is in use by process" in done.stderr, script
 
 
@@ -186,6 +188,71 @@ def test_a_start_that_is_cut_leaves_no_result_of_another_run(tmp_path, monkeypat
         start(tmp_path, overwrite=True, lr=2.0)
     assert (tmp_path / "log.jsonl").read_bytes() == log
     assert not (tmp_path / "model.pt").exists() and not (tmp_path / "state.pt").exists()
+
+
+def test_a_note_at_the_end_does_not_unmake_it(tmp_path):
+    # catches a finished report that is made again, with other flags too: its last row was a note
+    run = start(tmp_path)
+    (tmp_path / "model.pt").write_text("result")
+    cli.note("no picture: matplotlib is missing")
+    run.finish({})
+    assert [r["kind"] for r in rows(tmp_path / "log.jsonl")] == ["config", "note", "final"]
+    assert common.finished(tmp_path)
+
+
+def test_epochs_of_another_run_are_left_alone(tmp_path):
+    # catches checkpoints that go with a start: without a log, or with that of other flags
+    (tmp_path / "model-epoch7.pt").write_text("mine")
+    with pytest.raises(UserError, match="model-epoch7.pt is there without the log"):
+        start(tmp_path)
+    (tmp_path / "model-epoch7.pt").unlink()
+    start(tmp_path).finish({})
+    (tmp_path / "model-epoch7.pt").write_text("its last epoch; model.pt was moved away")
+    with pytest.raises(UserError, match="a finished run with --lr=1.0, not as here"):
+        start(tmp_path, lr=2.0)
+    assert (tmp_path / "model-epoch7.pt").exists()
+
+
+def test_a_folder_that_was_removed_stops_its_run(tmp_path):
+    # catches a run that writes into the folder of another one, and gives up the lock of that one
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="run was removed while this run went on"):
+        with cli.locked(folder):
+            run = start(folder)
+            shutil.rmtree(folder)
+            folder.mkdir()
+            (folder / "lock").write_text("of another process")
+            with pytest.raises(UserError, match="was removed"):
+                run.save_state(1, 2)
+            run.log(step=1)
+    assert (folder / "lock").read_text() == "of another process" and not cli.HELD
+    assert os.listdir(folder) == ["lock"]
+
+
+def test_a_link_stays(tmp_path):
+    # catches a folder of the user's, empty so far, that goes when a command is refused
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to("disk")
+    for name in ("disk", "linked"):
+        with cli.locked(tmp_path / name):
+            pass
+        assert (tmp_path / name).is_dir() and not os.listdir(tmp_path / name)
+
+
+def test_a_finished_run_without_its_parent_says_so(tmp_path, monkeypatch):
+    # catches a chain that trains the parent again before it says that nothing is to be done
+    from sft import Config as Sft
+    monkeypatch.chdir(tmp_path)
+    common.Run("sft", Config(out="out/sft"), CPU).finish({})
+    monkeypatch.setattr(common.subprocess, "Popen", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="finished run, but --init=out/pretrain is not there any"):
+        common.ensure_input(Sft(), "init", "pretrain")
+
+
+def test_the_command_that_goes_on(monkeypatch):
+    # catches one that starts again, in any spelling, and one that finds no script
+    monkeypatch.setattr(sys, "argv", ["../ppo.py", "--lr=1", "--overwrite=True", "--resume=FALSE"])
+    assert cli.command_line() == "python ../ppo.py --lr=1"
 
 
 # --- going on ------------------------------------------------------------------------------------

@@ -14,6 +14,6 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, stage):
     status, said, writes = full_disk.run(stage, 10**9)
     assert status == 0, said
     expected = full_disk.result(stage)
-    for n in (1, writes // 2, writes - 1):
+    for n in (1, writes // 2, writes - 4):  # not the last one: times make a run a write shorter
         Path("out").rename(f"out{n}")
         assert full_disk.check(stage, n, expected) == [], n

@@ -368,16 +368,6 @@ def test_items_that_cannot_be_ranked(tmp_path, completions):
         Session([*make_items(1), dict(prompt="p", completions=completions)], tmp_path)
 
 
-def test_one_session_at_a_time(tmp_path):
-    # catches two processes that write into one journal
-    with opened(tmp_path, make_items(2)) as session:
-        with pytest.raises(cli.UserError, match="is being labelled already"):
-            Session(make_items(2), tmp_path)
-        answer(session)
-    with opened(tmp_path, make_items(2)) as session:
-        assert session.id == 1
-
-
 def test_a_folder_that_cannot_be_written(tmp_path):
     # catches a traceback
     (tmp_path / "file").write_text("")

@@ -332,7 +332,7 @@ def test_several_processes_are_those_of_torchrun(monkeypatch, said, expected, st
             monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["dir/sft.py", "--seed=2", "--overwrite=true"])
     assert cli.processes() == expected
-    assert cli.command_line() == f"{start} sft.py --seed=2"
+    assert cli.command_line() == f"{start} dir/sft.py --seed=2"
 
 
 def test_a_process_takes_its_own_gpu_first(monkeypatch):
