@@ -65,7 +65,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -271,8 +271,8 @@ def compare(policy, reference, tokenizer, prompts, config, run, synthetic, rewar
     texts, ids, answers = zip(*prompts)
     draw = lambda model, name, samples: batches.sample_texts(
         model, tokenizer, ids, config.max_new_tokens,
-        common.uniforms(config.seed, "evaluate", name, 0, range(len(ids)), config.max_new_tokens,
-                        samples), config.temperature, samples=samples, bar=f"samples of the {name}")
+        partial(common.uniforms, config.seed, "evaluate", name, 0), config.temperature,
+        samples=samples, bar=f"samples of the {name}")
     drawn, every = draw(policy, "policy", 1), draw(reference, "reference", n)
     sft = every[::n]  # of n samples the first is the answer, the others are there for best of n
     logp, ref_logp = (sequence_logprobs(model, *response_rows(ids, drawn), tokenizer.pad,
@@ -419,8 +419,7 @@ ROWS = (
 def ask(model, tokenizer, ids, config, purpose, samples=1):
     """One list of samples for all prompts. Every model draws with the same random numbers, so that
     what differs is the models."""
-    uniforms = common.uniforms(config.seed, "report", purpose, 0, range(len(ids)),
-                               config.max_new_tokens, samples)
+    uniforms = partial(common.uniforms, config.seed, "report", purpose, 0)
     return batches.sample_texts(model, tokenizer, ids, config.max_new_tokens, uniforms,
                                 config.temperature, samples=samples, bar=purpose)
 

@@ -62,6 +62,7 @@ class Config(cli.Config):
 # --help and bad flags are answered before torch is imported
 CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -171,6 +172,11 @@ def drawn_before(path, chunk, prompts):
     return lines
 
 
+def uniforms_behind(start, seed, name, numbers, *size):
+    """`common.uniforms` of prompts that are numbered from the first one of their chunk."""
+    return common.uniforms(seed, "label", name, 0, [start + n for n in numbers], *size)
+
+
 def draw(run, config, writers, prompts):
     """The prompts with their answers, {"completions": [text, ...]}, fewer than two among them; of
     several writers with "sources", who wrote which. Each line goes to answers.jsonl."""
@@ -185,8 +191,7 @@ def draw(run, config, writers, prompts):
         for s, (model, tokenizer, _) in enumerate(writers):
             ids = [tokenizer.encode_prompt(p["prompt"]) for p in part]
             name = f"answers {s}" if s else "answers"
-            uniforms = common.uniforms(config.seed, "label", name, 0, range(
-                start, start + len(ids)), config.max_new_tokens, each)
+            uniforms = partial(uniforms_behind, start, config.seed, name)
             samples.append(batches.sample_texts(
                 model, tokenizer, ids, config.max_new_tokens, uniforms, config.temperature,
                 batch_size=len(ids) * each, samples=each))

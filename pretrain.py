@@ -48,6 +48,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -242,8 +243,8 @@ def base_gold(model, tokenizer, config, run, n=512):
     if not prompts:
         return {}
     ids = [[tokenizer.eos, *tokenizer.encode(p.text)] for p in prompts]
-    samples = batches.sample_texts(model, tokenizer, ids, 48, common.uniforms(
-        config.seed, "pretrain", "samples", 0, range(len(ids)), 48), bar="samples")
+    samples = batches.sample_texts(model, tokenizer, ids, 48, partial(
+        common.uniforms, config.seed, "pretrain", "samples", 0), bar="samples")
     gold = [gold_reward(p.text, s["text"]) for p, s in zip(prompts, samples)]
     say(table({"prompt": [shorten(p.text, 40) for p in prompts[:3]],
                "continuation": [shorten(s["text"], 100) for s in samples[:3]]}))

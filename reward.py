@@ -61,6 +61,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -265,8 +266,7 @@ def main(config):
                         f"much room in the context of {policy.config.block_size}")
     samples = batches.sample_texts(
         policy, tokenizer, [e.prompt for e in asked], config.max_new_tokens,
-        common.uniforms(config.seed, "reward", "samples", 0, range(len(asked)),
-                        config.max_new_tokens), bar="samples")
+        partial(common.uniforms, config.seed, "reward", "samples", 0), bar="samples")
     del policy
     complete = [(e, s["ids"]) for e, s in zip(asked, samples) if s["finished"]]
     if len(complete) < len(samples):

@@ -51,6 +51,7 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -162,8 +163,7 @@ def main(config):
                        loss=-logp.sum().item() / int(data.held_out.facts["response"].sum()))
         samples = batches.sample_texts(
             model, tokenizer, ids, config.max_new_tokens,
-            common.uniforms(config.seed, "sft", "samples", epoch, range(len(ids)),
-                            config.max_new_tokens), bar="samples")
+            partial(common.uniforms, config.seed, "sft", "samples", epoch), bar="samples")
         metrics["eos_rate"] = float(np.mean([s["finished"] for s in samples]))
         metrics["length"] = float(np.mean([len(s["ids"]) for s in samples]))  # tokens
         gold = None

@@ -157,7 +157,8 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, uniforms, tempera
                  batch_size=256, samples=1, bar=None):
     """Sampled responses of each prompt (a list of ids): [{"text", "ids", "finished"}], in order.
 
-    uniforms (prompts * samples, max_new_tokens): as `generate` takes them.
+    uniforms(numbers of prompts, max_new_tokens, samples): what `generate` takes for them, as by
+    `common.uniforms` with its first arguments; temperature 0 needs none.
     samples: how many of each; those of a prompt are adjacent, and it is read once for all of them.
     batch_size counts responses. ids are the response's tokens, EOS included if it ended
     (`finished`). bar: shows progress under this name.
@@ -172,7 +173,7 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, uniforms, tempera
         with autocast(model.wte.weight.device):
             tokens, mask, done = generate(
                 model, [prompt_ids[i] for i in part], max_new_tokens, tokenizer.eos, temperature,
-                None if uniforms is None else uniforms[rows], samples=samples)
+                uniforms and uniforms(part.tolist(), max_new_tokens, samples), samples=samples)
         for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):
             ids = [t for t, keep in zip(row, m) if keep]
             results.setdefault(i // samples, []).append(

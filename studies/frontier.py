@@ -15,6 +15,7 @@ import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
@@ -114,8 +115,7 @@ def best_of_n_rows(config, device):
     texts, ids, _ = zip(*load_prompts("synthetic", {"held-out": config.eval_prompts}, tokenizer,
                                       block_size - config.max_new_tokens)[0])
     drawn = batches.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
-                                 common.uniforms(config.seed, "frontier", "best of n", 0,
-                                                 range(len(ids)), config.max_new_tokens, MOST + 1),
+                                 partial(common.uniforms, config.seed, "frontier", "best of n", 0),
                                  config.temperature, samples=MOST + 1)
     ids = [i for i in ids for _ in range(MOST + 1)]
     shape = (len(texts), MOST + 1)

@@ -13,6 +13,7 @@ import re
 import runpy
 import sys
 import time
+from functools import partial
 
 import cli
 import common
@@ -459,7 +460,7 @@ def test_what_a_prompt_is_answered_depends_on_no_batch(folder, n, options):
         model, tokenizer, _ = common.load_policy("sft", ("sft",), torch.device("cpu"))
         prompts = [tokenizer.encode_prompt(names(k) + "." * (k % 3)) for k in range(n)]
         each = options.get("samples", 1)
-        uniforms = common.uniforms(1, "test", "answers", 2, range(n), 12, each)
+        uniforms = partial(common.uniforms, 1, "test", "answers", 2)
         found = batches.sample_texts(model, tokenizer, prompts, 12, uniforms, **options)
         expected = naive.sample_many(
             naive.load("sft")[0], tokenizer, prompts, 12, (1, "test", "answers", 2),
