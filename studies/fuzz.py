@@ -301,7 +301,7 @@ def own_files(out):
         report=(out / "report/report.json", lambda _: plot.read_report(out / "report")),
         answers=(out / "run/answers.jsonl", lambda path: label.drawn_before(path, 2, prompts)),
         ranked=(out / "run/rankings.jsonl.part", lambda _: label.rank_all(
-            run, label.Config(labeler="model"), lambda n, item: dict(ranks=[2, 1]),
+            run, label.Config(labeler="model"), lambda part: [dict(ranks=[2, 1])] * len(part),
             [*enumerate(answers)])),
         choices=(out / "person/choices.jsonl", lambda _: person().close()),
         cache=(flat, lambda _: cache()),
