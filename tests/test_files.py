@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli import NOTES, UserError
 from conftest import encode_messages, encode_response, read_rows, run_script
+from data import tokens
 from data.files import file_hash, is_json
 from data.load import load_prompts, load_rankings
 from data.records import (
@@ -609,14 +610,20 @@ def test_bad_records_are_all_counted_and_can_be_skipped(folder):
     assert "12 of 42 records" in (folder / "holes/log.jsonl").read_text()
 
 
-def test_readers_survive_broken_files(tmp_path, capsys):
+@pytest.fixture
+def own_cache(monkeypatch):
+    """The study puts the cache of tokens elsewhere; behind the test it is where it was."""
+    monkeypatch.setattr(tokens, "CACHE", tokens.CACHE)
+
+
+def test_readers_survive_broken_files(tmp_path, capsys, own_cache):
     # the short form of studies/fuzz.py
     fuzz.main(fuzz.Config(n=400, seed=7, out=str(tmp_path / "fuzz")))
     said = capsys.readouterr().out
     assert "400 inputs: " in said and ", 0 broke a reader" in said
 
 
-def test_a_reader_that_breaks_is_noticed(tmp_path, capsys, monkeypatch):
+def test_a_reader_that_breaks_is_noticed(tmp_path, capsys, monkeypatch, own_cache):
     # catches a study that could not fail
     monkeypatch.setitem(fuzz.READERS, "check_prompt", lambda path: json.loads(path.read_bytes()))
     with pytest.raises(SystemExit) as stop:
