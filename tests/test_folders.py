@@ -63,8 +63,8 @@ def launch(code, cwd):
     return process
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 30
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -454,7 +454,7 @@ def test_the_same_command_under_kills(tmp_path):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.PIPE)
         if killed:
-            wait_for(lambda: log.exists() and '"step": 10' in log.read_text())
+            wait_for(lambda: log.exists() and '"step": 10' in log.read_text(), 150)
             process.kill()
         error = process.communicate()[1]
         assert process.returncode == (-signal.SIGKILL if killed else 0), error
