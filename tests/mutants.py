@@ -192,7 +192,7 @@ MODEL = [
            "        torch.cuda.set_device(local)  # before", "        pass  # before",
            "test_processes.py::test_a_process_takes_its_own_gpu_first", "-"),
     Mutant("every_process_speaks", "cli.py",
-           "return processes()[0] == 0", "return True",
+           "    if not first_process():\n        sys.stdout", "    if False:\n        sys.stdout",
            "test_processes.py::test_the_first_process_alone_prints", "-"),
     Mutant("a_child_is_one_of_several", "cli.py",
            'if name != "WORLD_SIZE"}', 'if name != "WORLD"}',

@@ -347,7 +347,7 @@ def test_a_signal_saves_before_it_stops(tmp_path):
         assert "the same command goes on:\n    python x.py '--lr=1 2'\n" in err
         step = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
         logged = [r["step"] for r in rows(tmp_path / "run" / "log.jsonl")[1:]]
-        assert logged == list(range(step)) and step >= reached + 4
+        assert logged == list(range(step)) and reached + 4 <= step < 200
         assert not (tmp_path / "run" / "lock").exists()
         reached = step
     process = launch(LOOP, tmp_path)
@@ -415,7 +415,7 @@ def test_the_stage_before_ends_with_its_parent(tmp_path, number):
     os.kill(process.pid, number)
     process.join(30)
     gone = Path("/proc") / child.read_text()
-    wait_for(lambda: not gone.exists() or "zombie" in (gone / "status").read_text())
+    wait_for(lambda: not gone.exists() or "zombie" in (gone / "status").read_text(), 15)
     with cli.locked(tmp_path / "out" / "pretrain"):  # it is free again
         pass
 
