@@ -232,17 +232,12 @@ def facts(line, noise):
 
 def simulated(config, device):
     labeler = Labeler(**{f.name: getattr(config, f.name) for f in fields(Labeler)})
-    people = {}
 
     def rank_one(n, item):
-        start = n // config.chunk * config.chunk
-        if start not in people:
-            # two people rank the same answers; the second only measures how far they agree
-            people.clear()
-            people[start] = [common.stream(config.seed, "label", f"labeler {n}", start)
-                             for n in (1, 2)]
-        ranks, second = (labeler.rank(item["prompt"], item["completions"], item["gold"], rng)
-                         for rng in people[start])
+        # two people rank the same answers; the second only measures how far they agree
+        ranks, second = (labeler.rank(item["prompt"], item["completions"], item["gold"],
+                                      common.stream(config.seed, "label", f"labeler {person}", n))
+                         for person in (1, 2))
         return dict(ranks=ranks, second=second)
 
     return lambda part: [rank_one(*p) for p in part], labeler.card(), asdict(labeler), {}
@@ -323,9 +318,7 @@ def rank_all(run, config, rank, items):
     another file than rankings.jsonl: no stage trains on half of them by mistake."""
     path = run.folder / "rankings.jsonl.part"
     size = config.chunk if config.labeler == "model" else 1  # prompts that are scored together
-    # the simulated one begins again: its noise is one stream for a chunk, and it is quick
-    found = [] if config.labeler == "simulated" else common.by_the_first(
-        lambda: whole_lines(path, size, len(items)))
+    found = common.by_the_first(lambda: whole_lines(path, size, len(items)))
     if not found and first_process():
         path.unlink(missing_ok=True)
     with refusing(f"{path} does not hold ranks of these answers: --overwrite=true starts again"):

@@ -584,8 +584,7 @@ def label(c):
             judge, parent, tokenizer = load(c.judge)
             parents["judge"] = parent["hash"]
     for n, r in enumerate(asked):
-        if n % c.chunk == 0:
-            first, second = (stream(c.seed, "label", f"labeler {person}", n) for person in (1, 2))
+        first, second = (stream(c.seed, "label", f"labeler {person}", n) for person in (1, 2))
         prompt, texts = r["prompt"], r["completions"]
         if len(texts) < 2:
             skipped += 1
