@@ -1,6 +1,5 @@
 """What the studies share: stages as commands, and finished runs that are used again."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import torch
 
 import cli
 from cli import UserError
-from common import ROOT
+from common import ROOT, first_row, last_row
 from data.files import file_hash
 
 
@@ -26,11 +25,8 @@ def command(stage, words, one_thread=False):
 
 def final(folder):
     """The last row of a finished run's log, else None."""
-    try:
-        last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-    except (OSError, IndexError, json.JSONDecodeError):
-        return None
-    return last if last["kind"] == "final" else None
+    last = last_row(folder)
+    return last if last.get("kind") == "final" else None
 
 
 def inputs(flags):
@@ -53,7 +49,7 @@ def run(stage, folder, config, flags, parents, **more):
         words = [f"--{name}={cli.as_text(value)}" for name, value in (
             dict(device=config.device) | flags | more | dict(out=str(folder))).items()]
         command(stage, words, config.workers > 1)
-    first = json.loads((folder / "log.jsonl").read_text().split("\n")[0])
+    first = first_row(folder)
     for name, value in flags.items():
         made = first["config"].get(name)
         if value is not None and not same(made, value):
