@@ -175,8 +175,8 @@ def never_ends(config):
 def watch_rollouts(run, config, row, batch, score, reward_model=None):
     """Warn of what makes the iterations of ppo.py and grpo.py useless; UserError above --max_kl.
 
-    row: that of the log; batch: what `prepare` returned; score (B,): as the
-    reward model, if there is one, gives it.
+    row: that of the log; batch: what `prepare` returned; score (B,): as the reward model, if there
+    is one, gives it.
     """
     kl, finished = row["kl"], batch["finished"]
     if kl is not None and kl > config.max_kl > 0:

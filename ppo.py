@@ -305,9 +305,9 @@ def update(policy, critic, reference, optimizers, batch, beta, config, rng, text
     """Train policy and critic on the batch that `prepare` returned: epochs of minibatches.
 
     optimizers: (policy's, critic's), their learning rates set. rng: numpy Generator, for the order
-    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. iteration: its
-    number; on the first minibatch of iteration 0 assert that ratios are 1 and the KL is 0.
-    UserError, before an optimiser's step, where a loss or a gradient is not finite.
+    of the episodes. text: rows (n, T) of pretraining text for PPO-ptx. iteration: its number;
+    on the first minibatch of iteration 0 assert that ratios are 1 and the KL is 0. UserError,
+    before an optimiser's step, where a loss or a gradient is not finite.
     The loss of an optimiser step is its sum over response tokens divided by their number.
     Returns means per response token over all epochs (clip_fraction, approx_kl, policy_loss,
     value_loss), ratio_max, the mean gradient norms before clipping, and the last ptx_loss or None.
