@@ -41,6 +41,12 @@ class Mutant(NamedTuple):
 # --- files ---------------------------------------------------------------------------------------
 
 FILES = [
+    Mutant("malloc_gives_its_pages_back", "common.py",
+           "ctypes.CDLL(None).mallopt(-4, 0)", "ctypes.CDLL(None).mallopt(-4, 9)",
+           "test_common.py::test_malloc_keeps_its_pages_for_the_next_step", "-"),
+    Mutant("the_users_threads_spin_as_we_like", "cli.py",
+           'if "OMP_WAIT_POLICY" not in os.environ:', "if True:",
+           "test_common.py::test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise", "-"),
     Mutant("a_flipped_byte_is_loaded", "common.py",
            "if found != digest.hexdigest():", "if found is None:",
            "test_common.py::test_a_changed_checkpoint_is_one_clear_line "
