@@ -41,6 +41,12 @@ class Mutant(NamedTuple):
 # --- files ---------------------------------------------------------------------------------------
 
 FILES = [
+    Mutant("malloc_gives_its_pages_back", "common.py",
+           "ctypes.CDLL(None).mallopt(-4, 0)", "ctypes.CDLL(None).mallopt(-4, 9)",
+           "test_common.py::test_malloc_keeps_its_pages_for_the_next_step", "-"),
+    Mutant("the_users_threads_spin_as_we_like", "cli.py",
+           'if "OMP_WAIT_POLICY" not in os.environ:', "if True:",
+           "test_common.py::test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise", "-"),
     Mutant("a_flipped_byte_is_loaded", "common.py",
            "if found != digest.hexdigest():", "if found is None:",
            "test_common.py::test_a_changed_checkpoint_is_one_clear_line "
@@ -995,6 +1001,16 @@ PPO = [
            'state.get("beta", config.beta)',
            'config.beta',
            "test_ppo.py::test_resume_is_exact", "-"),
+    Mutant("the_slower_one_is_faster", "studies/bench.py",
+           'speed.append(ours["tok_per_s"] / theirs["tok_per_s"])',
+           'speed.append(theirs["tok_per_s"] / ours["tok_per_s"])',
+           "test_bench.py::test_a_peer_in_turn", "-"),
+    Mutant("every_token_looks_at_all", "studies/bench.py",
+           "c.head_dim * T * (T + 1)", "c.head_dim * 2 * T * T",
+           "test_bench.py::test_needed_operations", "-"),
+    Mutant("the_prompt_counts_as_generated", "studies/bench.py",
+           "yield work.B * work.R, needed, {}", "yield work.B * (work.P + work.R), needed, {}",
+           "test_bench.py::test_every_stage", "-"),
     Mutant("ties_are_right", "studies/knowledge.py",
            "right = np.sign(better - worse) / 2 + 0.5", "right = (better >= worse) * 1.0",
            "test_knowledge.py::test_shares", "-"),

@@ -236,6 +236,38 @@ def test_help_does_not_wait_for_torch():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc of Linux")
+def test_malloc_keeps_its_pages_for_the_next_step():
+    code = """
+import resource, common, torch
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    before = faults()
+    for size in (2**20, 2**24, 2**23):
+        torch.ones(size).exp()
+    return faults() - before
+print(step(), step(), common.keep_pages(), step(), step())
+"""
+    process = subprocess.run([sys.executable, "-c", code], text=True, check=True,
+                             capture_output=True,
+                             cwd=cli.__file__.removesuffix("cli.py"))
+    _, without, _, _, kept = process.stdout.split()
+    if int(without) < 1000:
+        pytest.skip("this malloc keeps its pages by itself")
+    assert int(kept) < 100
+
+
+@pytest.mark.parametrize("given, count", [
+    ({}, "1000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="ACTIVE"), "None")])
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(given, count):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | given
+    code = "import cli, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], text=True, check=True,
+                             capture_output=True,
+                             env=env, cwd=cli.__file__.removesuffix("cli.py"))
+    assert process.stdout.split() == [count, "False"]  # set before torch reads it
+
+
 def test_a_finished_run_is_not_touched(tmp_path, capsys):
     # catches results written over, and old files that survive --overwrite
     config = Config(out=str(tmp_path / "run"))
