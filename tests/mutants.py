@@ -87,8 +87,8 @@ FILES = [
 MANY = "test_processes.py::test_processes_change_nothing"
 MODEL = [
     Mutant("padded_vocabulary_rows", "model.py",
-           "head.weight[:self.config.n_tokens]",
-           "head.weight",
+           "head.weight.to(dtype))[..., :self.config.n_tokens]",
+           "head.weight.to(dtype))",
            "test_model.py::test_padded_vocabulary_rows_get_no_probability", "-"),
     Mutant("log_softmax_in_bf16", "model.py",
            "dtype = torch.promote_types(hidden.dtype, torch.float32)",
