@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -731,9 +732,12 @@ def test_files_of_dead_processes_are_swept(tmp_path):
     # catches disks that fill up with parts of files, and a file that another run is writing
     dead = subprocess.Popen(["true"])
     dead.wait()
-    kept = {"model.pt.1.tmp", "notes.tmp", "notes.x.tmp", "model.tmp.pt"}
-    for name in (f"model.pt.{dead.pid}.tmp", f"log.{os.getpid()}.tmp", *kept):
+    kept = {f"model.pt.{files.HOST}.1.tmp", f"model.pt.elsewhere.{dead.pid}.tmp", "notes.tmp",
+            "notes.x.tmp", "notes.x.y.tmp", "model.tmp.pt"}
+    for name in (f"model.pt.{files.HOST}.{dead.pid}.tmp", "log.elsewhere.1.tmp",
+                 files.unfinished(tmp_path / "log").name, *kept):
         (tmp_path / name).write_text("")
+    os.utime(tmp_path / "log.elsewhere.1.tmp", (time.time() - 90000,) * 2)
     common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
     assert {p.name for p in tmp_path.iterdir()} == kept | {"log.jsonl"}
 
