@@ -10,6 +10,7 @@ one line of JSON. docs/speed.md says what its fields mean, and holds the figures
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
+ENVIRONMENT = dict(os.environ)  # the peer's, too: without what cli.py sets for our own scripts
 
 import cli
 from cli import NotNegative, Positive, UserError
@@ -442,7 +444,8 @@ def compare(config):
         lines = []
         for command in ([__file__, *flags], [PEER_SCRIPT, json.dumps(task)]):
             output = subprocess.run([sys.executable, *command], check=True, text=True,
-                                    stdout=subprocess.PIPE).stdout.splitlines()[-1]
+                                    env=ENVIRONMENT, stdout=subprocess.PIPE).stdout
+            output = output.splitlines()[-1]
             print(output, flush=True)
             lines.append(json.loads(output))
         ours, theirs = lines

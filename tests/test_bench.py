@@ -72,9 +72,12 @@ def test_real_lengths(stage, answers, quick):
 
 
 def test_a_peer_in_turn(quick, monkeypatch, tmp_path, capsys):
-    # catches a ratio that is turned round, a task that is not the one that ours does
+    # catches a ratio that is turned round, a task that is not the one that ours does, a peer that
+    # runs with what cli.py sets for us
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
     (tmp_path / "peer.py").write_text(
-        "import json, sys\ntask = json.loads(sys.argv[1])\n"
+        "import json, os, sys\ntask = json.loads(sys.argv[1])\n"
+        "assert os.environ.get('GOMP_SPINCOUNT') != '1'\n"
         "assert task['lengths'] == [[5, 7]] * 8 and task['model']['n_embd'] == 32\n"
         "print(json.dumps(dict(peer='a', tok_per_s=50, peak_mib=400, seed=1)))\n")
     monkeypatch.setattr(bench, "PEER_SCRIPT", str(tmp_path / "peer.py"))
