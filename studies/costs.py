@@ -5,8 +5,8 @@
 Beside each time stands its bound: of a training step the operations that it needs over the rate of
 a matrix product, of decoding the bytes that it has to read over the bandwidth, or its operations
 where they take longer; both are measured in the same process. Of memory the bound is the formula
-of studies/memory.py, above what the process has before a network is made. Of a file it is
-json.loads of every line, and no memory at all.
+of studies/memory.py, which counts tensors; measured is what a process has above its imports. Of a
+file it is json.loads of every line and the tokenizer on every text, and for memory its own size.
 """
 
 import json
@@ -27,7 +27,7 @@ from cli import Positive, UserError
 class Config:
     out: str = "docs"  # folder of costs.md and costs.png
     steps: Positive[int] = 5  # measured for each point
-    smaller: Positive[int] = 1  # every axis ends so many points earlier, less one
+    points: Positive[int] = 9  # of an axis, at most: the first ones
     device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
     child: str = ""  # for the study itself: one point, in JSON
 
@@ -89,21 +89,22 @@ def file_point(megabytes, config):
     path, rng = Path(config.out) / "costs.jsonl", common.stream(1, "costs", "words")
     words = [f"word{n}" for n in range(1000)]
     text = lambda n: " ".join(words[i] for i in rng.integers(0, len(words), n))
-    n = megabytes * 10**6 // 1500  # pairs of some 1,500 bytes
+    n = int(megabytes * 10**6 / 1500)  # pairs of some 1,500 bytes
     with open(path, "w", encoding="utf-8") as file:
         for i in range(n):
             file.write(json.dumps(dict(prompt=f"{i} {text(60)}", chosen=text(60),
                                        rejected=text(60))) + "\n")
     tokens.CACHE = Path(config.out) / "costs-cache"
     try:
-        start = time.perf_counter()
+        start, tokenizer = time.perf_counter(), load_tokenizer("synthetic")
         with open(path, encoding="utf-8") as file:
             for line in file:
-                json.loads(line)
+                for value in json.loads(line).values():
+                    tokenizer.encode(value)
         bound, before, start = time.perf_counter() - start, resident(), time.perf_counter()
-        load_rankings(str(path), load_tokenizer("synthetic"), 4096)
+        load_rankings(str(path), tokenizer, 4096)
         return dict(seconds=time.perf_counter() - start, bound=bound, mib=resident() - before,
-                    mib_bound=None)
+                    mib_bound=path.stat().st_size / 2**20)
     finally:
         path.unlink()
         for file in tokens.CACHE.glob("*"):
@@ -121,15 +122,15 @@ def child(config, *task):
 
 def table(rows):
     """One line a point, in Markdown."""
-    head = ("axis", "value", "what", "time", "bound", "times the bound", "memory, MiB", "formula")
+    head = ("axis", "value", "what", "time", "bound", "times the bound", "memory, MiB", "bound")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         unit, factor = ("s", 1) if row["stage"] == "file" else ("us/token", 1e6)
-        formula = "" if row["mib_bound"] is None else f"{row['mib_bound']:,.0f}"
         lines.append(
             f"| {row['axis']} | {row['value']:,} | {STAGES[row['stage']]} "
             f"| {row['seconds'] * factor:.4g} {unit} | {row['bound'] * factor:.4g} {unit} "
-            f"| {row['seconds'] / row['bound']:.2f} | {row['mib']:,.0f} | {formula} |")
+            f"| {row['seconds'] / row['bound']:.2f} "
+            f"| {row['mib']:,.0f} | {row['mib_bound']:,.0f} |")
     return "\n".join(lines)
 
 
@@ -137,36 +138,42 @@ def plot(rows, path):
     """Time above, memory below, a column for each axis; bounds are dashed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullLocator
     except ImportError:
         raise UserError("the picture needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(12, 6), layout="constrained")
     labels = {axis: label for axis, (label, _) in AXES.items()} | dict(file="MB of the file")
     panels = figure.subplots(2, len(labels), sharex="col")
     colours = dict(sft="#0072B2", generate="#D55E00", file="#009E73")
-    for column, (name, label) in enumerate(labels.items()):
+    for name, label, (time_axis, memory_axis) in zip(labels, labels.values(), panels.T):
         for stage, colour in colours.items():
             part = [r for r in rows if (r["axis"], r["stage"]) == (name, stage)]
-            if not part:
-                continue
-            factor = 1 if stage == "file" else 1e6
-            for axis, key, bound, scale in ((panels[0, column], "seconds", "bound", factor),
-                                            (panels[1, column], "mib", "mib_bound", 1)):
-                x = [r["value"] for r in part]
+            x, factor = [r["value"] for r in part], 1 if stage == "file" else 1e6
+            for axis, key, bound, scale in ((time_axis, "seconds", "bound", factor),
+                                            (memory_axis, "mib", "mib_bound", 1)):
                 axis.plot(x, [r[key] * scale for r in part], "o-", ms=4, lw=1.3, color=colour,
                           label=STAGES[stage])
-                if part[0][bound] is not None:
-                    axis.plot(x, [r[bound] * scale for r in part], "--", lw=1.1, color=colour,
-                              label=f"{STAGES[stage]}: bound")
-        for axis in panels[:, column]:
-            axis.set_xscale("log")
-            axis.set_yscale("log")
+                axis.plot(x, [r[bound] * scale for r in part], "--", lw=1.1, color=colour,
+                          label=f"{STAGES[stage]}, bound")
+        for axis in (time_axis, memory_axis):
+            axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.25, lw=0.6)
-        panels[0, column].set_ylabel("seconds" if name == "file" else "microseconds a token")
-        panels[1, column].set_ylabel("memory, MiB")
-        panels[1, column].set_xlabel(label)
-        if name in ("length", "file"):
-            panels[0, column].legend(frameon=False, fontsize="small")
+        x = sorted({r["value"] for r in rows if r["axis"] == name})
+        memory_axis.set_xticks(x, [short(value) for value in x])
+        memory_axis.xaxis.set_minor_locator(NullLocator())
+        memory_axis.set(xlabel=label, ylabel="memory, MiB")
+        time_axis.set_ylabel("seconds" if name == "file" else "microseconds a token")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6,
+                  frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def short(number):
+    """12,345,678 as 12M."""
+    for unit, name in ((10**6, "M"), (2**10, "k")):
+        if number >= unit:
+            return f"{number / unit:.2g}{name}"
+    return str(number)
 
 
 def main(config):
@@ -176,10 +183,9 @@ def main(config):
         return
     tasks = [(axis, value, stage, changes, *work)
              for axis, (_, points) in AXES.items()
-             for value, (changes, *both) in list(points.items())[:len(points) + 1 - config.smaller]
+             for value, (changes, *both) in list(points.items())[:config.points]
              for stage, work in zip(("sft", "generate"), both)]
-    tasks += [("file", size, "file", {}, size, 0) for size in FILES[:len(FILES) + 1
-                                                                    - config.smaller]]
+    tasks += [("file", size, "file", {}, size, 0) for size in FILES[:config.points]]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = [dict(axis=axis, value=value, stage=task[0], **child(config, *task))

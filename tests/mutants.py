@@ -11,6 +11,7 @@ test; one whose old text is not in its file exactly once no longer applies, and 
 Prints a line for each and last `killed N/N`; exit status 1 unless every one was killed.
 """
 
+import itertools
 import multiprocessing
 import os
 import queue
@@ -1864,12 +1865,25 @@ def applied(mutant, source):
     return changed
 
 
-# processes that come from one which has imported torch: half of the time of a mutant is that import
+# processes that come from one which has imported what takes longer than most tests: torch, and what
+# the first optimiser imports
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch"])
+FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch", "torch._dynamo",
+                              "hypothesis"])
 # start() asks every child for its status, and a status can be read once: when the thread that waits
 # for the child asks at the same moment, one of the two finds nothing and reports 255
 STATUS = threading.Lock()
+
+
+# compiled once and kept, as a .pyc: the sources and tests of a copy take longer than most tests
+TIMES = itertools.count(10**9)
+
+
+def put(path, source):
+    """Write a source file, with a time in seconds that no text before had: by time and size Python
+    knows whether a .pyc is that of the file, and here they change within a second."""
+    path.write_text(source)
+    os.utime(path, (time := next(TIMES), time))
 
 
 def run_pytest(folder, tests, output):
@@ -1880,7 +1894,11 @@ def run_pytest(folder, tests, output):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider",
+    sys.dont_write_bytecode = False
+    # of 0.3 seconds each: plug-ins that no test needs, and collections of all garbage at the end
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    off = ["cacheprovider", "unraisableexception", "threadexception"]
+    sys.exit(int(pytest.main(["-x", "-q", *(f"-pno:{name}" for name in off),
                               *(f"tests/{t}" for t in tests)])))
 
 
@@ -1905,12 +1923,12 @@ def verdict(mutant, folder):
     path = folder / mutant.file
     source = path.read_text()
     try:
-        path.write_text(applied(mutant, source))
+        put(path, applied(mutant, source))
         status, output = pytest(folder, mutant.tests.split())
     except (ValueError, SyntaxError, TimeoutError) as error:
         return f"ERROR: {error}"
     finally:
-        path.write_text(source)
+        put(path, source)
     if status == 0:
         return "SURVIVED"
     if status != 1 or CRASH.search(output):
@@ -1927,8 +1945,7 @@ def main(names, tests_pass=False):
         print(f"no browser: {sum(m.file.endswith('.html') for m in chosen)} bugs of the page are "
               "left out")
         chosen = [m for m in chosen if not m.file.endswith(".html")]
-    # no .pyc: the file changes back and forth within a second, which its time stamp cannot tell
-    os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    os.environ |= dict(OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as scratch:
         copies = queue.Queue()
         for i in range(PROCESSES):
