@@ -53,6 +53,16 @@ def test_needed_operations(quick):
     assert bench.flops(model, [10, 10], 3) - 2 * bench.flops(model, [10]) == 2 * C * 100 * 3
 
 
+def test_bytes_of_decoding(quick):
+    # catches a cache that does not grow, a head that is not read
+    size = bench.SIZES["tiny"]
+    model, C, L = GPT(size), size.n_embd, size.n_layer
+    block = 12 * C * C + 13 * C  # matrices; biases and norms
+    work = bench.make_work(bench.Config(batch_size=3, prompt=5, new=2))
+    assert bench.bytes_read(model, work, 4) == 4 * sum(
+        L * block + 100 * C + 3 * 2 * L * C * t for t in (5, 6))
+
+
 @pytest.mark.parametrize("stage, answers", [("sft", 1), ("reward", 2), ("ranking", 4)])
 def test_real_lengths(stage, answers, quick):
     # catches lengths that are not those of the table
