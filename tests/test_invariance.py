@@ -23,7 +23,7 @@ from conftest import rows_from
 from data import batches, load
 from data.load import Element
 from data.records import collate
-from model import GPT, KVCache, generate, token_stats
+from model import GPT, GPTConfig, KVCache, generate, token_stats
 from ppo import ValueModel, gae, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from reward import RewardModel, reward_loss
 from sft import sft_loss
@@ -323,9 +323,28 @@ def test_cache_in_pieces_of_any_size(tiny, pieces):
     cache, start, parts = KVCache(tiny.config, 3, 12, "cpu", torch.float64), 0, []
     for n in pieces:
         positions = torch.arange(start, start + n).expand(3, -1)
-        parts.append(tiny(tokens[:, start:start + n], cache, positions))
+        parts.append(tiny(tokens[:, start:start + n], cache, positions if start else None))
         start += n
     torch.testing.assert_close(torch.cat(parts, 1), tiny(tokens))
+
+
+@torch.no_grad()
+def test_attention_reads_the_filled_part_of_the_cache():
+    # catches a part that is too short, and steps that read all of the cache
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=16, n_tokens=13, block_size=140, n_layer=2, n_head=2,
+                          n_embd=16)).double().eval()
+    tokens = torch.randint(0, PAD, (3, 140))
+    for filled in (64, 128):
+        cache = KVCache(model.config, 3, 140, "cpu", torch.float64)
+        cache.kv[:, :, :, :, filled:] = torch.nan
+        model(tokens[:, :filled - 2], cache)
+        for column in (filled - 2, filled - 1, filled):  # the last of them in the next part
+            if column == filled:
+                cache.kv[:, :, :, :, filled:] = 0
+            found = model(tokens[:, [column]], cache, torch.tensor([[column], [5], [column]]))
+            expected = model(tokens[:, :column + 1])[:, -1:]
+            torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
 
 
 @torch.no_grad()
