@@ -300,7 +300,9 @@ class GPT(nn.Module):
         # not under autocast: it would round the logits to bf16, 0.03 nats off in a log-probability
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.wte if self.config.tied else self.lm_head
-            return linear(hidden.to(dtype), head.weight[:self.config.n_tokens].to(dtype))
+            # cut from the logits, not from the matrix: whole rows of 64 are multiplied faster, and
+            # the gradient of a slice would be one more matrix of this size
+            return linear(hidden.to(dtype), head.weight.to(dtype))[..., :self.config.n_tokens]
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
@@ -459,9 +461,9 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
     KL(p || p_ref) = sum_v p(v) (log p(v) - log p_ref(v)) at each visited state and the
     log-probabilities of the tokens under it, else None.
 
-    The head runs on response positions only, `chunk` of them at a time (by default as many as make
-    64 MiB of logits), and chunks recompute their log-softmax in the backward pass: of (B, T, V) and
-    (N, V) no more than a chunk ever exists in fp32.
+    The head runs on response positions only, at most `chunk` of them at a time (by default as many
+    as make 64 MiB of logits), and chunks recompute their log-softmax in the backward pass: of
+    (B, T, V) and (N, V) no more than a chunk ever exists in fp32.
     """
     chunk = chunk or max(128, 2**24 // model.config.n_tokens)
     T = tokens.shape[1]
@@ -487,11 +489,13 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
         return logp, entropies, kl, ref_logp
 
     N = targets.numel()
+    size = math.ceil(N / math.ceil(N / chunk)) if N else 1  # of chunks that are all of one size
     parts = []
-    for i in range(0, max(N, 1), chunk):
-        args = (hidden[i:i + chunk], targets[i:i + chunk],
-                None if ref_hidden is None else ref_hidden[i:i + chunk])
-        recompute = N > chunk and torch.is_grad_enabled()  # of one chunk nothing would be saved
+    for i in range(0, max(N, 1), size):
+        args = (hidden[i:i + size], targets[i:i + size],
+                None if ref_hidden is None else ref_hidden[i:i + size])
+        # not the last one: its backward pass is the first, when there is no other
+        recompute = i + size < N and torch.is_grad_enabled()
         parts.append(checkpoint(stats, *args, use_reentrant=False) if recompute else stats(*args))
 
     def scatter(values):  # (N,) back to (B, T)

@@ -11,6 +11,7 @@ test; one whose old text is not in its file exactly once no longer applies, and 
 Prints a line for each and last `killed N/N`; exit status 1 unless every one was killed.
 """
 
+import itertools
 import multiprocessing
 import os
 import queue
@@ -41,6 +42,12 @@ class Mutant(NamedTuple):
 # --- files ---------------------------------------------------------------------------------------
 
 FILES = [
+    Mutant("malloc_gives_its_pages_back", "common.py",
+           "ctypes.CDLL(None).mallopt(-4, 0)", "ctypes.CDLL(None).mallopt(-4, 9)",
+           "test_common.py::test_malloc_keeps_its_pages_for_the_next_step", "-"),
+    Mutant("the_users_threads_spin_as_we_like", "cli.py",
+           'if "OMP_WAIT_POLICY" not in os.environ:', "if True:",
+           "test_common.py::test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise", "-"),
     Mutant("a_flipped_byte_is_loaded", "common.py",
            "if found != digest.hexdigest():", "if found is None:",
            "test_common.py::test_a_changed_checkpoint_is_one_clear_line "
@@ -53,6 +60,9 @@ FILES = [
            "digest.update(repr((value.dtype, *value.shape)).encode())",
            "digest.update(repr(value.dtype).encode())",
            "test_common.py::test_every_number_of_a_state_is_in_its_digest", "-"),
+    Mutant("first_weights_drawn_on_the_meta_device", "common.py",
+           'torch.device("meta"), NotDrawn():', 'torch.device("meta"):',
+           "test_common.py::test_a_checkpoint_is_compared_without_drawing_first_weights", "-"),
     Mutant("half_a_row_stays", "data/files.py",
            "os.truncate(path, before)", "os.truncate(path, before + 9)",
            "test_common.py::test_half_a_row_is_taken_back", "-"),
@@ -63,7 +73,10 @@ FILES = [
            "os.fsync(file.fileno())  # or after", "pass  # or after",
            "test_common.py::test_a_file_is_on_the_disk_before_it_has_its_name", "-"),
     Mutant("a_file_that_is_being_written_is_swept", "data/files.py",
-           "if number.isdigit() and not _alive(int(number)):", "if number.isdigit():",
+           "(not _alive(int(number)) if host == HOST else old)", "(host == HOST or old)",
+           "test_common.py::test_files_of_dead_processes_are_swept", "-"),
+    Mutant("what_another_machine_writes_is_swept", "data/files.py",
+           "if host == HOST else old)", "or old)",
            "test_common.py::test_files_of_dead_processes_are_swept", "-"),
     Mutant("a_rank_twice", "data/tokenizer.py",
            "if sorted(ranks.values()) != [*range(len(lines))]:", "if not ranks:",
@@ -78,8 +91,8 @@ FILES = [
 MANY = "test_processes.py::test_processes_change_nothing"
 MODEL = [
     Mutant("padded_vocabulary_rows", "model.py",
-           "head.weight[:self.config.n_tokens]",
-           "head.weight",
+           "head.weight.to(dtype))[..., :self.config.n_tokens]",
+           "head.weight.to(dtype))",
            "test_model.py::test_padded_vocabulary_rows_get_no_probability", "-"),
     Mutant("log_softmax_in_bf16", "model.py",
            "dtype = torch.promote_types(hidden.dtype, torch.float32)",
@@ -305,9 +318,12 @@ DATA = [
            "pieces += [(text, weight), (self.eos, weight)]",
            "pieces += [(text, weight)]",
            "test_data.py::test_template_exactly", "-"),
+    Mutant("texts_in_the_order_of_the_threads", "data/tokenizer.py",
+           "return [parts[i % n][i // n] for i in range(len(texts))]",
+           "return [ids for part in parts for ids in part]",
+           "test_data.py::test_many_texts_on_many_processors", "-"),
     Mutant("markers_read_from_text", "data/tokenizer.py",
-           "return [self.encoding.encode(text, **options) for text in texts]",
-           'return [self.encoding.encode(text, allowed_special="all") for text in texts]',
+           "allowed_special=self.found,", 'allowed_special="all",',
            "test_data.py::test_special_ids",
            "direct-preference-optimization asserts against it: EOS inside a prompt"),
     Mutant("prompt_and_answer_tokenised_together", "data/tokenizer.py",
@@ -487,8 +503,8 @@ DATA = [
            "if step != self.saved:  # else", "if True:  # else",
            "test_folders.py::test_a_state_that_is_there_is_not_written_again", "-"),
     Mutant("path_of_the_same_data_refused", "common.py",
-           "free = FREE + CHECKPOINTS + tuple(name for name in DATA if name in self.parents)",
-           "free = FREE", "test_folders.py::test_what_may_change_where_a_run_goes_on", "-"),
+           " + CHECKPOINTS + tuple(name for name in DATA if name in self.parents)", "",
+           "test_folders.py::test_what_may_change_where_a_run_goes_on", "-"),
     Mutant("stage_before_outlives_the_command", "common.py",
            "ctypes.CDLL(None).prctl(1, signal.SIGTERM)", "pass",
            "test_folders.py::test_the_stage_before_ends_with_its_parent", "-"),
@@ -806,23 +822,23 @@ PPO = [
            "        returns = (advantage + old_value) * mask\n", PREPARE,
            "all good repositories take returns before it"),
     Mutant("gae_over_padding", "ppo.py",
-           "next_advantage = (delta + gamma * lam * next_advantage) * here",
-           "next_advantage = delta + gamma * lam * next_advantage", GAE,
+           "delta = (reward + gamma * next_value - value) * response_mask",
+           "delta = reward + gamma * next_value - value", GAE,
            "minChatGPT: action mask unused"),
     Mutant("value_behind_the_last_action", "ppo.py",
-           "next_value = value[:, t] * here", "next_value = value[:, t]", GAE,
+           "pad((value * response_mask)[:, 1:], (0, 1))", "pad(value[:, 1:], (0, 1))", GAE,
            "TRL 1893: V(post-EOS) becomes a learned hop"),
     Mutant("gamma_and_lambda_swapped", "ppo.py",
            "def gae(reward, value, response_mask, gamma, lam):",
            "def gae(reward, value, response_mask, lam, gamma):", GAE, "-"),
     Mutant("lambda_missing", "ppo.py",
-           "(delta + gamma * lam * next_advantage) * here",
-           "(delta + gamma * next_advantage) * here", GAE,
+           "delta_t + gamma * lam * advantage", "delta_t + gamma * advantage", GAE,
            "PaLM-rlhf-pytorch: sequence reward minus value, no GAE"),
     Mutant("advantage_recursion_missing", "ppo.py",
-           "(delta + gamma * lam * next_advantage) * here", "delta * here", GAE, "-"),
+           "delta_t + gamma * lam * advantage", "delta_t", GAE, "-"),
     Mutant("advantage_is_one_number_a_sequence", "ppo.py",
-           "advantage[:, t] = next_advantage", "advantage[:, t:] = next_advantage[:, None]", GAE,
+           "torch.stack(advantages[::-1], 1) * response_mask",
+           "advantage[:, None] * response_mask", GAE,
            "minChatGPT: one scalar a sequence"),
     Mutant("metric_mean_over_padding", "ppo.py",
            "return (x * mask).sum() / mask.sum()", "return (x * mask).mean()",
@@ -1006,6 +1022,16 @@ PPO = [
            'state.get("beta", config.beta)',
            'config.beta',
            "test_ppo.py::test_resume_is_exact", "-"),
+    Mutant("the_slower_one_is_faster", "studies/bench.py",
+           'speed.append(ours["tok_per_s"] / theirs["tok_per_s"])',
+           'speed.append(theirs["tok_per_s"] / ours["tok_per_s"])',
+           "test_bench.py::test_a_peer_in_turn", "-"),
+    Mutant("every_token_looks_at_all", "studies/bench.py",
+           "c.head_dim * T * (T + 1)", "c.head_dim * 2 * T * T",
+           "test_bench.py::test_needed_operations", "-"),
+    Mutant("the_prompt_counts_as_generated", "studies/bench.py",
+           "yield work.B * work.R, needed, {}", "yield work.B * (work.P + work.R), needed, {}",
+           "test_bench.py::test_every_stage", "-"),
     Mutant("ties_are_right", "studies/knowledge.py",
            "right = np.sign(better - worse) / 2 + 0.5", "right = (better >= worse) * 1.0",
            "test_knowledge.py::test_shares", "-"),
@@ -1853,12 +1879,25 @@ def applied(mutant, source):
     return changed
 
 
-# processes that come from one which has imported torch: half of the time of a mutant is that import
+# processes that come from one which has imported what takes longer than most tests: torch, and what
+# the first optimiser imports
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch"])
+FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch", "torch._dynamo",
+                              "hypothesis"])
 # start() asks every child for its status, and a status can be read once: when the thread that waits
 # for the child asks at the same moment, one of the two finds nothing and reports 255
 STATUS = threading.Lock()
+
+
+# compiled once and kept, as a .pyc: the sources and tests of a copy take longer than most tests
+TIMES = itertools.count(10**9)
+
+
+def put(path, source):
+    """Write a source file, with a time in seconds that no text before had: by time and size Python
+    knows whether a .pyc is that of the file, and here they change within a second."""
+    path.write_text(source)
+    os.utime(path, (time := next(TIMES), time))
 
 
 def run_pytest(folder, tests, output):
@@ -1869,7 +1908,11 @@ def run_pytest(folder, tests, output):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider",
+    sys.dont_write_bytecode = False
+    # of 0.3 seconds each: plug-ins that no test needs, and collections of all garbage at the end
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    off = ["cacheprovider", "unraisableexception", "threadexception"]
+    sys.exit(int(pytest.main(["-x", "-q", *(f"-pno:{name}" for name in off),
                               *(f"tests/{t}" for t in tests)])))
 
 
@@ -1894,12 +1937,12 @@ def verdict(mutant, folder):
     path = folder / mutant.file
     source = path.read_text()
     try:
-        path.write_text(applied(mutant, source))
+        put(path, applied(mutant, source))
         status, output = pytest(folder, mutant.tests.split())
     except (ValueError, SyntaxError, TimeoutError) as error:
         return f"ERROR: {error}"
     finally:
-        path.write_text(source)
+        put(path, source)
     if status == 0:
         return "SURVIVED"
     if status != 1 or CRASH.search(output):
@@ -1916,8 +1959,7 @@ def main(names, tests_pass=False):
         print(f"no browser: {sum(m.file.endswith('.html') for m in chosen)} bugs of the page are "
               "left out")
         chosen = [m for m in chosen if not m.file.endswith(".html")]
-    # no .pyc: the file changes back and forth within a second, which its time stamp cannot tell
-    os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    os.environ |= dict(OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as scratch:
         copies = queue.Queue()
         for i in range(PROCESSES):

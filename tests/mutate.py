@@ -80,8 +80,8 @@ EQUIVALENT = [
       for new in ("if len(active) < len(rows) // 2:", "if len(active) > len(rows) // 2:",
                   "if len(active) <= len(rows) // 3:", "if len(active) <= len(rows) // 1:",
                   "if len(active) <= len(rows) / 2:")),
-    ("model.py", "for i in range(0, max(N, 1), chunk):", "for i in range(0, max(N, 2), chunk):",
-     "one chunk for none, one or two"),
+    ("model.py", "for i in range(0, max(N, 1), size):", "for i in range(0, max(N, 2), size):",
+     "one more chunk, of nothing, where there is one row"),
     ("data/batches.py",
      "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):",
      "for i, row, m, finished in zip(rows, tokens, mask.bool().tolist(), "
@@ -619,9 +619,6 @@ class Map:
 
 # --- running them --------------------------------------------------------------------------------
 
-mutants.FORKS.set_forkserver_preload(["numpy", "pytest", "tiktoken", "torch", "hypothesis"])
-
-
 def run_group(folder, tests, output):
     """mutants.run_pytest, in a process group of its own: an edit may start what never ends."""
     os.setpgid(0, 0)
@@ -656,11 +653,11 @@ def verdict(mutant, folder, tests, seconds):
         return "SURVIVED", "no test runs this line"
     path = folder / mutant.file
     before = path.read_text()
-    path.write_text(mutant.source)
+    mutants.put(path, mutant.source)
     try:
         status, output = run(folder, tests, seconds)
     finally:
-        path.write_text(before)
+        mutants.put(path, before)
     failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output, re.MULTILINE)
     test = failed[1] if failed else ""
     if status is None:
@@ -677,7 +674,7 @@ def verdict(mutant, folder, tests, seconds):
 def one_by_one(chosen, line_map, budget):
     """[(verdict, Mutant)], printed as they come."""
     plans = {m: line_map.plan(m, budget) for m in chosen}
-    os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    os.environ |= dict(OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as scratch, \
             ThreadPoolExecutor(mutants.PROCESSES) as pool:
         copies = queue.Queue()

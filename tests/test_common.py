@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -234,6 +235,40 @@ def test_help_does_not_wait_for_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, text=True,
                             capture_output=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc of Linux")
+def test_malloc_keeps_its_pages_for_the_next_step():
+    code = """
+import resource, types, common, torch
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    before = faults()
+    for size in (2**20, 2**23, 2**22):
+        torch.ones(size).exp()
+    return faults() - before
+print(min(step() for _ in range(3)))
+common.set_up(types.SimpleNamespace(seed=1, device="cpu"), "sft")
+print(min(step() for _ in range(5)))
+"""
+    process = subprocess.run([sys.executable, "-c", code], text=True, check=True,
+                             capture_output=True,
+                             cwd=cli.__file__.removesuffix("cli.py"))
+    without, kept = process.stdout.split()
+    if int(without) < 1000:
+        pytest.skip("this malloc keeps its pages by itself")
+    assert int(kept) < 100
+
+
+@pytest.mark.parametrize("given, count", [
+    ({}, "1000"), (dict(GOMP_SPINCOUNT="7"), "7"), (dict(OMP_WAIT_POLICY="ACTIVE"), "None")])
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(given, count):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | given
+    code = "import cli, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], text=True, check=True,
+                             capture_output=True,
+                             env=env, cwd=cli.__file__.removesuffix("cli.py"))
+    assert process.stdout.split() == [count, "False"]  # set before torch reads it
 
 
 def test_a_finished_run_is_not_touched(tmp_path, capsys):
@@ -648,6 +683,25 @@ def test_the_room_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
         again.save_state(4, 9, model=model)
 
 
+def test_a_checkpoint_is_compared_without_drawing_first_weights(tmp_path, monkeypatch):
+    # catches the second that torch needs to draw nothing on the meta device, and random numbers
+    # that loading takes or leaves: the head of a reward model comes behind it
+    config = GPTConfig(vocab_size=16, n_tokens=13, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    weights, normal_ = GPT(config).state_dict(), torch.Tensor.normal_
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "normal_",
+                        lambda x, *a, **b: drawn.append(x.device.type) or normal_(x, *a, **b))
+    monkeypatch.setattr(common, "declared", lambda checkpoint, path: (None, config))
+    torch.manual_seed(3)
+    found, _ = common.build(GPT, dict(weights=dict(weights)), tmp_path, torch.device("cpu"))
+    after = torch.rand(3)
+    assert set(drawn) == {"cpu"}
+    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
+    torch.manual_seed(3)
+    GPT(config)
+    assert torch.equal(torch.rand(3), after)
+
+
 def test_a_damaged_state_is_refused(tmp_path):
     # catches a flipped bit in a run that goes on
     model = torch.nn.Linear(3, 3)
@@ -699,9 +753,12 @@ def test_files_of_dead_processes_are_swept(tmp_path):
     # catches disks that fill up with parts of files, and a file that another run is writing
     dead = subprocess.Popen(["true"])
     dead.wait()
-    kept = {"model.pt.1.tmp", "notes.tmp", "notes.x.tmp", "model.tmp.pt"}
-    for name in (f"model.pt.{dead.pid}.tmp", f"log.{os.getpid()}.tmp", *kept):
+    kept = {f"model.pt.{files.HOST}.1.tmp", f"model.pt.elsewhere.{dead.pid}.tmp", "notes.tmp",
+            "notes.x.tmp", "notes.x.y.tmp", "model.tmp.pt"}
+    for name in (f"model.pt.{files.HOST}.{dead.pid}.tmp", "log.elsewhere.1.tmp",
+                 files.unfinished(tmp_path / "log").name, *kept):
         (tmp_path / name).write_text("")
+    os.utime(tmp_path / "log.elsewhere.1.tmp", (time.time() - 90000,) * 2)
     common.Run("x", Config(out=str(tmp_path)), torch.device("cpu"))
     assert {p.name for p in tmp_path.iterdir()} == kept | {"log.jsonl"}
 

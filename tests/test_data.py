@@ -43,6 +43,15 @@ def test_special_ids():
     assert tok.encode("<|user|><|endoftext|>") != [tok.specials["<|user|>"], tok.eos]
 
 
+@pytest.mark.parametrize("processors", [1, 2, 3, 64, None])
+def test_many_texts_on_many_processors(processors, monkeypatch):
+    # catches texts in the order of the threads, and texts that none of them takes
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    texts = [f"Text {i} " * (i % 5) + "<|user|> \ud800 é" * (i % 3) for i in range(33)]
+    for n in (0, 1, 7, 8, 9, 33):
+        assert tok.encode_many(texts[:n]) == [tok.encode(text) for text in texts[:n]]
+
+
 def test_template_exactly():
     # catches a missing or doubled EOS, stray newlines, and a loss on the wrong turns
     turns = [dict(role="system", content="Be brief."), dict(role="user", content="Hi"),

@@ -1,6 +1,5 @@
 """tests/mutate.py makes the edits that it says, in places where they mean something."""
 
-import os
 from collections import Counter, defaultdict
 
 import mutate
@@ -108,9 +107,9 @@ def test_plan_puts_likely_killers_first_within_the_budget():
     assert made.plan(mutant, 6) == ([naive[0], "b", "s::1"], pytest.approx(3.3))
 
 
-def test_verdicts(tmp_path, monkeypatch):
-    # catches a mutant that is called killed whatever happens, and one that stays in the copy
-    monkeypatch.setattr(os, "environ", os.environ | dict(PYTHONDONTWRITEBYTECODE="1"))
+def test_verdicts(tmp_path):
+    # catches a mutant that is called killed whatever happens, one that stays in the copy, and a
+    # .pyc that is taken for that of another mutant: two of them are of one length, in one second
     (tmp_path / "tests").mkdir()
     text = "def f(x):\n    return x + 1\n"
     (tmp_path / "small.py").write_text(text)
@@ -125,7 +124,7 @@ def test_verdicts(tmp_path, monkeypatch):
     assert judge("return 1 - x") == ("SURVIVED", "1 tests")
     assert judge("return x + None") == ("crash", "test_small.py::test_f")
     assert judge("return y") == ("crash", "test_small.py::test_f")
-    assert judge("while True: pass", 3) == ("timeout", "")
+    assert judge("while True: pass", 1) == ("timeout", "")
     assert (tmp_path / "small.py").read_text() == text
 
 
