@@ -40,6 +40,12 @@ try:
 except ImportError:  # Windows: no lock
     fcntl = None
 
+# Threads of a matrix product that wait for each other spin, by default some 300,000 times: beside
+# another busy program they take the core from the very thread that they wait for, and decoding gets
+# several times slower (docs/speed.md). Read when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 # --name=value where the value is a number: a bare int or float may be any finite one
 Number = TypeVar("Number", int, float)
 Positive = Annotated[Number, lambda x: x > 0, "must be above 0"]

@@ -45,7 +45,7 @@ import common
 from cli import note
 from data.chat import jinja, read_object, read_tokenizer, tokenizer_json, with_tokens
 from data.download import fetch_model
-from data.files import cannot_write, sweep, sync_folder
+from data.files import cannot_write, sweep, sync_folder, unfinished
 from data.tokenizer import TEMPLATES
 from model import GPT, GPTConfig
 from reward import RewardModel
@@ -438,7 +438,7 @@ def write_folder(config, out):
     files = {"config.json": content, "generation_config.json": plain,
              "tokenizer_config.json": settings, "tokenizer.json": text, "chat_template.jinja": form}
     sweep(out.parent, out.name)
-    folder = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    folder = unfinished(out)
     try:
         folder.mkdir(parents=True)
         save_file(tensors | extra, folder / "model.safetensors", metadata=dict(format="pt"))

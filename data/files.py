@@ -15,6 +15,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 import zlib
 from functools import cache
 from itertools import chain
@@ -31,6 +33,7 @@ BINARY = ((b"PAR1", "a parquet file"), (b"PK\x03\x04", "a zip archive"), (b"\xfd
           (b"\xfe\xff", "UTF-16 text"), (b"SQLite", "a database"), (b"ARROW1", "an Arrow file"),
           (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a rar archive"), (b"%PDF", "a PDF"),
           (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"))
+HOST = socket.gethostname().replace(".", "-")
 SPACE, LIST_END = re.compile(r"[ \t\n\r]*"), re.compile(r"\s*\]\s*$")
 
 
@@ -310,7 +313,7 @@ def whole_file(path, mode="wb", size=0, **options):
     UserError where the file cannot be written."""
     path = Path(path)
     need_room(path, size)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write to one cache
+    temporary = unfinished(path)
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -323,6 +326,12 @@ def whole_file(path, mode="wb", size=0, **options):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def unfinished(path):
+    """The name of a file or folder until it is whole: of this process alone, for two runs may write
+    to one cache, of two machines even."""
+    return path.with_name(f"{path.name}.{HOST}.{os.getpid()}.tmp")
 
 
 def append(path, text):
@@ -372,11 +381,13 @@ def _mb(size):
 
 
 def sweep(folder, name="*"):
-    """Remove what dead processes have left of unfinished files, and of folders, in a folder."""
-    for path in Path(folder).glob(f"{name}.*.tmp"):
-        number = path.name.split(".")[-2]
-        if number.isdigit() and not _alive(int(number)):
-            with contextlib.suppress(OSError):
+    """Remove what dead processes have left of unfinished files, and of folders, in a folder. Of
+    other machines that is what is older than a day."""
+    for path in Path(folder).glob(f"{name}.*.*.tmp"):
+        host, number = path.name.split(".")[-3:-1]
+        with contextlib.suppress(OSError):
+            old = path.stat().st_mtime < time.time() - 24 * 3600
+            if number.isdigit() and (not _alive(int(number)) if host == HOST else old):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

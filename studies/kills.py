@@ -9,11 +9,15 @@ At its end the weights must be those of the undisturbed run by their hash, a fil
 answers the same to the byte, and the log must have the same rows, but for what is measured in time.
 
     python studies/kills.py                            # every stage, tiny
-    python studies/kills.py --stages=chain             # python ppo.py from nothing, at its defaults
+    python studies/kills.py --stages=chain             # python ppo.py from nothing, tiny as well
+
+A chain runs each stage with its defaults: that of a copy of the scripts, with tiny ones.
 """
 
 import json
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +41,7 @@ TINY = dict(
     ppo=["--iterations=8", "--batch_size=16", "--eval_prompts=32", "--best_of=2", "--save_every=3"],
     grpo=["--iterations=8", "--batch_size=16", "--k=4", "--eval_prompts=32", "--save_every=3"],
     evaluate=["--policy=out/ppo", "--eval_prompts=64"])
+CHAIN = ("pretrain", "sft", "label", "reward", "ppo")  # python ppo.py runs what is not there
 RESULTS = dict(label="rankings.jsonl", evaluate="answers.jsonl")  # others: model.pt
 TIMED = ("seconds", "tok_per_s", "answers_per_s", "pairs_per_s", "clock")
 
@@ -57,25 +62,39 @@ import torch
 from common import ROOT
 
 
-def start(stage, flags, cwd):
-    return subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *flags], cwd=cwd,
+def with_tiny_defaults(folder):
+    """The path of a copy of the scripts, in which the flags of TINY are the defaults."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", ".*", "tests", "docs"))
+    for stage in CHAIN:
+        path = folder / f"{stage}.py"
+        text = path.read_text()
+        for flag in TINY[stage]:
+            name, value = flag[2:].split("=")
+            text, n = re.subn(rf"(?m)^(    {name}: .*? = )\S+", rf"\g<1>{value}", text)
+            assert n == 1, (stage, name, n)
+        path.write_text(text)
+    return folder
+
+
+def start(stage, flags, cwd, scripts=ROOT):
+    return subprocess.Popen([sys.executable, str(scripts / f"{stage}.py"), *flags], cwd=cwd,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def undisturbed(stage, flags, cwd):
+def undisturbed(stage, flags, cwd, scripts=ROOT):
     """Run it to its end; the seconds that it took."""
-    begin, process = time.time(), start(stage, flags, cwd)
+    begin, process = time.time(), start(stage, flags, cwd, scripts)
     error = process.communicate()[1].decode()
     if process.returncode:
         raise UserError(f"{stage}.py {' '.join(flags)} failed: {error[-500:]}")
     return time.time() - begin
 
 
-def under_kills(stage, flags, cwd, seconds, rng):
+def under_kills(stage, flags, cwd, seconds, rng, scripts=ROOT):
     """The same command until it ends by itself; how often it was killed."""
     kills = 0
     while True:
-        process = start(stage, flags, cwd)
+        process = start(stage, flags, cwd, scripts)
         try:
             error = process.communicate(timeout=rng.uniform(0, seconds))[1].decode()
         except subprocess.TimeoutExpired:
@@ -125,17 +144,17 @@ def main(config):
         whole = cwd / "whole" if chain else cwd
         whole.mkdir(exist_ok=True)
         flags = [] if chain else [*TINY[stage], f"--out=whole-{stage}"]
-        seconds = undisturbed(last, flags, whole)
+        scripts = with_tiny_defaults(cwd / "scripts") if chain else ROOT
+        seconds = undisturbed(last, flags, whole, scripts)
         while kills < wanted:
             parts = cwd / f"parts-{stage}-{runs}"
             if chain:
                 parts.mkdir()
             flags = [] if chain else [*TINY[stage], f"--out={parts.name}"]
-            kills += under_kills(last, flags, parts if chain else cwd, seconds, rng)
+            kills += under_kills(last, flags, parts if chain else cwd, seconds, rng, scripts)
             runs += 1
-            pairs = [(s, whole / "out" / s, parts / "out" / s) for s in (
-                "pretrain", "sft", "label", "reward", "ppo")] if chain else [
-                    (stage, cwd / f"whole-{stage}", parts)]
+            pairs = [(s, whole / "out" / s, parts / "out" / s) for s in CHAIN
+                     ] if chain else [(stage, cwd / f"whole-{stage}", parts)]
             each = [same(*pair) for pair in pairs]
             good = [n + all(ok) for n, ok in zip(good, zip(*each))]
         found[stage] = kills, runs, *good

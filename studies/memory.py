@@ -177,8 +177,8 @@ def rounded_weights(case, blocks):
 def chunk_of_logits(case, rows):
     """(bytes of a chunk, number of chunks) of the head over the answers of so many rows."""
     positions = rows * case.new
-    chunk = min(positions, max(128, CHUNK // case.model.n_tokens))
-    return 4 * chunk * case.model.n_tokens, -(-positions // chunk)
+    chunks = -(-positions // max(128, CHUNK // case.model.n_tokens))
+    return 4 * -(-positions // chunks) * case.model.n_tokens, chunks
 
 
 def head_backward(case):
@@ -191,9 +191,8 @@ def head_backward(case):
     # autograd adds up the gradients of the chunks before it adds them to .grad; where the step is
     # one backward pass, this sum is what `gradients` counts already
     kept += table * (chunks > 1) * case.pieces
-    # log-softmax: its output, the gradient of that, and of the logits; then the gradient of the
-    # cut matrix, and of the matrix as wide as it is
-    return kept + max(3 * chunk, 2 * table)
+    # log-softmax: its output, the gradient of that, and of the logits; then that of the matrix
+    return kept + max(3 * chunk, table)
 
 
 def block_backward(case):

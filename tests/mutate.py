@@ -80,8 +80,8 @@ EQUIVALENT = [
       for new in ("if len(active) < len(rows) // 2:", "if len(active) > len(rows) // 2:",
                   "if len(active) <= len(rows) // 3:", "if len(active) <= len(rows) // 1:",
                   "if len(active) <= len(rows) / 2:")),
-    ("model.py", "for i in range(0, max(N, 1), chunk):", "for i in range(0, max(N, 2), chunk):",
-     "one chunk for none, one or two"),
+    ("model.py", "for i in range(0, max(N, 1), size):", "for i in range(0, max(N, 2), size):",
+     "one more chunk, of nothing, where there is one row"),
     ("data/batches.py",
      "for i, row, m, finished in zip(rows, tokens.tolist(), mask.bool().tolist(), done.tolist()):",
      "for i, row, m, finished in zip(rows, tokens, mask.bool().tolist(), "

@@ -492,6 +492,20 @@ def test_stopped_in_each_phase(folder, flags):
         assert [r | dict(seconds=0) for r in now] == [r | dict(seconds=0) for r in whole]
 
 
+def test_a_chunk_that_took_too_much_memory_can_be_smaller(folder, capsys):
+    # catches a run that cannot go on after --chunk was too large for the machine
+    run(*SMALL, out="whole")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stop):
+            run(*SMALL)
+    run(*SMALL, "--chunk=3")
+    assert "started with chunk 4, here is 3: it goes on, but not to the last digit" in \
+        capsys.readouterr().err
+    for name in ("answers.jsonl", "rankings.jsonl"):
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
 def test_whole_lines(tmp_path):
     # catches a last line without its end, a unit that is cut although the file is complete
     path = tmp_path / "lines"
