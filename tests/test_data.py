@@ -247,3 +247,16 @@ def test_pieces_hold_so_many_rows_and_tokens(size, most):
             assert len(part) == size or (len(part) + 1) * lengths[after[0]] > most
     fine = batches.by_length(rows, lengths, size)
     assert most < 10**6 or [p.tolist() for p in parts] == [p.tolist() for p in fine]
+
+
+def test_pieces_of_little_padding(monkeypatch):
+    # catches a bound on padding that counts the tokens of the piece before, or of the whole batch
+    lengths = torch.tensor([10, 10, 10, 11, 12, 30, 31, 100, 9])
+    split = lambda size: [lengths[p].tolist() for p in batches.by_length(torch.arange(9), lengths,
+                                                                         size)]
+    assert split(0) == [[9, 10, 10, 10, 11, 12, 30, 31, 100]]  # there is not enough for two passes
+    monkeypatch.setattr(batches, "ENOUGH", 60)
+    # 60 tokens are enough: 6 * 12 = 72 of 62 are little padding, 7 * 30 of 92 are not
+    assert split(0) == [[9, 10, 10, 10, 11, 12], [30, 31], [100]]
+    assert split(4) == [[9, 10, 10, 10], [11, 12], [30, 31], [100]]
+    assert split(1) == [[n] for n in sorted(lengths.tolist())]

@@ -49,7 +49,7 @@ def test_score_lands_on_the_last_action_and_kl_on_every_one():
 
 def test_gae_by_hand():
     # catches a wrong recursion: two actions, gamma 0.9, lambda 0.5
-    reward = torch.tensor([[0., 1., 2., 9.]]).double()
+    reward = torch.tensor([[0., 1., 2., 8.]]).double()
     value = torch.tensor([[7., 0.5, 0.25, 9.]]).double()
     mask = torch.tensor([[0., 1., 1., 0.]]).double()
     advantage, returns = gae(reward, value, mask, 0.9, 0.5)
