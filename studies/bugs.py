@@ -45,9 +45,6 @@ import common
 from common import ROOT
 from studies import runs
 
-sys.path.append(str(ROOT / "tests"))
-from mutants import MUTANTS, applied
-
 
 class Case(NamedTuple):
     bug: str  # its name in tests/mutants.py
@@ -89,7 +86,6 @@ CASES = (
          "the KL rises to the last step, and the mean return is that of the score alone"),
     Case("loss_divided_by_padding_too", ("ppo",), "losses are divided by all positions, prompt and "
          "padding included", "gradient norms are smaller by the share of response tokens"))
-BUGS = {m.name: m for m in MUTANTS}
 RIGHT = "right"
 
 # (title with its unit, field): what a log has to say, by kind of row
@@ -122,25 +118,14 @@ SAYS = ("score", "kl", "kl_se", "length", "eos_rate", "loss", "accuracy", "longe
 # --- the runs ------------------------------------------------------------------------------------
 
 
-def with_bug(case, folder):
-    """A copy of the scripts in folder, with the bug in it. UserError where the folder above holds
-    runs of another version of the bug."""
-    bug, note = BUGS[case.bug], folder.parent / "bug.txt"
-    text = f"{bug.file}\n--- {bug.old}\n+++ {bug.new}\n"
-    if note.exists() and note.read_text() != text:
-        raise UserError(f"{folder.parent} holds runs of another version of {case.bug}: delete it")
-    path = runs.copy_scripts(folder) / bug.file
-    path.write_text(applied(bug, path.read_text()))
-    note.write_text(text)
-    return folder
-
-
 def train(case, name, seed, config, scripts):
     """({stage: folder}, the judge's last row) of one run, with the bug or, as `right`, without."""
     base, out = Path(config.runs.format(seed=seed)), Path(config.out) / name / f"seed{seed}"
     more, folders = runs.stage_flags(config.flags), {}
     for stage in case.stages:
         flags = runs.starts_from(stage, base) | more.get(stage, {}) | dict(seed=seed)
+        if stage == "ppo":
+            flags |= dict(max_kl=0)  # a run whose KL runs away is what we want to see
         if stage == case.stages[-1]:
             flags |= case.flags
         if "reward" in folders:
@@ -174,16 +159,9 @@ def both(number, seed, config):
 # --- what they say -------------------------------------------------------------------------------
 
 
-def curve(folder, kind, field):
-    """(x, y) of a field of a log: over steps, or over epochs."""
-    rows = runs.log_rows(folder, kind)
-    return zip(*((row.get("step", row.get("epoch")), row[field]) for row in rows
-                 if row.get(field) is not None)) if rows else ((), ())
-
-
 def level(folder, kind, field):
     """The mean of a curve over its last third: what it came to."""
-    _, y = tuple(curve(folder, kind, field)) or ((), ())
+    y = runs.curve(folder, kind, field)[1]
     return float(np.mean(y[-max(1, len(y) // 3):])) if y else None
 
 
@@ -206,21 +184,14 @@ def betrayed(stages, found, most=3):
     return "; ".join(text for _, text in sorted(shown, reverse=True)[:most]) or "nothing"
 
 
-def verdict(gaps):
-    mean, half = runs.interval(gaps)
-    if not half == half:  # one seed
-        return "one seed"
-    return "no difference" if abs(mean) <= half else "costs" if mean < 0 else "gains"
-
-
 def summary(number, found):
     """One row of figures of a case, from `both` of every seed."""
     case, last = CASES[number - 1], [(one["bug"][1], one["right"][1]) for one in found]
     gaps = [bug["gold"] - right["gold"] for bug, right in last]
     own = [runs.log_rows(one["bug"][0][case.stages[-1]], "final")[0].get("kl") for one in found]
-    return dict(number=number, gap=runs.interval(gaps), verdict=verdict(gaps), cells=[
+    return dict(number=number, gap=runs.interval(gaps), verdict=runs.verdict(gaps), cells=[
         case.said, "+".join(case.stages), runs.with_interval([bug["gold"] for bug, _ in last]),
-        f"{runs.with_interval(gaps)}, {verdict(gaps)}",
+        f"{runs.with_interval(gaps)}, {runs.verdict(gaps)}",
         runs.with_interval([100 * bug["gold_win_rate"] for bug, _ in last], ".0f"),
         runs.with_interval([bug["kl"] for bug, _ in last], ".2f"),
         runs.with_interval(own, ".2f"),
@@ -236,9 +207,8 @@ HEAD = ("bug", "trained", "gold", "against the right run", "wins against SFT, %"
 def bugs_page(rows, right, config):
     """Markdown: a row for each case, the dearest first."""
     rows = sorted(rows, key=lambda row: row["gap"][0])
-    lines = ["# What the famous bugs cost\n", "    python studies/bugs.py"
-             + f" --seeds={config.seeds}" + (f" --flags={config.flags}" if config.flags else ""),
-             "", "Each bug was seen in public code or in many a first draft. It is put back into "
+    lines = ["# What the famous bugs cost\n", f"    {runs.as_typed('bugs', config)}\n",
+             "Each bug was seen in public code or in many a first draft. It is put back into "
              "a copy of these scripts; the stage is trained with it, the right evaluate.py judges. "
              f"Means of {config.seeds} seeds, ± half of their 95% interval (Student's t); the "
              "difference is taken seed by seed. `costs`: the interval lies below 0. The last "
@@ -287,7 +257,7 @@ def draw_curves(case, one, path):
     axes = figure.subplots(lines, 4, squeeze=False).ravel()
     for axis, (stage, kind, field, title) in zip(axes, panels):
         for side, colour in (("right", "#999999"), ("bug", "#D55E00")):
-            x, y = tuple(curve(one[side][0][stage], kind, field)) or ((), ())
+            x, y = runs.curve(one[side][0][stage], kind, field)
             axis.plot(x, y, color=colour, lw=1.3, marker="o" if len(x) < 8 else "", ms=3)
         if field in ("eos_rate", "accuracy"):
             axis.set_ylim(-0.05, 1.05)
@@ -329,7 +299,7 @@ def exercises_page(found, folder, config):
              "[bugs.md](bugs.md) says what each bug costs (and names them all). "
              "`python studies/bugs.py --case=N` makes a case again.\n"]
     for number, one in found.items():
-        case, bug = CASES[number - 1], BUGS[CASES[number - 1].bug]
+        case, bug = CASES[number - 1], runs.BUGS[CASES[number - 1].bug]
         draw_curves(case, one, folder / f"{number}.png")
         settings = "".join(f", `--{k}={v}`" for k, v in case.flags.items())
         trained = ", then ".join(f"`{stage}.py`" for stage in case.stages)
@@ -360,9 +330,7 @@ def main(config):
     pages = out / f"case{config.case}" if config.case else Path(config.pages)
     pages.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        bug = CASES[number - 1].bug
-        (out / bug).mkdir(parents=True, exist_ok=True)
-        with_bug(CASES[number - 1], (out / bug / "scripts").resolve())
+        runs.with_bug(CASES[number - 1].bug, out / CASES[number - 1].bug)
     # what several cases share is made first, so that no two of them make it at once
     shared = {right_name(CASES[n - 1]): CASES[n - 1] for n in numbers}
     with ThreadPoolExecutor(config.workers) as pool:

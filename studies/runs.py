@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ import cli
 from cli import UserError
 from common import ROOT, first_row, last_row
 from data.files import file_hash, parse_json
+
+sys.path.append(str(ROOT / "tests"))
+from mutants import MUTANTS, applied
+
+BUGS = {bug.name: bug for bug in MUTANTS}
 
 # t of 95% for 1, 2, ... degrees of freedom (any table of Student's distribution)
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -40,6 +46,7 @@ def inputs(flags):
     """{path: hash} of the checkpoints and files that these flags name."""
     names = ("init", "reference", "reward_model", "policy", "data", "answers")
     paths = [flags[name] for name in names if flags.get(name, "synthetic") != "synthetic"]
+    paths += filter(None, flags.get("policies", "").split(","))
     return {path: torch.load(Path(path) / "model.pt", weights_only=True, mmap=True)["hash"]
             if Path(path).is_dir() else file_hash(path)[:16] for path in paths}
 
@@ -119,6 +126,15 @@ def log_rows(folder, kind):
     return [row for row in map(parse_json, lines) if row["kind"] == kind]
 
 
+def as_typed(script, config):
+    """The command that makes a study's page: with the flags that are not at their defaults, those
+    left out that change no figure."""
+    said = [f"--{f.name}={cli.as_text(getattr(config, f.name))}" for f in fields(config)
+            if getattr(config, f.name) != f.default and f.name not in (
+                "runs", "out", "pages", "workers", "device")]
+    return " ".join([f"python studies/{script}.py", *said])
+
+
 # --- a copy of the scripts -----------------------------------------------------------------------
 
 
@@ -130,7 +146,36 @@ def copy_scripts(folder):
     return Path(folder)
 
 
+def with_bug(name, folder):
+    """The absolute path of a copy of the scripts, folder/scripts, with a known bug of
+    tests/mutants.py in it. UserError where the folder holds runs of another version of the bug."""
+    bug, note = BUGS[name], Path(folder) / "bug.txt"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    text = f"{bug.file}\n--- {bug.old}\n+++ {bug.new}\n"
+    if note.exists() and note.read_text() != text:
+        raise UserError(f"{folder} holds runs of another version of {name}: delete it")
+    scripts = copy_scripts(Path(folder, "scripts").resolve())
+    path = scripts / bug.file
+    path.write_text(applied(bug, path.read_text()))
+    note.write_text(text)
+    return scripts
+
+
 # --- figures over seeds --------------------------------------------------------------------------
+
+
+def curve(folder, kind, field):
+    """(x, y) of a field in the rows of a kind of a log, where it is there: x the step or epoch."""
+    rows = [row for row in log_rows(folder, kind) if row.get(field) is not None]
+    return ([row.get("step", row.get("epoch")) for row in rows], [row[field] for row in rows])
+
+
+def verdict(gaps):
+    """What differences over seeds say, as a word: is 0 in their interval?"""
+    mean, half = interval(gaps)
+    if not half == half:
+        return "one seed"
+    return "no difference" if abs(mean) <= half else "costs" if mean < 0 else "gains"
 
 
 def interval(values):
