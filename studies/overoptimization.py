@@ -184,7 +184,7 @@ def facts(curve):
     """What one curve of PPO shows: where gold peaks, and the checks of over-optimisation."""
     top, d, gold, score = int(np.argmax(curve["gold"])), curve["d"], curve["gold"], curve["proxy"]
     error = math.sqrt(2) * curve["se"]  # of a difference of two points
-    return dict(d_peak=float(d[top]), gold_peak=float(gold[top]), point=top + 1,
+    return dict(d_peak=float(d[top]), gold_peak=float(gold[top]), point=top + 1.0,
                 d_end=float(d[-1]), gold_end=float(gold[-1]),
                 proxy_rises=bool(score[-1] > score[top]),
                 gold_falls=bool(gold[top] - gold[-1] > 2 * error))
@@ -206,39 +206,41 @@ def page(curves, config):
              f"log n - (n - 1) / n. Few: {config.few} prompts with rankings; many: all; an "
              f"ensemble: the mean of {config.members} networks.\n",
              "![gold and proxy against the square root of the KL](overoptimization.png)\n",
-             "## The peak\n", "| proxy | beta | d at gold's peak | gold there | d at the end | "
-             "gold at the end | seeds: proxy above its value at the peak | seeds: gold fell "
-             "by over 2 standard errors |", "|" + "---|" * 8]
+             "## The peak\n", "| proxy | beta | point of gold's peak | d there | gold there "
+             "| d at the end | gold at the end | seeds: proxy above its value at the peak "
+             "| seeds: gold fell by over 2 standard errors |", "|" + "---|" * 9]
     text = runs.with_interval
     known = {key: [facts(c) for c in each] for key, each in curves.items() if key[1] != "best of n"}
     for (name, beta), rows in known.items():
         get = lambda key, form, rows=rows: text([row[key] for row in rows], form)
-        lines.append(f"| {name} | {beta:g} | {get('d_peak', '.2f')} | {get('gold_peak', '+.2f')} | "
-                     f"{get('d_end', '.2f')} | {get('gold_end', '+.2f')} | "
+        lines.append(f"| {name} | {beta:g} | {get('point', '.1f')} | {get('d_peak', '.2f')} | "
+                     f"{get('gold_peak', '+.2f')} | {get('d_end', '.2f')} | "
+                     f"{get('gold_end', '+.2f')} | "
                      f"{sum(r['proxy_rises'] for r in rows)} of {len(rows)} | "
                      f"{sum(r['gold_falls'] for r in rows)} of {len(rows)} |")
     lines += ["", "## Sooner and lower, or the same curve?\n", "Against beta 0 and the same proxy, "
               "seed by seed. If a smaller beta peaked sooner and lower, the first two would be "
               "above 0. If KL were early stopping, the last would be 0: gold at the end less that "
-              "of beta 0 at the same d.\n", "| proxy | beta | d at the peak, more | gold at the "
-              "peak, more | off the curve of beta 0 |", "|---|---|---|---|---|"]
+              "of beta 0 at the same d.\n", "| proxy | beta | points until the peak, more | gold "
+              "at the peak, more | off the curve of beta 0 |", "|---|---|---|---|---|"]
     for (name, beta), rows in known.items():
         if beta:
             zero = known[name, 0.0]
             more = [text([r[k] - z[k] for r, z in zip(rows, zero)])
-                    for k in ("d_peak", "gold_peak")]
+                    for k in ("point", "gold_peak")]
             off = [matched(c, o) for c, o in zip(curves[name, beta], curves[name, 0.0])]
             lines.append(f"| {name} | {beta:g} | {more[0]} | {more[1]} | {text(off)} |")
     lines += ["", "## The two forms\n", "Fitted to gold, all seeds together. The peak is that of "
-              "the fit; - where it has none.\n", "| proxy | policy | c + d (a - b d): a, b | R² | "
-              "peak | c + d (a - b ln d): a, b | R² | peak |", "|" + "---|" * 8]
+              "the fit; - where it has none among the d that were reached.\n",
+              "| proxy | policy | c + d (a - b d): a, b | R² | peak "
+              "| c + d (a - b ln d): a, b | R² | peak |", "|" + "---|" * 8]
     for (name, beta), each in curves.items():
         d, gold = (np.concatenate([c[key] for c in each]) for key in ("d", "gold"))
         cells = []
         for form in ("square", "ln"):
             f = fit(d, gold, form)
             cells += [f"{f['a']:.2f}, {f['b']:.2f}", f"{f['r2']:.2f}",
-                      "-" if math.isnan(f["peak"]) or f["peak"] > 100 else f"{f['peak']:.2f}"]
+                      "-" if math.isnan(f["peak"]) or f["peak"] > d.max() else f"{f['peak']:.2f}"]
         who = beta if beta == "best of n" else f"PPO, beta {beta:g}"
         lines.append(f"| {name} | {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -163,7 +163,7 @@ def test_overoptimization(folder, monkeypatch, capsys):
     text = (folder.path / "docs" / "overoptimization.md").read_text()
     steps = runs.log_rows("over/seed1/ppo-many-beta0.2", "step")
     row = next(line for line in text.splitlines() if line.startswith("| many | 0.2 | "))
-    assert row.split(" | ")[3] == f"{max(s['gold'] for s in steps):+.2f}"
+    assert row.split(" | ")[4] == f"{max(s['gold'] for s in steps):+.2f}"
     assert (folder.path / "docs" / "overoptimization.png").stat().st_size > 20_000
     saved = json.loads((folder.path / "over/seed1/best_of_n.json").read_text())
     assert saved["curves"]["many"]["d"][0] == 0
@@ -191,6 +191,7 @@ def test_fits_and_checks_of_overoptimization():
                  proxy=np.array([0, 1.0, 2]), se=0.1)
     found = overoptimization.facts(curve)
     assert found["proxy_rises"] and found["gold_falls"] and found["d_peak"] == 1
+    assert found["point"] == 2
     assert not overoptimization.facts(curve | dict(se=0.2))["gold_falls"]  # 0.5 < 2 * 0.28
     half = dict(d=np.array([0, 1.5]), gold=np.array([0, 1.0]))
     assert overoptimization.matched(half, curve) == pytest.approx(0.25)
