@@ -62,7 +62,7 @@ CASES = (
     Case("eos_is_not_scored", ("sft",), "EOS is left out of the SFT loss", "the EOS rate falls, "
          "the length runs to its limit; the loss looks right"),
     Case("kl_sign_reversed", ("ppo",), "the KL is added to the reward: drift is paid for",
-         "the KL runs away while the score falls, and the mean return lies above the score"),
+         "the KL runs away, answers no longer end, and the mean return lies far above the score"),
     Case("ranks_reversed", ("reward", "ppo"), "pairs are read the wrong way round: the worse "
          "answer counts as chosen", "only the samples, and that longer answers win: accuracy and "
          "calibration are measured on the same pairs, and look right"),
