@@ -733,6 +733,16 @@ def load_policy(path, stages, device):
     return *build(GPT, checkpoint, path, device), checkpoint
 
 
+class NotDrawn(torch.overrides.TorchFunctionMode):
+    """First weights are not drawn. On the meta device there are no numbers to draw, but torch would
+    import torch._dynamo for it, a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def build(network, checkpoint, path, device):
     """(network, tokenizer) of a checkpoint, which loses its weights. UserError if it is damaged."""
     tokenizer, size = declared(checkpoint, path)
@@ -740,7 +750,7 @@ def build(network, checkpoint, path, device):
         weights = checkpoint["weights"]
         if size.n_layer > len(weights):  # a layer takes time and memory without a number in it
             raise ValueError(f"{size.n_layer} layers in {len(weights)} tensors")
-        with torch.device("meta"):  # a declared size may be any; nothing is allocated here
+        with torch.device("meta"), NotDrawn():  # a declared size may be any: nothing is allocated
             shapes = {name: w.shape for name, w in network(size).state_dict().items()}
         found = {name: w.shape for name, w in weights.items()}
         if shapes != found:

@@ -95,19 +95,29 @@ class KVCache:
         self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_kv_head, max_length,
                               config.head_dim, device=device, dtype=dtype)
 
-    def move_to(self, positions):
-        """The next tokens stand at `positions` (B, T): where all layers write, what they see."""
-        B, slots = len(positions), torch.arange(self.kv.size(4), device=positions.device)
-        self.places = torch.arange(B, device=positions.device)[:, None], positions
-        # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S)
-        self.mask = slots <= positions[:, None, :, None]
+    def move_to(self, positions, first=False):
+        """The next tokens stand at `positions` (B, T): where all layers write, what they see.
+
+        first: positions are 0..T-1 in an empty cache. Those tokens see each other alone.
+        """
+        self.places = torch.arange(len(positions), device=positions.device)[:, None], positions
+        self.mask, self.filled = None, self.kv.size(4)
+        if first:
+            return
+        if positions.device.type == "cpu":  # of a GPU one would wait for it, and a graph is static
+            # in steps of 64, because attention is slower at the first sight of a shape
+            self.filled = min(self.filled, (int(positions.max()) // 64 + 1) * 64)
+        # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S), as
+        # numbers, which every layer would make of truth values
+        later = torch.arange(self.filled, device=positions.device) > positions[:, None, :, None]
+        self.mask = torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -math.inf)
 
     def update(self, layer, k, v):
-        """Write k, v (B, H, T, D) of one layer; return all of its slots, (B, H, S, D) each."""
+        """Write k, v (B, H, T, D) of one layer; return what it looks at, (B, H, S, D) each."""
         for slots, new in zip(self.kv[layer], (k, v)):
             # advanced indices (B, T) first, heads last: the indexed view is (B, T, H, D)
             slots.transpose(1, 2)[self.places] = new.transpose(1, 2).to(slots.dtype)
-        return self.kv[layer]
+        return (k, v) if self.mask is None else self.kv[layer, :, :, :, :self.filled]
 
 
 def linear(x, weight, bias=None):
@@ -183,13 +193,11 @@ class Attention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         dropout = self.dropout if self.training else 0.0
         grouped = self.n_kv_head < self.n_head
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout,
-                                               enable_gqa=grouped)
-        else:
-            k, v = cache.update(layer, k, v)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
-                                               attn_mask=cache.mask, enable_gqa=grouped)
+        if cache is not None:
+            k, v = (x.to(q.dtype) for x in cache.update(layer, k, v))
+        mask = None if cache is None or cache.mask is None else cache.mask.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           dropout_p=dropout, enable_gqa=grouped)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.D))
         return F.dropout(y, self.dropout, self.training)
 
@@ -261,12 +269,13 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None, positions=None):
         """tokens (B, T) -> final hidden states (B, T, C), after the last norm.
 
-        With a cache, `positions` (B, T) says where each token stands; without, they are 0..T-1.
+        `positions` (B, T) says where each token stands in a cache; without, they are 0..T-1.
         """
         T = tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
-        if positions is None:
+        first = positions is None
+        if first:
             positions = torch.arange(T, device=tokens.device).expand_as(tokens)
         if self.config.rope_theta:
             x, angles = self.wte(tokens), rotary_angles(self.config, positions)
@@ -274,7 +283,7 @@ class GPT(nn.Module):
             x, angles = self.wte(tokens) + self.wpe(positions), None
         x = F.dropout(x, self.config.dropout, self.training)
         if cache is not None:
-            cache.move_to(positions)
+            cache.move_to(positions, first)
         recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
             x = checkpoint(block, x, layer, cache, angles, use_reentrant=False) \
@@ -373,8 +382,7 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
         else model.wte.weight.dtype
     cache = KVCache(config, len(prompts), size, device, dtype)
     # prefill: the padding of short rows leaves junk in their later slots, see KVCache
-    hidden = model(tokens[:, :longest], cache,
-                   torch.arange(longest, device=device).expand(len(prompts), -1))
+    hidden = model(tokens[:, :longest], cache)
     last = hidden[torch.arange(len(prompts), device=device), start - 1]  # the last prompt token's
     if samples > 1:  # repeat_interleave, not repeat: the rows of a prompt are adjacent
         tokens, start, last = (x.repeat_interleave(samples, 0) for x in (tokens, start, last))

@@ -178,14 +178,13 @@ def gae(reward, value, response_mask, gamma, lam):
     All (B, T). Behind the last action value and advantage are 0. Returns (advantage, returns),
     returns = A + V as the critic's target, taken before any whitening; 0 outside the mask.
     """
-    advantage = torch.zeros_like(reward)
-    next_value = next_advantage = torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.size(1))):
-        here = response_mask[:, t]
-        delta = reward[:, t] + gamma * next_value - value[:, t]
-        next_advantage = (delta + gamma * lam * next_advantage) * here
-        next_value = value[:, t] * here
-        advantage[:, t] = next_advantage
+    next_value = nn.functional.pad((value * response_mask)[:, 1:], (0, 1))
+    delta = (reward + gamma * next_value - value) * response_mask  # 0 behind the last action
+    advantages, advantage = [], torch.zeros_like(reward[:, 0])
+    for delta_t in reversed(delta.unbind(1)):  # the only part that has to go token by token
+        advantage = delta_t + gamma * lam * advantage
+        advantages.append(advantage)
+    advantage = torch.stack(advantages[::-1], 1) * response_mask
     return advantage, (advantage + value) * response_mask
 
 

@@ -345,7 +345,8 @@ def main(config):
 
     # --- shift, scale, report card, probe ------------------------------------
     model.eval()
-    score = lambda model, rows, masks: batches.over_rows(model, rows, masks, tokenizer.pad, device)
+    score = lambda model, rows, masks: batches.over_rows(model, rows, masks, tokenizer.pad, device,
+                                                         bar="scores")
     sample_rows = ([e.prompt + ids for e, ids in complete],
                    [[0] * len(e.prompt) + [1] * len(ids) for e, ids in complete])
     centred = []  # the mean score of the samples, by each member

@@ -4,6 +4,7 @@ Most rows end far before the longest one. Where rows of like length stand togeth
 that stops at the last of them has little padding to run over.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -73,27 +74,30 @@ def text_share(model, tokens):
 
 # --- batches of like length ----------------------------------------------------------------------
 
+ENOUGH = 2**11  # tokens of a forward pass
+
 
 def ends(mask):
     """Position of the last response token of each row, (B,), from its mask (B, T)."""
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
 
-def by_length(rows, lengths, size, most=None):
-    """The indices `rows` in pieces of at most `size` (0: all in one), sorted by their lengths, and
-    where rows are long of fewer: at most `most` tokens, padding among them.
+def by_length(rows, lengths, size, most=math.inf):
+    """The indices `rows` in pieces of at most `size` (0: of any size), sorted by their lengths.
 
+    A piece ends before it takes more than `most` tokens, padding among them, and where it would be
+    a fifth of padding; but not below ENOUGH tokens, where passes are no faster for being smaller.
     lengths: of all rows, not only of these. The price: a row has other neighbours in the next
     forward pass, and may round differently.
     """
-    rows, size = rows[lengths[rows].argsort(stable=True)], size or max(1, len(rows))
-    if most is None:
-        return rows.split(size)
-    cuts, start = [], 0
+    rows = rows[lengths[rows].argsort(stable=True)]
+    cuts, start, real = [], 0, 0
     for n, length in enumerate(lengths[rows].tolist()):
-        if n - start == size or n > start and (n - start + 1) * length > most:
+        padded, real = (n - start + 1) * length, real + length
+        if n > start and (n - start == size or padded > most
+                          or padded > max(ENOUGH, 1.25 * real)):
             cuts.append(n)
-            start = n
+            start, real = n, length
     return rows.tensor_split(cuts)
 
 
@@ -118,11 +122,12 @@ def like_length(lengths, size, rng, bucket=100):
     return np.concatenate([batches[rng.permutation(n)].ravel(), order[rest]])
 
 
-def in_pieces(fn, lengths, size, bar=None, most=None):
+def in_pieces(fn, lengths, size, bar=None, most=math.inf):
     """fn(indices) for every piece of the rows: its results (n, ...) joined, in the rows' order.
 
-    size bounds the memory: where a gradient is needed, a piece is computed again in the backward
-    pass. So a loss may compare rows of different pieces. bar: shows progress under this name.
+    size bounds the memory (0 does not): where a gradient is needed, a piece is computed again in
+    the backward pass. So a loss may compare rows of different pieces. bar: shows progress under
+    this name.
     Without gradients several processes, which all have the same rows, share them; with them a
     process has its own rows.
     """
@@ -130,7 +135,7 @@ def in_pieces(fn, lengths, size, bar=None, most=None):
     mine = range(n) if gradients else to_compute(n)
     rows = torch.arange(mine.start, mine.stop, mine.step)
     parts = by_length(rows.to(lengths.device), lengths, size, most)
-    if len(parts) > 1 and gradients:
+    if size and size < len(rows) and gradients:
         fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
     results = torch.cat([fn(part) for part in progress(parts, bar)])
     results = results[torch.cat(parts).argsort()]  # from the order by length to that of the rows

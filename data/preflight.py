@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cli import say
+from cli import progress, say
 from data import batches
 from data.load import batch_rows, choose_elements, pair_indices
 from data.records import check_ranking, ranking_pairs, ranking_rows
@@ -35,7 +35,7 @@ def overfit(model, loss, elements, config, pad, device, pairs=32, most=150):
     tokens, mask = batch_rows(chosen, pad, device)
     winners, losers = (side[:pairs] for side in pair_indices(chosen))
     optimizer, losses = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0), []
-    while len(losses) <= most and not (losses and losses[-1] < 0.05):
+    for _ in progress(range(most + 1), "overfit"):
         with autocast(device):
             scores = batches.in_pieces(lambda p: model.raw(tokens[p], mask[p]), batches.ends(mask),
                                        config.micro_batch)
@@ -45,6 +45,8 @@ def overfit(model, loss, elements, config, pad, device, pairs=32, most=150):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(mean.item())
+        if losses[-1] < 0.05:
+            break
     return losses
 
 

@@ -79,7 +79,7 @@ def attack(model, rows, masks, pad, allowed, edits, device, rng, guided=True):
 
     before = score(ids, mask)
     now = before.clone()
-    for _ in range(edits):
+    for _ in cli.progress(range(edits), "probe"):
         best = best_tokens(model, ids, mask, places, allowed, TOP) if guided else places
         flat = []  # (row, position, token) of every try
         for n, (where, among) in enumerate(zip(places, best)):

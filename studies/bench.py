@@ -92,10 +92,13 @@ PEER_SCRIPT = str(Path(__file__).with_name("peers.py"))
 
 
 def draw_lengths(config, work):
-    """(n, 1 + answers): tokens of each prompt and of its answers, for all steps of a run."""
+    """(n, 1 + answers): tokens of each prompt and of its answers. Real ones for 100 batches at
+    least, of which the first are run: as many are sorted by length together, see
+    `batches.like_length`."""
     n, answers = work.B * (config.steps + 1), ANSWERS.get(config.stage, 1)
     if config.lengths == "full":
         return np.array([[work.P] + [work.R] * answers] * n)
+    n = max(n, 100 * work.B)
     rng = common.stream(config.seed, "bench", "lengths")
     prompt, answer = ALPACA if config.stage == "sft" else HH
     draw = lambda values, k: np.interp(rng.random((n, k)), SHARES, values).astype(int)
@@ -164,7 +167,7 @@ def run_sft(config, work, model):
     rows, _ = make_data(config, work)
     given = common.sized(sft.Config(batch_size=work.B), "sft", model)
     optimizer, size = common.adamw([model], given.lr), given.micro_batch or work.B
-    per_step = rows.facts["response"].sum() / (config.steps + 1)
+    per_step = rows.facts["response"].sum() / len(rows) * work.B
     order = sft.epoch_order(rows, 0, given)
     for step in range(config.steps + 1):
         chosen = [rows[j] for j in order[step * work.B:(step + 1) * work.B]]
@@ -207,9 +210,9 @@ def run_dpo(config, work, policy):
     reference = twin(policy, work)
     given = common.sized(dpo.Config(batch_size=work.B), "dpo", policy)
     optimizer = common.adamw([policy], given.lr)
-    dpo.set_reference(elements, sequence_logprobs(reference, *all_rows(elements),
-                                                  work.tokenizer.pad))
     order, average = dpo.epoch_order(elements, 0, given), dpo.per_step(elements, given)
+    used = [elements[j] for j in order[:work.B * (config.steps + 1)]]
+    dpo.set_reference(used, sequence_logprobs(reference, *all_rows(used), work.tokenizer.pad))
     for step in range(config.steps + 1):
         batch, others = dpo.batch_of(elements, order, step, given)
         dpo.update(policy, reference, optimizer, batch, others, average, given,
@@ -439,8 +442,8 @@ def compare(config):
         work = make_work(mine)
         flags = [f"--{k}={cli.as_text(v)}" for k, v in asdict(mine).items() if v != ""]
         task = dict(stage=mine.stage, model=asdict(work.size), B=work.B, P=work.P, R=work.R,
-                    lengths=draw_lengths(mine, work).tolist(), nanochat=mine.nanochat,
-                    precompute=mine.precompute)
+                    lengths=draw_lengths(mine, work)[:work.B * (mine.steps + 1)].tolist(),
+                    nanochat=mine.nanochat, precompute=mine.precompute)
         lines = []
         for command in ([__file__, *flags], [PEER_SCRIPT, json.dumps(task)]):
             output = subprocess.run([sys.executable, *command], check=True, text=True,

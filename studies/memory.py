@@ -216,11 +216,6 @@ def kv_cache(case, rows):
     return rows * (case.prompt + case.new) * c.n_layer * 2 * c.n_kv_head * c.head_dim * case.low
 
 
-def mask_of_prompts(case, rows):
-    """Which slots each token of the prompts may look at, as truth values and as numbers."""
-    return rows * case.prompt * (case.prompt + case.new) * (1 + case.low)
-
-
 def sampling(case):
     """Of a row's vocabulary: logits and p in fp32, p and its sum in fp64, and the last sum."""
     return case.batch * case.model.n_tokens * (4 + 4 + 8 + 8 + 8)
@@ -273,8 +268,7 @@ def moments(case):
         copies = {"weights in bf16": rounded}
         found["prompts"] = held(case) | copies | {
             "KV cache": kv_cache(case, prompts),
-            "temporary": block_forward(case, prompts * case.prompt)
-            + mask_of_prompts(case, prompts)}
+            "temporary": block_forward(case, prompts * case.prompt)}
         # the cache of the prompts is there until that of their rows is copied from it
         again = kv_cache(case, prompts) if case.k > 1 else 0
         if case.drops:  # the rows that are not done are copied out of it, sampling's tensors beside

@@ -56,17 +56,18 @@ def test_needed_operations(quick):
 @pytest.mark.parametrize("stage, answers", [("sft", 1), ("reward", 2), ("ranking", 4)])
 def test_real_lengths(stage, answers, quick):
     # catches lengths that are not those of the table
-    config = bench.Config(stage=stage, lengths="real", batch_size=1000, steps=9)
+    config = bench.Config(stage=stage, lengths="real", batch_size=100, steps=9)
     lengths = bench.draw_lengths(config, bench.make_work(config))
     assert lengths.shape == (10000, 1 + answers)
     for found, table in zip((lengths[:, 0], lengths[:, 1:]),
                             bench.ALPACA if stage == "sft" else bench.HH):
         assert found.min() >= table[0] and found.max() <= table[-1]
         assert np.quantile(found, bench.SHARES[1:-1]) == pytest.approx(table[1:-1], rel=0.1, abs=1)
-    rows, elements = bench.make_data(bench.Config(stage=stage, lengths="real", batch_size=3,
-                                                  steps=1), bench.make_work(config))
+    config = bench.Config(stage=stage, lengths="real", batch_size=2, steps=1)
+    rows, elements = bench.make_data(config, bench.make_work(config))
     assert len(elements[0].pairs) == answers * (answers - 1) // 2
     assert len(rows) == answers * len(elements)
+    assert len(elements) == 200
     for (ids, mask), n in zip(rows, rows.facts["response"]):
         assert len(ids) == len(mask) and sum(mask) == n and mask[-1] == 1 and mask[0] == 0
 
@@ -95,6 +96,16 @@ def test_a_peer_in_turn(quick, monkeypatch, tmp_path, capsys):
     bench.main(bench.Config(stage="sft", batch_size=4, prompt=5, new=7, steps=1, peer=True))
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["speeds"], row["speed"], row["memory"]) == ([2, 8, 18], 8, 0.25)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_real_lengths_are_run(stage, quick, capsys):
+    # catches a stage that runs the rows of full length, or counts the padding
+    bench.main(bench.Config(stage=stage, lengths="real", batch_size=2, steps=1, device="cpu"))
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["P"] not in (5, 32) and row["R"] != 32
+    tokens, k = row["tok_per_s"] * row["s_per_step"], bench.ANSWERS[stage]
+    assert 2 * k * 7 <= tokens < 2 * k * 1376 and 0 < row["mfu"] < 100
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -683,6 +683,25 @@ def test_the_room_is_looked_at_before_the_first_step(tmp_path, monkeypatch):
         again.save_state(4, 9, model=model)
 
 
+def test_a_checkpoint_is_compared_without_drawing_first_weights(tmp_path, monkeypatch):
+    # catches the second that torch needs to draw nothing on the meta device, and random numbers
+    # that loading takes or leaves: the head of a reward model comes behind it
+    config = GPTConfig(vocab_size=16, n_tokens=13, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    weights, normal_ = GPT(config).state_dict(), torch.Tensor.normal_
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "normal_",
+                        lambda x, *a, **b: drawn.append(x.device.type) or normal_(x, *a, **b))
+    monkeypatch.setattr(common, "declared", lambda checkpoint, path: (None, config))
+    torch.manual_seed(3)
+    found, _ = common.build(GPT, dict(weights=dict(weights)), tmp_path, torch.device("cpu"))
+    after = torch.rand(3)
+    assert set(drawn) == {"cpu"}
+    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
+    torch.manual_seed(3)
+    GPT(config)
+    assert torch.equal(torch.rand(3), after)
+
+
 def test_a_damaged_state_is_refused(tmp_path):
     # catches a flipped bit in a run that goes on
     model = torch.nn.Linear(3, 3)

@@ -43,6 +43,15 @@ def test_special_ids():
     assert tok.encode("<|user|><|endoftext|>") != [tok.specials["<|user|>"], tok.eos]
 
 
+@pytest.mark.parametrize("processors", [1, 2, 3, 64, None])
+def test_many_texts_on_many_processors(processors, monkeypatch):
+    # catches texts in the order of the threads, and texts that none of them takes
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    texts = [f"Text {i} " * (i % 5) + "<|user|> \ud800 é" * (i % 3) for i in range(33)]
+    for n in (0, 1, 7, 8, 9, 33):
+        assert tok.encode_many(texts[:n]) == [tok.encode(text) for text in texts[:n]]
+
+
 def test_template_exactly():
     # catches a missing or doubled EOS, stray newlines, and a loss on the wrong turns
     turns = [dict(role="system", content="Be brief."), dict(role="user", content="Hi"),
@@ -238,3 +247,16 @@ def test_pieces_hold_so_many_rows_and_tokens(size, most):
             assert len(part) == size or (len(part) + 1) * lengths[after[0]] > most
     fine = batches.by_length(rows, lengths, size)
     assert most < 10**6 or [p.tolist() for p in parts] == [p.tolist() for p in fine]
+
+
+def test_pieces_of_little_padding(monkeypatch):
+    # catches a bound on padding that counts the tokens of the piece before, or of the whole batch
+    lengths = torch.tensor([10, 10, 10, 11, 12, 30, 31, 100, 9])
+    split = lambda size: [lengths[p].tolist() for p in batches.by_length(torch.arange(9), lengths,
+                                                                         size)]
+    assert split(0) == [[9, 10, 10, 10, 11, 12, 30, 31, 100]]  # there is not enough for two passes
+    monkeypatch.setattr(batches, "ENOUGH", 60)
+    # 60 tokens are enough: 6 * 12 = 72 of 62 are little padding, 7 * 30 of 92 are not
+    assert split(0) == [[9, 10, 10, 10, 11, 12], [30, 31], [100]]
+    assert split(4) == [[9, 10, 10, 10], [11, 12], [30, 31], [100]]
+    assert split(1) == [[n] for n in sorted(lengths.tolist())]

@@ -1,8 +1,10 @@
 """What only a GPU shows. Everything here skips where there is none."""
 
 import copy
+import linecache
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_samples_follow_the_distribution_that_is_scored(net):
 
 
 def synchronisations(fn):
-    """How often fn makes the processor wait for the GPU."""
+    """The lines of source at which fn makes the processor wait for the GPU."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -122,7 +124,8 @@ def synchronisations(fn):
             fn()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in found)
+    return [linecache.getline(w.filename, w.lineno).strip() for w in found
+            if "synchroniz" in str(w.message)]
 
 
 def test_decoding_never_waits_for_a_step(net):
@@ -133,7 +136,30 @@ def test_decoding_never_waits_for_a_step(net):
         with autocast(GPU):
             return generate(net, [[1, 2], [3]], n, eos=125, uniforms=uniforms, check_every=1000)
     run(40)
-    assert synchronisations(lambda: run(40)) == synchronisations(lambda: run(10)) < 12
+    assert synchronisations(lambda: run(40)) == synchronisations(lambda: run(10))
+    assert len(synchronisations(lambda: run(40))) < 12
+
+
+def test_a_training_step_waits_only_for_sizes_and_for_its_check(net):
+    # catches a number that is read, or a tensor that is made on the CPU, in the middle of a step
+    net, config = net.to(GPU).train(), SimpleNamespace(out="", lr=1e-4)
+    optimizer = common.adamw([net], 1e-4)
+    tokens, mask = (x.to(GPU) for x in rows())
+
+    def step():
+        with autocast(GPU):
+            loss = -token_logprobs(net, tokens, mask).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        common.check_finite(config, 1, loss=loss, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step()
+    # the last response column and the number of response tokens are shapes of what follows (the
+    # backward pass asks for the latter again); nothing bad may get into the weights
+    known = ("nonzero()", "int(used.max())", "[predicts]", "loss.backward()", "isfinite().all()")
+    for line in synchronisations(step):
+        assert any(words in line for words in known), line
 
 
 def test_every_stage_runs_and_a_cpu_reads_what_it_wrote(chain):  # noqa: F811

@@ -222,7 +222,6 @@ def test_parts_by_hand():
     assert memory.block_forward(one, 7) == 7 * 4 * (3 * 64 + 2 * 256)
     assert memory.block_forward(case(LLAMA), 7) == 7 * 4 * (3 * 64 + 4 * 160)
     assert memory.sampling(one) == 8 * 100 * 32
-    assert memory.mask_of_prompts(one, 8) == 8 * 30 * 40 * 5
     hidden, table = 4 * 30 * 64, 4 * 128 * 64
     assert memory.head_backward(one) == 2 * hidden + max(3 * 4 * 30 * 100, table)
     chunks = case(dict(TINY, vocab_size=400_064, n_tokens=400_000), rows=13)  # 130 of 128

@@ -49,7 +49,7 @@ def test_score_lands_on_the_last_action_and_kl_on_every_one():
 
 def test_gae_by_hand():
     # catches a wrong recursion: two actions, gamma 0.9, lambda 0.5
-    reward = torch.tensor([[0., 1., 2., 9.]]).double()
+    reward = torch.tensor([[0., 1., 2., 8.]]).double()
     value = torch.tensor([[7., 0.5, 0.25, 9.]]).double()
     mask = torch.tensor([[0., 1., 1., 0.]]).double()
     advantage, returns = gae(reward, value, mask, 0.9, 0.5)
@@ -57,6 +57,24 @@ def test_gae_by_hand():
     first = 1 + 0.9 * 0.25 - 0.5 + 0.9 * 0.5 * last
     torch.testing.assert_close(advantage, torch.tensor([[0, first, last, 0]]).double())
     torch.testing.assert_close(returns, torch.tensor([[0, first + 0.5, last + 0.25, 0]]).double())
+
+
+def test_gae_is_the_recursion_of_each_row():
+    # catches a column that is shifted, or taken from the wrong end
+    torch.manual_seed(0)
+    reward, value = torch.randn(2, 6, 40).double()
+    starts, ends = [1, 5, 9, 0, 20, 39], [40, 6, 30, 40, 35, 40]
+    columns = torch.arange(40)
+    mask = torch.stack([(columns >= a) & (columns < b) for a, b in zip(starts, ends)]).double()
+    advantage, returns = gae(reward, value, mask, 0.97, 0.9)
+    expected = torch.zeros(6, 40).double()
+    for b, (start, end) in enumerate(zip(starts, ends)):
+        later = later_value = 0.0
+        for t in reversed(range(start, end)):
+            later = reward[b, t] + 0.97 * later_value - value[b, t] + 0.97 * 0.9 * later
+            expected[b, t], later_value = later, value[b, t]
+    torch.testing.assert_close(advantage, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(returns, (expected + value) * mask, rtol=0, atol=1e-12)
 
 
 def test_gae_limits():
