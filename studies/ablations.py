@@ -92,7 +92,7 @@ PARTS = dict(
             ("pretrain", dict(n_layer=8, n_head=8, n_embd=320)), ("sft", {})])})
 COLUMNS = (("score", "proxy", 1, "+.2f"), ("gold", "gold", 1, "+.2f"),
            ("win_rate", "wins against SFT, %", 100, ".0f"), ("kl", "KL, nats", 1, ".2f"),
-           ("length", "length", 1, ".1f"), ("distinct", "different of 10 answers", 1, ".1f"),
+           ("length", "length", 1, ".1f"), ("distinct", "different of {samples} answers", 1, ".1f"),
            ("entropy", "entropy, nats a token", 1, ".2f"),
            ("refusal", "refuses the harmful, %", 100, ".0f"),
            ("over_refusal", "refuses the harmless, %", 100, ".0f"),
@@ -175,6 +175,7 @@ def size_sentence(found):
 def page(found, parts, config):
     """Markdown; found: [{arm: metrics}] of each seed."""
     text = runs.with_interval
+    samples = runs.stage_flags(config.flags).get("evaluate", {}).get("samples", 10)
     lines = ["# Take it out and see\n", f"    {runs.as_typed('ablations', config)}\n",
              f"Means of {config.seeds} seeds ± half of their 95% interval (Student's t); gold "
              "against PPO as it is, of the demonstrations against the SFT model as it is, seed by "
@@ -184,7 +185,7 @@ def page(found, parts, config):
              "![a curve of every arm beside that of PPO as it is](ablations.png)\n"]
     for part in parts:
         against = "sft" if part == "demos" else "ppo"
-        lines += [f"## {part}\n", "| arm | " + " | ".join(c[1] for c in COLUMNS)
+        lines += [f"## {part}\n", "| arm | " + " | ".join(c[1].format(samples=samples) for c in COLUMNS)
                   + f" | gold against {against} |", "|" + "---|" * (len(COLUMNS) + 2)]
         for name, arm in (FIRST | PARTS[part]).items():
             gaps = [one[name]["gold"] - one[against]["gold"] for one in found]

@@ -221,6 +221,7 @@ def test_ablations(folder, monkeypatch, capsys):
     [found] = (folder.path / "abl").glob("report-*/seed1/report.json")
     found = json.loads(found.read_text())["checkpoints"]
     row = next(line for line in text.splitlines() if line.startswith("| no SFT first"))
+    assert "| different of 2 answers |" in text
     kl, gold = (found["abl/nosft/seed1/ppo"][k] for k in ("kl", "gold"))
     assert row.split(" | ")[2] == f"{gold:+.2f}" and row.split(" | ")[4] == f"{kl:.2f}"
     assert row.endswith(f"| {gold - found['seed1/sft']['gold']:+.2f}, one seed |")
