@@ -185,8 +185,9 @@ def page(found, parts, config):
              "![a curve of every arm beside that of PPO as it is](ablations.png)\n"]
     for part in parts:
         against = "sft" if part == "demos" else "ppo"
-        lines += [f"## {part}\n", "| arm | " + " | ".join(c[1].format(samples=samples) for c in COLUMNS)
-                  + f" | gold against {against} |", "|" + "---|" * (len(COLUMNS) + 2)]
+        heads = [title.format(samples=samples) for _, title, *_ in COLUMNS]
+        lines += [f"## {part}\n", "| arm | " + " | ".join(heads) + f" | gold against {against} |",
+                  "|" + "---|" * (len(COLUMNS) + 2)]
         for name, arm in (FIRST | PARTS[part]).items():
             gaps = [one[name]["gold"] - one[against]["gold"] for one in found]
             cells = [text([None if one[name].get(key) is None else unit * one[name][key]
