@@ -17,7 +17,6 @@ A chain runs each stage with its defaults: that of a copy of the scripts, with t
 import json
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -60,11 +59,12 @@ CONFIG = cli.parse(Config) if __name__ == "__main__" else None
 import torch
 
 from common import ROOT
+from studies.runs import copy_scripts
 
 
 def with_tiny_defaults(folder):
     """The path of a copy of the scripts, in which the flags of TINY are the defaults."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", ".*", "tests", "docs"))
+    copy_scripts(folder)
     for stage in CHAIN:
         path = folder / f"{stage}.py"
         text = path.read_text()

@@ -1,0 +1,257 @@
+"""Take it out and see: PPO, its labels and its demonstrations, one thing changed at a time.
+
+Each arm is a chain of stages with other flags than the default pipeline, judged with all others of
+its seed in one report of evaluate.py (on the same prompts, with the same random numbers): proxy,
+gold, KL, length, diversity, entropy, refusals, loss on text. docs/triage.md tells how to use it.
+
+    python studies/ablations.py                     # all parts, 3 seeds; resumes where it stopped
+    python studies/ablations.py --part=ppo --workers=2    # two runs side by side, one thread each
+
+ppo: what of PPO is needed. labels: what a biased labeler teaches. more: three times the training,
+PPO and DPO. demos: LIMA's question, few careful or many uneven demonstrations, and their share of
+refusals. size: PPO of the small model against an SFT model ten times its size.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
+
+import cli
+from cli import Positive, UserError
+
+
+@dataclass
+class Config:
+    part: str = "all"  # "ppo", "labels", "more", "demos", "size"; several with commas; "all"
+    runs: str = "out/seed{seed}"  # base model, SFT model, rankings, reward model; made if missing
+    out: str = "out/ablations"  # a folder for every run
+    pages: str = "docs"  # ablations.md and .png go here
+    seeds: Positive[int] = 3  # from 1 on; of every stage
+    flags: str = ""  # of stages, with commas between: ppo.iterations=10,evaluate.samples=4
+    workers: Positive[int] = 1  # runs side by side; above 1 with one thread each
+    device: str = "auto"  # "auto", "cpu", "cuda"
+
+
+# --help and bad flags are answered before torch is imported
+CONFIG = cli.parse(Config) if __name__ == "__main__" else None
+
+import common
+from common import ROOT
+from studies import runs
+
+
+class Arm(NamedTuple):
+    said: str  # what is changed
+    steps: list  # [(stage, flags)]: each starts from those of the arm before it, else the pipeline
+    curve: str = "gold"  # what is drawn of its last stage
+    bug: str = ""  # of tests/mutants.py: with the scripts in which it is
+
+
+def ppo(**flags):
+    return [("ppo", dict(max_kl=0) | flags)]
+
+
+def labelled(**flags):
+    """The same answers, ranked again by a labeler with other biases; a reward model; PPO."""
+    return [("label", dict(answers="{base}/label/rankings.jsonl") | flags), ("reward", {}), *ppo()]
+
+
+FIRST = {"ppo": Arm("PPO as it is", ppo()), "sft": Arm("the SFT model", [])}
+PARTS = dict(
+    ppo={
+        "beta0": Arm("beta 0", ppo(beta=0), "kl"),
+        "epochs4": Arm("4 epochs an iteration", ppo(epochs=4), "clip_fraction"),
+        "noclip": Arm("4 epochs, no clip", ppo(epochs=4, clip=1e9, value_clip=1e9), "approx_kl"),
+        "nocritic": Arm("no critic: values are 0", ppo(), bug="critic_is_zero"),
+        "nowhiten": Arm("advantages not whitened", ppo(whiten=False)),
+        # steps too small to move a weight: the base model under the chat template
+        "nosft": Arm("no SFT first", [("sft", dict(epochs=1, demos=64, lr=1e-12)), *ppo()],
+                     "eos_rate"),
+        "ptx": Arm("pretraining text mixed in, --ptx_coef=0.3", ppo(ptx_coef=0.3)),
+        "eager": Arm("over-eager controller: target 2 nats, horizon 140",
+                     ppo(kl_target=2.0, kl_horizon=140.0), "beta")},
+    labels={
+        "long": Arm("labeler likes length: 0.15 a word", labelled(length=0.15), "length"),
+        "cautious": Arm("labeler likes caution: 2 a refusal", labelled(caution=2.0), "length")},
+    more={
+        "ppo3": Arm("PPO, three times the iterations", ppo(iterations="3x"), "entropy"),
+        "dpo": Arm("DPO", [("dpo", {})], "chosen_logp"),
+        "dpo3": Arm("DPO, three epochs", [("dpo", dict(epochs=3))], "chosen_logp")},
+    demos={
+        "few": Arm("SFT: 600 careful demonstrations", [("sft", dict(demos=600, quality=1.0))]),
+        "many": Arm("SFT: 6,000 uneven ones", [("sft", dict(demos=6000, quality=0.25))]),
+        "unsafe": Arm("SFT: without those on harmful prompts", [("sft", dict(safety=0.0))]),
+        "tenth": Arm("SFT: a tenth of those", [("sft", dict(safety=0.1))])},
+    size={
+        "large": Arm("SFT model of ten times the size", [
+            ("pretrain", dict(n_layer=8, n_head=8, n_embd=320)), ("sft", {})])})
+COLUMNS = (("score", "proxy", 1, "+.2f"), ("gold", "gold", 1, "+.2f"),
+           ("win_rate", "wins against SFT, %", 100, ".0f"), ("kl", "KL, nats", 1, ".2f"),
+           ("length", "length", 1, ".1f"), ("distinct", "different of {samples} answers", 1, ".1f"),
+           ("entropy", "entropy, nats a token", 1, ".2f"),
+           ("refusal", "refuses the harmful, %", 100, ".0f"),
+           ("over_refusal", "refuses the harmless, %", 100, ".0f"),
+           ("text_loss", "loss on text", 1, ".3f"))
+UNITS = dict(gold="gold", kl="KL (nats)", clip_fraction="clipped (share)",
+             approx_kl="KL of a step (nats a token)", eos_rate="ends with EOS (share)",
+             beta="beta (score a nat)", length="length (tokens)", entropy="entropy (nats a token)",
+             chosen_logp="log p of chosen (nats)")
+
+
+# --- the runs ------------------------------------------------------------------------------------
+
+
+def inputs_of(stage, flags, base, made):
+    """What a stage of an arm starts from: what the arm has made, else that of the pipeline."""
+    found = runs.starts_from(stage, base)
+    if "init" in found:
+        before = "pretrain" if stage == "sft" else "sft"
+        found["init"] = str(made.get(before, base / before))
+    if "label" in made and "data" in found:
+        found["data"] = f"{made['label']}/rankings.jsonl"
+    if "reward" in made and "reward_model" in found:
+        found["reward_model"] = str(made["reward"])
+    return {} if "answers" in flags else found  # answers come with what they are of
+
+
+def train(name, arm, seed, config, scripts=ROOT):
+    """The folder of the last stage of an arm, each trained now unless it is there."""
+    base, out = Path(config.runs.format(seed=seed)), Path(config.out) / name / f"seed{seed}"
+    more, made, folder = runs.stage_flags(config.flags), {}, base / "sft"
+    for stage, flags in arm.steps:
+        usual = more.get(stage, {})
+        if flags.get("iterations") == "3x":
+            flags = flags | dict(iterations=3 * int(usual.get("iterations", 60)))
+        if "answers" in flags:  # the pipeline's: nothing is sampled
+            flags = flags | dict(answers=flags["answers"].format(base=base))
+            usual = {k: v for k, v in usual.items() if k in ("prompts", "held_out")}
+        flags = inputs_of(stage, flags, base, made) | usual | flags | dict(seed=seed)
+        folder, cache = out / stage, {}
+        if stage == "dpo":
+            cache = dict(reference_cache=str(out / "reference_logps"))
+        runs.run(stage, folder, config, flags, runs.inputs(flags), scripts, **cache)
+        made[stage] = folder
+    return folder
+
+
+def report(folders, seed, config):
+    """{arm: metrics} of evaluate.py's report on all policies of a seed."""
+    base = Path(config.runs.format(seed=seed))
+    others = {name: str(f) for name, f in folders.items() if f != base / "sft"}
+    out = Path(config.out) / f"report-{'-'.join(others)}"[:150] / f"seed{seed}"
+    flags = dict(policies=",".join(others.values()), reference=str(base / "sft"),
+                 reward_model=str(base / "reward"))
+    flags |= runs.stage_flags(config.flags).get("evaluate", {})
+    runs.run("evaluate", out, config, flags, runs.inputs(flags))
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))["checkpoints"]
+    return {name: found[str(folder)] for name, folder in folders.items()}
+
+
+# --- what they say -------------------------------------------------------------------------------
+
+
+def ptx_sentence(found):
+    """How much of the loss on text that PPO loses its mix-in gives back; found: of each seed."""
+    lost, back = ([one[a]["text_loss"] - one[b]["text_loss"] for one in found]
+                  for a, b in (("ppo", "sft"), ("ppo", "ptx")))
+    shares = [b / x for x, b in zip(lost, back) if x > 0]
+    text = runs.with_interval
+    return (f"PPO loses {text(lost, '+.3f')} nats a token of text against the SFT model "
+            f"({runs.verdict([-x for x in lost])}); --ptx_coef gives back {text(back, '+.3f')}"
+            + (f", a share of {text(shares, '.2f')}." if len(shares) == len(lost) else "."))
+
+
+def size_sentence(found):
+    gaps = [one["ppo"]["gold"] - one["large"]["gold"] for one in found]
+    return ("Gold of the small PPO model less that of the SFT model ten times its size: "
+            f"{runs.with_interval(gaps)}, {runs.verdict(gaps)}.")
+
+
+def page(found, parts, config):
+    """Markdown; found: [{arm: metrics}] of each seed."""
+    text = runs.with_interval
+    samples = runs.stage_flags(config.flags).get("evaluate", {}).get("samples", 10)
+    lines = ["# Take it out and see\n", f"    {runs.as_typed('ablations', config)}\n",
+             f"Means of {config.seeds} seeds ± half of their 95% interval (Student's t); gold "
+             "against PPO as it is, of the demonstrations against the SFT model as it is, seed by "
+             "seed: no difference where the interval covers 0. Proxy: the default reward model, "
+             "whichever trained the arm. Loss on text: nats a token of held-out pretraining "
+             "text. [triage.md](triage.md): from a symptom to its cause.\n",
+             "![a curve of every arm beside that of PPO as it is](ablations.png)\n"]
+    for part in parts:
+        against = "sft" if part == "demos" else "ppo"
+        heads = [title.format(samples=samples) for _, title, *_ in COLUMNS]
+        lines += [f"## {part}\n", "| arm | " + " | ".join(heads) + f" | gold against {against} |",
+                  "|" + "---|" * (len(COLUMNS) + 2)]
+        for name, arm in (FIRST | PARTS[part]).items():
+            gaps = [one[name]["gold"] - one[against]["gold"] for one in found]
+            cells = [text([None if one[name].get(key) is None else unit * one[name][key]
+                           for one in found], form) for key, _, unit, form in COLUMNS]
+            gap = "" if name == against else f"{text(gaps)}, {runs.verdict(gaps)}"
+            lines.append(f"| {arm.said} | " + " | ".join(cells) + f" | {gap} |")
+        lines.append("")
+        for name, sentence in (("ptx", ptx_sentence), ("large", size_sentence)):
+            if name in PARTS[part]:
+                lines += [sentence(found), ""]
+    return "\n".join(lines)
+
+
+def draw(arms, folders, path):
+    """A panel for each arm: one curve of it, a line a seed (orange), over PPO as it is (grey)."""
+    arms = {name: arm for name, arm in arms.items() if arm.steps}
+    lines = -(-len(arms) // 4)
+    figure = runs.new_figure(12, 0.5 + 2.5 * lines)
+    axes = figure.subplots(lines, 4, squeeze=False).ravel()
+    for axis, (name, arm) in zip(axes, arms.items()):
+        stage = arm.steps[-1][0]
+        kind = "step" if stage == "ppo" else "validation"
+        sides = [(folders[name], "#D55E00")]
+        if stage == "ppo":
+            sides.insert(0, (folders["ppo"], "#999999"))
+        for each, colour in sides:
+            for folder in each:
+                axis.plot(*runs.curve(folder, kind, arm.curve), color=colour, lw=1,
+                          marker="" if kind == "step" else "o", ms=3)
+        axis.set_title(arm.said.replace(": ", ":\n").replace(", ", ",\n", 1), fontsize=9)
+        axis.set_ylabel(UNITS[arm.curve], fontsize=8)
+        axis.set_xlabel("iteration" if kind == "step" else "epoch", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25, lw=0.6)
+    for axis in axes[len(arms):]:
+        axis.axis("off")
+    figure.suptitle("orange: the arm, a line a seed; grey: PPO as it is", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def main(config):
+    common.find_device(config.device)  # refuses one that is not there before the runs
+    parts = list(PARTS) if config.part == "all" else config.part.split(",")
+    if set(parts) - set(PARTS):
+        raise UserError(f"--part={config.part}: expected all, or of {', '.join(PARTS)}")
+    arms = FIRST | {name: arm for part in parts for name, arm in PARTS[part].items()}
+    Path(config.pages).mkdir(parents=True, exist_ok=True)
+    scripts = {name: runs.with_bug(arm.bug, Path(config.out) / name) if arm.bug else ROOT
+               for name, arm in arms.items()}
+    seeds = range(1, config.seeds + 1)
+    with ThreadPoolExecutor(config.workers) as pool:
+        list(pool.map(lambda seed: runs.pipeline(config, seed), seeds))
+        jobs = [(name, seed) for seed in seeds for name in arms]
+        done = dict(zip(jobs, pool.map(lambda job: train(
+            job[0], arms[job[0]], job[1], config, scripts[job[0]]), jobs)))
+        found = list(pool.map(lambda seed: report(
+            {name: done[name, seed] for name in arms}, seed, config), seeds))
+    text = page(found, parts, config)
+    print(text)
+    (Path(config.pages) / "ablations.md").write_text(text, encoding="utf-8")
+    draw(arms, {name: [done[name, seed] for seed in seeds] for name in arms},
+         Path(config.pages) / "ablations.png")
+    print(f"written: {config.pages}/ablations.md, ablations.png")
+
+
+if __name__ == "__main__":
+    cli.run_main(main, CONFIG, CONFIG.out)

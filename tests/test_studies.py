@@ -1,0 +1,245 @@
+"""The studies that start from whole pipelines, tiny: each command writes its table and picture."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import cli
+import common
+import numpy as np
+import pytest
+import torch
+from cli import UserError
+from conftest import ROOT, run_script
+from data.tokenizer import load_tokenizer
+from model import GPT
+from studies import ablations, bugs, overoptimization, runs
+from tiny_runs import make_inputs
+
+FLAGS = ("pretrain.steps=1", "label.prompts=24", "label.held_out=6", "label.k=3",
+         "label.max_new_tokens=8", "ppo.iterations=3", "ppo.batch_size=8", "ppo.max_new_tokens=8",
+         "ppo.eval_prompts=6", "ppo.best_of=1", "evaluate.eval_prompts=6",
+         "evaluate.max_new_tokens=8", "evaluate.samples=2", "reward.samples=8",
+         "reward.max_new_tokens=8", "reward.probe=0", "reward.pretrain_mix=0", "sft.epochs=1",
+         "sft.demos=40", "sft.samples=4", "sft.max_new_tokens=8", "sft.pretrain_mix=0")
+
+
+def finished(folder, stage, seed, parents, **config):
+    """The log of a run that is over, of which the model is there already."""
+    rows = [dict(kind="config", stage=stage, config=config | dict(seed=seed), parents=parents),
+            dict(kind="final")]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """seed1: a random base model and SFT model, their logs made up."""
+    folder = tmp_path_factory.mktemp("studies")
+    for seed in (1,):
+        base = make_inputs(folder / f"seed{seed}")
+        shutil.rmtree(base / "reward")  # trained, as its log tells of the rankings
+        saved = torch.load(base / "sft" / "model.pt", weights_only=True)
+        model = GPT(common.declared(dict(saved), "")[1])
+        model.load_state_dict(saved["weights"])
+        (base / "pretrain").mkdir()
+        common.save_checkpoint(base / "pretrain" / "model.pt", model, "pretrain",
+                               load_tokenizer("synthetic"), cli.Config(), {})
+        finished(base / "pretrain", "pretrain", seed, {}, steps=1)
+        finished(base / "sft", "sft", seed, dict(pretrain=saved["hash"]),
+                 init=f"seed{seed}/pretrain", **runs.stage_flags(",".join(FLAGS))["sft"])
+    return folder
+
+
+@pytest.fixture
+def folder(pipelines, monkeypatch):
+    """The same, and every stage run in this process, also that of a copy of the scripts."""
+    monkeypatch.chdir(pipelines)
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[1:])
+        return run_script(command[1], *command[2:], cwd=pipelines)
+
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run))
+    return SimpleNamespace(path=pipelines, commands=commands)
+
+
+def study(module, *flags):
+    module.main(cli.read_flags(module.Config, [
+        "--runs=seed{seed}", f"--flags={','.join(FLAGS)}", *flags]))
+
+
+def made(folder):
+    """What was run since the last call: the script's folder and name."""
+    names = [c[0].removeprefix(f"{ROOT}/").removesuffix(".py") for c in folder.commands]
+    folder.commands.clear()
+    return names
+
+
+def test_bugs(folder, monkeypatch, capsys):
+    # catches a right run that has the bug, a judge that has it, a table of another run's figures
+    for name, number in (("kl_sign_reversed", 3), ("kl_dropped", 11)):
+        assert bugs.CASES[number - 1].bug == name
+    monkeypatch.setattr(bugs, "CASES", (bugs.CASES[2], bugs.CASES[10]))
+    draw = bugs.draw_curves
+    monkeypatch.setattr(bugs, "draw_curves", lambda case, one, path: draw(case, one, path)
+                        if case.bug == "kl_dropped" else path.touch())
+    flags = ["--seeds=1", "--out=bugs", "--device=cpu"]
+    study(bugs, *flags, "--pages=docs")
+    ran = made(folder)
+    copies = [f"{folder.path}/bugs/{case.bug}/scripts/ppo" for case in bugs.CASES]
+    assert sorted(ran) == sorted([*copies, "label", "reward", "ppo", *3 * ["evaluate"]])
+    for case in bugs.CASES:  # the copy differs by the bug alone
+        lines = [(root / "ppo.py").read_text() for root in (
+            folder.path / "bugs" / case.bug / "scripts", ROOT)]
+        assert lines[0] == runs.applied(runs.BUGS[case.bug], lines[1])
+    kl, right = ([row["returns_mean"] for row in runs.log_rows(f"bugs/{name}/seed1/ppo", "step")]
+                 for name in ("kl_sign_reversed", "right-ppo"))
+    assert kl[0] == right[0] and kl[1:] != right[1:]  # the KL is 0 at first
+    judged = [runs.final("bugs/kl_dropped/seed1/judged")["gold"]]
+    page = (folder.path / "docs" / "bugs.md").read_text()
+    row = next(line for line in page.splitlines() if bugs.CASES[1].said in line)
+    assert row.split(" | ")[2] == runs.with_interval(judged)
+    for name, size in (("bugs.png", 9000), ("exercises/2.png", 9000)):
+        assert (folder.path / "docs" / name).stat().st_size > size
+    text = (folder.path / "docs" / "exercises.md").read_text()
+    assert text.count("<details>") == text.count("</details>") == 2
+    before = text.split("<details>")
+    assert all(case.bug not in before[0] for case in bugs.CASES)
+    last = runs.log_rows("bugs/kl_sign_reversed/seed1/ppo", "final")[0]
+    assert f"kl {last['kl']:.3g} (" in before[0]
+    drawn = []
+    monkeypatch.setattr(bugs, "draw_costs", lambda rows, path: drawn.append(path))
+    monkeypatch.setattr(bugs, "draw_curves", lambda case, one, path: drawn.append(path))
+    study(bugs, *flags, "--pages=again")
+    assert not made(folder) and (folder.path / "again" / "bugs.md").read_text() == page
+    drawn.clear()
+    study(bugs, *flags, "--case=2")
+    assert not made(folder) and drawn[-1].as_posix() == "bugs/case2/exercises/2.png"
+    (folder.path / "bugs" / "kl_dropped" / "bug.txt").write_text("as it was")
+    with pytest.raises(UserError, match="another version of kl_dropped: delete it"):
+        study(bugs, *flags, "--case=2")
+    with pytest.raises(UserError, match="--case=3: there are 2"):
+        study(bugs, "--case=3")
+
+
+def test_every_case_is_a_known_bug():
+    # catches a bug that was renamed, or that no longer applies
+    for case in bugs.CASES:
+        bug = runs.BUGS[case.bug]
+        assert runs.applied(bug, (ROOT / bug.file).read_text()) and case.said and case.tell
+    assert len({case.bug for case in bugs.CASES}) == 12
+
+
+def test_figures_over_seeds():
+    # catches the normal 1.96 in place of Student's, a spread over n in place of n - 1
+    mean, half = runs.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5, abs=1e-3)
+    assert runs.with_interval([1.0]) == "+1.00" and runs.with_interval([None]) == "-"
+    assert runs.stage_flags("ppo.lr=1,sft.lr=2,ppo.k=a=b") == dict(
+        ppo=dict(lr="1", k="a=b"), sft=dict(lr="2"))
+    with pytest.raises(UserError, match="lr=1: expected stage.name=value"):
+        runs.stage_flags("lr=1")
+
+
+def test_overoptimization(folder, monkeypatch, capsys):
+    # catches a proxy that is trained on all rankings, a curve of another proxy or beta, best-of-n
+    # of an older SFT model
+    monkeypatch.setattr(overoptimization, "PROXIES", ("few, ensemble", "many"))
+    monkeypatch.setattr(overoptimization, "BETAS", {"few, ensemble": (0.0,), "many": (0.0, 0.2)})
+    small = ["--seeds=1", "--out=over", "--few=9", "--members=2", "--window=1", "--bon_prompts=5",
+             "--bon_samples=4", "--max_new_tokens=8", "--device=cpu"]
+    study(overoptimization, *small, "--pages=docs")
+    assert made(folder)[-4:] == ["reward", "ppo", "ppo", "ppo"]
+    few = [json.loads(line) for line in open("over/seed1/few9.jsonl")]
+    every = [json.loads(line) for line in open("seed1/label/rankings.jsonl")]
+    assert [r for r in every if r["held_out"]] == [r for r in few if r["held_out"]]
+    assert few[:9] == every[:9] and sum(not r["held_out"] for r in few) == 9
+    log = lambda name: json.loads(open(f"over/seed1/{name}/log.jsonl").readline())["config"]
+    assert log("reward-few-ensemble")["data"] == "over/seed1/few9.jsonl"
+    assert log("reward-few-ensemble")["ensemble"] == 2
+    assert log("ppo-few-ensemble-beta0")["reward_model"] == "over/seed1/reward-few-ensemble"
+    assert (log("ppo-many-beta0.2")["beta"], log("ppo-many-beta0")["beta"]) == (0.2, 0.0)
+    text = (folder.path / "docs" / "overoptimization.md").read_text()
+    steps = runs.log_rows("over/seed1/ppo-many-beta0.2", "step")
+    row = next(line for line in text.splitlines() if line.startswith("| many | 0.2 | "))
+    assert row.split(" | ")[4] == f"{max(s['gold'] for s in steps):+.2f}"
+    assert (folder.path / "docs" / "overoptimization.png").stat().st_size > 20_000
+    saved = json.loads((folder.path / "over/seed1/best_of_n.json").read_text())
+    assert saved["curves"]["many"]["d"][0] == 0
+    assert saved["curves"]["many"]["proxy"] == sorted(saved["curves"]["many"]["proxy"])
+    monkeypatch.setattr(overoptimization, "draw", lambda *_: None)
+    monkeypatch.setattr(overoptimization.batches, "sample_texts", None)  # nothing is drawn again
+    study(overoptimization, *small, "--pages=again")
+    assert not made(folder) and (folder.path / "again/overoptimization.md").read_text() == text
+    with pytest.raises(TypeError):  # another size: drawn again
+        study(overoptimization, *(f for f in small if "bon_p" not in f), "--bon_prompts=4")
+
+
+def test_fits_and_checks_of_overoptimization():
+    # catches a form with another sign, R^2 by another mean, a peak of the wrong curve
+    d = np.linspace(0.1, 3, 9)
+    square = overoptimization.fit(d, 0.3 + d * (2 - 0.5 * d), "square")
+    assert [square[k] for k in ("a", "b", "peak", "r2")] == pytest.approx([2, 0.5, 2, 1])
+    ln = overoptimization.fit(d, d * (2 - 1.5 * np.log(d)), "ln")
+    assert [ln[k] for k in ("a", "b", "r2")] == pytest.approx([2, 1.5, 1])
+    assert ln["peak"] == pytest.approx(np.exp(2 / 1.5 - 1))
+    wrong = overoptimization.fit(d, d * (2 - 1.5 * np.log(d)), "square")
+    assert 0.5 < wrong["r2"] < 0.999
+    assert np.isnan(overoptimization.fit(d, d * (2 + 0.5 * d), "square")["peak"])
+    curve = dict(d=np.array([0, 1.0, 2]), gold=np.array([0, 1.0, 0.5]),
+                 proxy=np.array([0, 1.0, 2]), se=0.1)
+    found = overoptimization.facts(curve)
+    assert found["proxy_rises"] and found["gold_falls"] and found["d_peak"] == 1
+    assert found["point"] == 2
+    assert not overoptimization.facts(curve | dict(se=0.2))["gold_falls"]  # 0.5 < 2 * 0.28
+    half = dict(d=np.array([0, 1.5]), gold=np.array([0, 1.0]))
+    assert overoptimization.matched(half, curve) == pytest.approx(0.25)
+
+
+def test_ablations(folder, monkeypatch, capsys):
+    # catches an arm that starts from the default's model, one that is judged by another's figures,
+    # a bug that stays in the scripts of the others
+    parts = ablations.PARTS
+    monkeypatch.setattr(ablations, "PARTS", dict(
+        ppo={"nocritic": parts["ppo"]["nocritic"]},
+        labels={"cautious": parts["labels"]["cautious"]},
+        demos={"nosft": parts["ppo"]["nosft"]}))
+    flags = ["--seeds=1", "--out=abl", "--device=cpu"]
+    study(ablations, *flags, "--pages=docs")
+    assert [name.split("/")[-1] for name in made(folder)][-8:] == [
+        "ppo", "ppo", "label", "reward", "ppo", "sft", "ppo", "evaluate"]
+    log = lambda name: json.loads(open(f"abl/{name}/log.jsonl").readline())["config"]
+    assert log("nosft/seed1/ppo")["init"] == "abl/nosft/seed1/sft"
+    assert (log("nosft/seed1/sft")["lr"], log("nosft/seed1/sft")["demos"]) == (1e-12, 64)
+    assert log("cautious/seed1/label")["caution"] == 2
+    assert log("cautious/seed1/reward")["data"] == "abl/cautious/seed1/label/rankings.jsonl"
+    assert log("cautious/seed1/ppo")["reward_model"] == "abl/cautious/seed1/reward"
+    value = lambda name: runs.log_rows(f"abl/{name}/seed1/ppo", "step")[0]["explained_variance"]
+    assert value("ppo") != value("nocritic") and log("ppo/seed1/ppo")["max_kl"] == 0
+    text = (folder.path / "docs" / "ablations.md").read_text()
+    [found] = (folder.path / "abl").glob("report-*/seed1/report.json")
+    found = json.loads(found.read_text())["checkpoints"]
+    row = next(line for line in text.splitlines() if line.startswith("| no SFT first"))
+    assert "| different of 2 answers |" in text
+    kl, gold = (found["abl/nosft/seed1/ppo"][k] for k in ("kl", "gold"))
+    assert row.split(" | ")[2] == f"{gold:+.2f}" and row.split(" | ")[4] == f"{kl:.2f}"
+    assert row.endswith(f"| {gold - found['seed1/sft']['gold']:+.2f}, one seed |")
+    assert (folder.path / "docs" / "ablations.png").stat().st_size > 20_000
+    monkeypatch.setattr(ablations, "draw", lambda *_: None)
+    study(ablations, *flags, "--pages=again")
+    assert not made(folder) and (folder.path / "again" / "ablations.md").read_text() == text
+    with pytest.raises(UserError, match="--part=ppos: expected all, or of ppo, labels, demos"):
+        study(ablations, "--part=ppos")
+
+
+def test_sentences_of_ablations():
+    # catches a share of the wrong loss, a verdict with the wrong sign
+    found = [dict(sft=dict(text_loss=1.0), ppo=dict(text_loss=1.2 + x, gold=1.0),
+                  ptx=dict(text_loss=1.05), large=dict(gold=0.5 - x)) for x in (0, 0.1, 0.05)]
+    assert ablations.ptx_sentence(found) == (
+        "PPO loses +0.250 ± 0.124 nats a token of text against the SFT model (costs); --ptx_coef "
+        "gives back +0.200 ± 0.124, a share of 0.79 ± 0.10.")
+    assert ablations.size_sentence(found).endswith("SFT model ten times its size: +0.55 ± 0.12, "
+                                                   "gains.")
+    assert runs.verdict([-1, 1]) == "no difference"
