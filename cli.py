@@ -44,7 +44,7 @@ except ImportError:  # Windows: no lock
 # another busy program they take the core from the very thread that they wait for, and decoding gets
 # several times slower (docs/speed.md). Read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # --name=value where the value is a number: a bare int or float may be any finite one
 Number = TypeVar("Number", int, float)

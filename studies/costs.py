@@ -169,11 +169,10 @@ def plot(rows, path):
 
 
 def short(number):
-    """12,345,678 as 12M."""
-    for unit, name in ((10**6, "M"), (2**10, "k")):
-        if number >= unit:
-            return f"{number / unit:.2g}{name}"
-    return str(number)
+    """12,345,678 as 12M, 131,072 as 128k."""
+    if number >= 2**18:
+        return f"{number / 1e6:.2g}M"
+    return f"{number // 1024}k" if number >= 1024 else str(number)
 
 
 def main(config):
