@@ -61,9 +61,10 @@ def set_up(config, stage):
 def keep_pages():
     """Let malloc keep what is freed. By default large tensors go back to Linux at once, and every
     page of the next one is a fault: of a step with GPT-2's vocabulary 11% of the time."""
-    with contextlib.suppress(AttributeError):  # other systems have no mallopt
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a tensor
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a C library without mallopt
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a tensor
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def find_device(name):

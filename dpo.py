@@ -43,7 +43,7 @@ class Config(cli.Config):
     # --- training
     epochs: Positive[int] = 1
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
-    micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: all at once
+    micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: no bound
     warmup: NotNegative[int] | None = None  # steps
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0

@@ -44,7 +44,7 @@ class Config(cli.Config):
     k: Positive[int] = 8  # responses to a prompt: the group
     minibatches: Positive[int] = 2  # optimiser steps an epoch
     epochs: Positive[int] = 1  # passes over the responses of an iteration
-    micro_batch: NotNegative[int] | None = None  # responses a forward pass; 0: all at once
+    micro_batch: NotNegative[int] | None = None  # responses a forward pass; 0: no bound
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     missing_eos: float = -3.0  # score of a response without EOS by a reward model; verifier: wrong

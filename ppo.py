@@ -40,7 +40,7 @@ class Config(cli.Config):
     batch_size: Positive[int] = 128  # episodes (responses) an iteration
     minibatches: Positive[int] = 2  # optimiser steps an epoch
     epochs: Positive[int] = 2  # passes over the episodes of an iteration
-    micro_batch: NotNegative[int] | None = None  # episodes a forward pass; 0: all at once
+    micro_batch: NotNegative[int] | None = None  # episodes a forward pass; 0: no bound
     temperature: Positive[float] = 1.0  # of the policy: in sampling and in every log-probability
     max_new_tokens: Positive[int] | None = None  # longer responses are cut, and get no EOS
     # --- training

@@ -43,7 +43,7 @@ class Config(cli.Config):
     ensemble: Positive[int] = 1  # networks from different seeds, trained one after the other
     epochs: Positive[int] = 1  # a second epoch overfits (InstructGPT, Gao et al.)
     batch_size: Positive[int] = 8  # prompts a step, each with all its answers
-    micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: all at once
+    micro_batch: NotNegative[int] | None = None  # answers a forward pass; 0: no bound
     lr: Positive[float] | None = None  # peak; warm-up, then cosine to 0
     warmup: NotNegative[int] | None = None  # steps
     weight_decay: NotNegative[float] = 0.0
@@ -203,7 +203,7 @@ def load_reward_model(path, device, score_by="mean"):
 
 def score_batch(score, tokens, mask, size):
     """score(tokens, mask) of a batch of rows (B, T), (B,): a reward model, or its `raw`; `size`
-    rows a forward pass, 0 takes all at once."""
+    rows a forward pass at most, 0: no bound."""
     with autocast(tokens.device):
         return batches.in_pieces(lambda p: score(tokens[p], mask[p]), batches.ends(mask), size)
 

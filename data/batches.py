@@ -74,7 +74,7 @@ def text_share(model, tokens):
 
 # --- batches of like length ----------------------------------------------------------------------
 
-ENOUGH = 2**11  # tokens of a forward pass
+ENOUGH = 2**11  # tokens of a forward pass; measured on a CPU
 
 
 def ends(mask):
@@ -82,11 +82,11 @@ def ends(mask):
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
 
-def by_length(rows, lengths, size, most=math.inf):
+def by_length(rows, lengths, size, most=math.inf, padding=0.2):
     """The indices `rows` in pieces of at most `size` (0: of any size), sorted by their lengths.
 
-    A piece ends before it takes more than `most` tokens, padding among them, and where it would be
-    a fifth of padding; but not below ENOUGH tokens, where passes are no faster for being smaller.
+    A piece ends before it takes more than `most` tokens, padding among them, and where this share
+    of it would be padding; but not below ENOUGH tokens: smaller passes are no faster.
     lengths: of all rows, not only of these. The price: a row has other neighbours in the next
     forward pass, and may round differently.
     """
@@ -95,7 +95,7 @@ def by_length(rows, lengths, size, most=math.inf):
     for n, length in enumerate(lengths[rows].tolist()):
         padded, real = (n - start + 1) * length, real + length
         if n > start and (n - start == size or padded > most
-                          or padded > max(ENOUGH, 1.25 * real)):
+                          or padded > ENOUGH and real < (1 - padding) * padded):
             cuts.append(n)
             start, real = n, length
     return rows.tensor_split(cuts)
@@ -171,8 +171,10 @@ def sample_texts(model, tokenizer, prompt_ids, max_new_tokens, uniforms, tempera
     results = {}  # of each prompt: its samples
     lengths = torch.tensor([len(ids) + max_new_tokens for ids in prompt_ids])
     mine = to_compute(len(lengths))
+    # most: of the cache. Padding costs little here: a step reads the weights for few rows as for
+    # many, and one more batch takes as many steps again
     parts = by_length(torch.tensor(mine), lengths, max(1, batch_size // samples),
-                      most=max(1, 2**15 // samples))  # of the cache
+                      most=max(1, 2**15 // samples), padding=1.0)
     for part in progress(parts, bar):
         rows = [i * samples + k for i in part.tolist() for k in range(samples)]
         with autocast(model.wte.weight.device):

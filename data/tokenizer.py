@@ -160,8 +160,8 @@ class Tokenizer:
             if any(self.unknown.search(text.encode()) for text in whole):
                 return [self.encode_known(text) for text in whole]
         encode = partial(self.encoding.encode, allowed_special=self.found, disallowed_special=())
-        n = os.cpu_count() or 1
-        if len(texts) < 8:  # the threads cost more than they bring
+        n = min(os.cpu_count() or 1, len(texts) // 8)
+        if n < 2:  # a thread costs more than it brings
             return [*map(encode, texts)]
         # not tiktoken's encode_batch: it hands each text to a thread, which takes longer than most
         with ThreadPoolExecutor(n) as pool:

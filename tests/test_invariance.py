@@ -7,6 +7,7 @@ one by one.
 """
 
 import copy
+from types import SimpleNamespace
 
 import cli
 import common
@@ -383,6 +384,18 @@ def test_samples_come_back_in_the_order_of_their_prompts(tiny):
     assert draw(prompts, 3) == together
     assert draw(prompts[::-1], 7)[::-1] == together
     assert [draw([p], 1)[0] for p in prompts] == together
+
+
+def test_decoding_is_not_cut_by_padding(tiny, monkeypatch):
+    # catches short prompts that wait for a batch of their own, as many steps again
+    calls = []
+    monkeypatch.setattr(batches, "ENOUGH", 1)
+    monkeypatch.setattr(batches, "generate", lambda *args, **more: calls.append(args[1])
+                        or generate(*args, **more))
+    tokenizer = SimpleNamespace(eos=PAD - 1, decode=str)
+    uniforms = lambda numbers, new, samples: torch.rand(len(numbers) * samples, new).double()
+    batches.sample_texts(tiny, tokenizer, [[1] * 8, [2], [3]], 3, uniforms)
+    assert [len(prompts) for prompts in calls] == [3]
 
 
 @pytest.mark.parametrize("size, enough", [(0, 99), (0, 3), (1, 99), (2, 99), (3, 99), (7, 99)])
