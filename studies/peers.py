@@ -17,6 +17,10 @@ import types
 import warnings
 from itertools import combinations
 
+if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+    print(f"{__doc__}\nstudies/peers.py TASK: bench.py starts it")
+    sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
+
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
 warnings.filterwarnings("ignore")
 

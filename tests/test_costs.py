@@ -1,12 +1,15 @@
 """studies/costs.py: each axis gives a line, a bound below it, and the picture."""
 
-from studies import costs
+from data import tokens
+from studies import bench, costs
 
 
 def test_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
     # catches a stage whose functions were renamed, a bound in other units than what it bounds
     monkeypatch.setattr(costs, "MODEL", costs.MODEL | dict(n_layer=1, n_head=1, n_embd=32))
     monkeypatch.setattr(costs, "FILES", (0.05, 0.1))
+    monkeypatch.setattr(tokens, "CACHE", tokens.CACHE)  # what a child changes, here undone
+    monkeypatch.setitem(bench.SIZES, "tiny", bench.SIZES["tiny"])
     seen = []
 
     def here(config, *task):  # in this process
