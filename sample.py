@@ -110,7 +110,7 @@ def stream(model, prompt, max_new_tokens, eos, temperature=1.0, top_p=1.0, gener
     forward = lambda tokens, places: model(tokens, cache, places)[0, -1]
     tokens = torch.tensor([prompt], device=device)  # first all of it, then one token at a time
     for position in range(len(prompt), end):
-        places = torch.tensor([[position - 1]], device=device) if position > len(prompt) else None
+        places = torch.arange(position - tokens.shape[1], position, device=device)[None]
         with autocast(device):
             if device.type == "cuda" and position == len(prompt) + 1:
                 forward = one_launch(forward, tokens, places)
