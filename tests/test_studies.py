@@ -88,7 +88,8 @@ def test_bugs(folder, monkeypatch, capsys):
     study(bugs, *flags, "--pages=docs")
     ran = made(folder)
     copies = [f"{folder.path}/bugs/{case.bug}/scripts/ppo" for case in bugs.CASES]
-    assert sorted(ran) == sorted([*copies, "label", "reward", "ppo", *3 * ["evaluate"]])
+    ran = [name for name in ran if name not in ("label", "reward")]  # made once for all studies
+    assert sorted(ran) == sorted([*copies, "ppo", *3 * ["evaluate"]])
     for case in bugs.CASES:  # the copy differs by the bug alone
         lines = [(root / "ppo.py").read_text() for root in (
             folder.path / "bugs" / case.bug / "scripts", ROOT)]
