@@ -1,6 +1,6 @@
 """What a step costs against the length, the vocabulary, the size of the model and that of a file.
 
-    python studies/costs.py                  # docs/costs.md and docs/costs.png; 5 minutes
+    python studies/costs.py                  # docs/costs.md and docs/costs.png; 3 minutes
 
 Beside each time stands its bound: of a training step the operations that it needs over the rate of
 a matrix product, of decoding the bytes that it has to read over the bandwidth, or its operations
@@ -20,13 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
 import cli
-from cli import Positive, UserError
+from cli import Positive
 
 
 @dataclass
 class Config:
     out: str = "docs"  # folder of costs.md and costs.png
-    steps: Positive[int] = 5  # measured for each point
+    steps: Positive[int] = 3  # measured for each point
     points: Positive[int] = 9  # of an axis, at most: the first ones
     device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
     child: str = ""  # for the study itself: one point, in JSON
@@ -40,7 +40,7 @@ from data import tokens
 from data.load import load_rankings
 from data.tokenizer import load_tokenizer
 from model import GPTConfig
-from studies import bench, memory
+from studies import bench, memory, runs
 
 MODEL = dict(vocab_size=4160, n_tokens=4096, block_size=2112, n_layer=6, n_head=4, n_embd=256)
 WIDTHS = ((128, 2), (256, 4), (384, 6), (512, 8), (768, 12))  # with so many layers
@@ -136,12 +136,8 @@ def table(rows):
 
 def plot(rows, path):
     """Time above, memory below, a column for each axis; bounds are dashed."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = runs.new_figure(12, 6)
+    from matplotlib.ticker import NullLocator
     labels = {axis: label for axis, (label, _) in AXES.items()} | dict(file="MB of the file")
     panels = figure.subplots(2, len(labels), sharex="col")
     colours = dict(sft="#0072B2", generate="#D55E00", file="#009E73")

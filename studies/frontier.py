@@ -190,11 +190,7 @@ COLOURS = ("#0072B2", "#000000", "#009E73", "#D55E00")  # Okabe and Ito: also fo
 
 def plot(rows, path):
     """Gold reward and win rate against sqrt(KL), a line a method; bars are 95% intervals."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    figure = runs.new_figure(9, 4.8)
     panels = list(zip(figure.subplots(1, 2), ("gold", "win"),
                       ("gold reward", "win rate against the SFT model")))
     colours = dict(zip(dict.fromkeys(r["method"] for r in rows), COLOURS))
