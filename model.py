@@ -112,12 +112,52 @@ class KVCache:
         later = torch.arange(self.filled, device=positions.device) > positions[:, None, :, None]
         self.mask = torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -math.inf)
 
-    def update(self, layer, k, v):
-        """Write k, v (B, H, T, D) of one layer; return what it looks at, (B, H, S, D) each."""
+    def attend(self, layer, q, k, v, **options):
+        """Write k, v (B, H_kv, T, D) of one layer; what q (B, H, T, D) gets from all slots."""
         for slots, new in zip(self.kv[layer], (k, v)):
             # advanced indices (B, T) first, heads last: the indexed view is (B, T, H, D)
             slots.transpose(1, 2)[self.places] = new.transpose(1, 2).to(slots.dtype)
-        return (k, v) if self.mask is None else self.kv[layer, :, :, :, :self.filled]
+        if self.mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        k, v = self.kv[layer, :, :, :, :self.filled].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, self.mask.to(q.dtype), **options)
+
+
+class SharedPrompts:
+    """Attention of rows that share prompts, of which each is computed once.
+
+    The network reads N tokens, one a row and without padding: first those of the G prompts, then
+    those that follow in each of the B rows. Row b stands behind prompt of[b]. Attention itself
+    needs padding: (G, P) prompts, and (B, R) of what follows.
+
+    of (B,); lengths (G,) of the prompts, after (B,) of what follows.
+    """
+
+    def __init__(self, lengths, of, after):
+        P, R = int(lengths.max()), max(1, int(after.max()))
+        self.of, self.P, self.R, device = of, P, R, of.device
+        place = torch.arange(P + R, device=device)  # of keys: a prompt, then what follows it
+        behind = (place >= lengths[of, None]) & (place < P)  # (B, P + R)
+        later = place >= place[P:, None] + 1  # (R, P + R)
+        self.hidden = (behind[:, None] | later)[:, None]  # (B, 1, R, P + R)
+        real = torch.cat([(place[:P] < lengths[:, None]).flatten(),
+                          (place[:R] < after[:, None]).flatten()])  # (G P + B R,)
+        self.real = real.nonzero()[:, 0]  # (N,) where each token stands in the padded blocks
+        self.token = real.cumsum(0) - 1  # (G P + B R,) which token stands there; in padding, any
+
+    def attend(self, layer, q, k, v, **options):
+        """q (N, H, 1, D), k, v (N, H_kv, 1, D) -> (N, H, 1, D)."""
+        n = len(self.token) - len(self.of) * self.R
+        fold = lambda x, size: x[:, :, 0].unflatten(0, (-1, size)).transpose(1, 2)
+        unfold = lambda x: x.transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.index_select(0, self.token) for x in (q, k, v))
+        prompts = [fold(x[:n], self.P) for x in (q, k, v)]  # (G, H, P, D)
+        asked = F.scaled_dot_product_attention(*prompts, is_causal=True, **options)
+        keys, values = (torch.cat([old.index_select(0, self.of), fold(new[n:], self.R)], 2)
+                        for old, new in zip(prompts[1:], (k, v)))  # (B, H_kv, P + R, D)
+        mask = torch.zeros_like(self.hidden, dtype=q.dtype).masked_fill_(self.hidden, -math.inf)
+        rest = F.scaled_dot_product_attention(fold(q[n:], self.R), keys, values, mask, **options)
+        return torch.cat([unfold(asked), unfold(rest)]).index_select(0, self.real)[:, :, None]
 
 
 MKL = torch.backends.mkl.is_available()  # of other libraries nothing is measured
@@ -174,6 +214,11 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def pick(x, at):
+    """x (B, T, C) -> (N, C); at (N,): places in the flattened (B T,)."""
+    return x.flatten(0, 1).index_select(0, at)
+
+
 class Attention(nn.Module):
     """Causal self-attention; n_head / n_kv_head query heads share one head of keys and values."""
 
@@ -187,7 +232,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.D, config.norm_eps) for _ in range(2))
 
-    def forward(self, x, layer=0, cache=None, angles=None):
+    def forward(self, x, layer=0, cache=None, angles=None, at=None):
         B, T, _ = x.shape
         sizes = [self.n_head, self.n_kv_head, self.n_kv_head]  # heads of q, k, v: (B, heads, T, D)
         q, k, v = self.c_attn(x).view(B, T, sum(sizes), self.D).transpose(1, 2).split(sizes, dim=1)
@@ -195,14 +240,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        dropout = self.dropout if self.training else 0.0
-        grouped = self.n_kv_head < self.n_head
-        if cache is not None:
-            k, v = (x.to(q.dtype) for x in cache.update(layer, k, v))
-        mask = None if cache is None or cache.mask is None else cache.mask.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           dropout_p=dropout, enable_gqa=grouped)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.D))
+        options = dict(dropout_p=self.dropout if self.training else 0.0,
+                       enable_gqa=self.n_kv_head < self.n_head)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        else:
+            y = cache.attend(layer, q, k, v, **options)
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.D)
+        y = self.c_proj(y if at is None else pick(y, at))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -234,8 +279,9 @@ class Block(nn.Module):
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer=0, cache=None, angles=None):
-        x = x + self.attn(self.ln_1(x), layer, cache, angles)
+    def forward(self, x, layer=0, cache=None, angles=None, at=None):
+        y = self.attn(self.ln_1(x), layer, cache, angles, at)
+        x = y + (x if at is None else pick(x, at))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -270,10 +316,12 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)  # LayerNorm weights stay at 1
 
-    def forward(self, tokens, cache=None, positions=None):
+    def forward(self, tokens, cache=None, positions=None, at=None):
         """tokens (B, T) -> final hidden states (B, T, C), after the last norm.
 
         `positions` (B, T) says where each token stands in a cache; without, they are 0..T-1.
+        `at` (N,): of the B T states only these are wanted, and returned as (N, C). The last block
+        computes no others: behind its attention nobody looks at them.
         """
         T = tokens.size(1)
         if T > self.config.block_size:
@@ -286,12 +334,12 @@ class GPT(nn.Module):
         else:
             x, angles = self.wte(tokens) + self.wpe(positions), None
         x = F.dropout(x, self.config.dropout, self.training)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             cache.move_to(positions, first)
-        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            x = checkpoint(block, x, layer, cache, angles, use_reentrant=False) \
-                if recompute else block(x, layer, cache, angles)
+            inputs = x, layer, cache, angles, at if layer + 1 == len(self.h) else None
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -344,7 +392,7 @@ def one_launch(fn, *inputs):
     return replay
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None, check_every=8,
              samples=1):
     """Sample `samples` responses per prompt, y_t ~ softmax(logits / temperature).
@@ -386,8 +434,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
         else model.wte.weight.dtype
     cache = KVCache(config, len(prompts), size, device, dtype)
     # prefill: the padding of short rows leaves junk in their later slots, see KVCache
-    hidden = model(tokens[:, :longest], cache)
-    last = hidden[torch.arange(len(prompts), device=device), start - 1]  # the last prompt token's
+    ends = torch.arange(len(prompts), device=device) * longest + start - 1
+    last = model(tokens[:, :longest], cache, at=ends)  # (B, C), of the last token of each prompt
     if samples > 1:  # repeat_interleave, not repeat: the rows of a prompt are adjacent
         tokens, start, last = (x.repeat_interleave(samples, 0) for x in (tokens, start, last))
         cache.kv = cache.kv.repeat_interleave(samples, 2)
@@ -435,7 +483,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
 
     columns = torch.arange(int(position.max()), device=device)
     response_mask = ((columns >= start[:, None]) & (columns < position[:, None])).float()
-    return tokens[:, :columns.numel()], response_mask, done
+    with torch.inference_mode(False):  # else no gradient may be computed where they take part
+        return tokens[:, :columns.numel()].clone(), response_mask.clone(), done.clone()
 
 
 def token_logprobs(model, tokens, response_mask, temperature=1.0):
@@ -456,6 +505,35 @@ def trim(tokens, response_mask):
     return tokens[:, :width], response_mask[:, :width]
 
 
+def states(model, tokens, response_mask, wanted):
+    """The final hidden states, (N, C), of the positions `wanted` (B, T), bool: none of them before
+    the last token of its row's prompt.
+
+    A prompt that several rows begin with is read once, where that saves a tenth of the tokens.
+    """
+    (B, T), device = tokens.shape, tokens.device
+    at, column = wanted.flatten().nonzero()[:, 0], torch.arange(T, device=device)
+    start = response_mask.int().argmax(1)  # (B,) tokens of the prompts
+    if len(at) == B * T:
+        return model(tokens).flatten(0, 1)
+    if B == 1 or len(at) == 0 or int(start.min()) == 0:
+        return model(tokens, at=at)
+    prompts, of = tokens.masked_fill(column >= start[:, None], -1).unique(dim=0,
+                                                                          return_inverse=True)
+    lengths = (prompts >= 0).sum(1)  # (G,)
+    after = (wanted * column).amax(1) + 1 - start  # (B,)
+    if len(prompts) == B or int(lengths.sum() + after.sum()) > 0.9 * B * T:
+        return model(tokens, at=at)
+    shared = SharedPrompts(lengths, of, after)
+    P, R = shared.P, shared.R
+    place = (start[:, None] + column[:R]).clamp(max=T - 1)  # (B, R), behind the prompts
+    inputs = torch.cat([prompts[:, :P].flatten(), tokens.gather(1, place).flatten()])
+    positions = torch.cat([column[:P].repeat(len(prompts)), place.flatten()])
+    row, place = at // T, at % T - start[at // T]  # (n,); -1: at the last token of a prompt
+    at = torch.where(place < 0, of[row] * P + start[row] - 1, len(prompts) * P + row * R + place)
+    return model(inputs[shared.real, None], shared, positions[shared.real, None], shared.token[at])
+
+
 def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, ref_model=None,
                 chunk=None):
     """`token_logprobs` and, from the same forward, what needs the whole distribution.
@@ -474,11 +552,11 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
     tokens, response_mask = trim(tokens, response_mask)
     predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1
     targets = tokens[:, 1:][predicts]  # (N,)
-    hidden = model(tokens[:, :-1])[predicts]  # (N, C)
+    hidden = states(model, tokens[:, :-1], response_mask, predicts)  # (N, C)
     ref_hidden = None
     if ref_model is not None:
         with torch.no_grad():
-            ref_hidden = ref_model(tokens[:, :-1])[predicts]
+            ref_hidden = states(ref_model, tokens[:, :-1], response_mask, predicts)
 
     def stats(hidden, targets, ref_hidden):
         logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)  # (n, V)

@@ -91,7 +91,7 @@ from data.load import load_prompts
 from data.text import text_rows
 from evaluate import (check_start, compare, load_networks, rollout_metrics, show_samples,
                       watch_rollouts)
-from model import GPT, autocast, generate, token_stats, trim
+from model import GPT, autocast, generate, states, token_stats, trim
 from reward import score_batch
 
 
@@ -116,11 +116,12 @@ class ValueModel(nn.Module):
     def forward(self, tokens, response_mask):
         T = tokens.shape[1]
         tokens, response_mask = trim(tokens, response_mask)
-        hidden = self.gpt(tokens[:, :-1])
+        acts = response_mask[:, 1:].bool()  # the action at t is valued at the state at t - 1
+        hidden = states(self.gpt, tokens[:, :-1], response_mask, acts)  # (N, C)
         with torch.autocast(tokens.device.type, enabled=False):
-            value = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (B, T' - 1)
-            value = nn.functional.pad(value, (1, 0)) * response_mask
-        return nn.functional.pad(value, (0, T - tokens.shape[1]))
+            value = self.head(hidden.to(self.head.weight.dtype))[:, 0]
+        value = value.new_zeros(acts.shape).masked_scatter(acts, value)
+        return nn.functional.pad(value, (1, T - tokens.shape[1]))
 
 
 # --- the mathematics -----------------------------------------------------------------------------

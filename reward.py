@@ -80,7 +80,7 @@ from data.synthetic.people import demonstrations
 from data.synthetic.world import sample_prompts
 from data.text import text_rows
 from data.tokens import encode_rows, read_tokens
-from model import GPT, GPTConfig, autocast, trim
+from model import GPT, GPTConfig, autocast, states, trim
 
 
 class RewardModel(nn.Module):
@@ -111,7 +111,8 @@ class RewardModel(nn.Module):
         """
         tokens, response_mask = trim(tokens, response_mask)
         last = batches.ends(response_mask).long()
-        hidden = self.gpt(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+        wanted = F.one_hot(last, tokens.shape[1]).bool()
+        hidden = states(self.gpt, tokens, response_mask, wanted)  # (B, C)
         with torch.autocast(tokens.device.type, enabled=False):  # one number a row: keep it exact
             return self.head(hidden.to(self.head.weight.dtype))[:, 0]
 

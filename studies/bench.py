@@ -123,14 +123,28 @@ def make_data(config, work):
 # --- the stages: each yields after a step (tokens, FLOPs, {part: seconds}) ------------------------
 
 
-def flops(model, lengths, scored=0):
-    """Of one forward pass: 2 for each weight of a block and token, the products of causal
-    attention, and the vocabulary's head on `scored` tokens. lengths: of the rows, a list. What is
-    generated costs the same: its last token is never read, so a row has a length of P + R - 1."""
+def flops(model, read, wanted, head=True):
+    """Of one forward pass over `read`, [(tokens of a prompt, [tokens of each of its answers])]: 2
+    for each weight of a block and token, a prompt once for all its answers, and the products of
+    causal attention. `wanted`: the positions whose states are used; for the others the last block
+    needs keys and values alone. head: the vocabulary's, on the wanted ones.
+
+    What is generated costs the same: the last token is never read, so an answer has R - 1.
+    """
     c = model.config
-    matrices = sum(p.numel() for name, p in model.h.named_parameters() if p.dim() == 2)
-    return sum(2 * matrices * T + 2 * c.n_layer * c.n_head * c.head_dim * T * (T + 1)
-               for T in lengths) + 2 * c.n_embd * c.n_tokens * scored
+    size = lambda blocks: sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    last = size(model.h[-1]) - 2 * c.n_kv_head * c.head_dim * c.n_embd
+    tokens = sum(P + sum(answers) for P, answers in read)
+    seen = sum(P * (P + 1) // 2 + sum(R * P + R * (R + 1) // 2 for R in answers)
+               for P, answers in read)  # pairs of positions
+    return (2 * size(model.h) * tokens - 2 * last * (tokens - wanted)
+            + 4 * c.n_layer * c.n_head * c.head_dim * seen
+            + head * 2 * c.n_embd * c.n_tokens * wanted)
+
+
+def answers_of(elements, unread=0):
+    """What `flops` takes for Elements, of whose answers the last `unread` tokens are not read."""
+    return [(len(e.prompt), [int(n) - unread for n in e.facts("response")]) for e in elements]
 
 
 def now(device):
@@ -160,7 +174,7 @@ def run_pretrain(config, work, model):
             loss = text_loss(model, tokens)
         loss.backward()
         take_step(model, optimizers, loss.detach(), given, step)
-        yield work.B * T, 3 * flops(model, [T - 1] * work.B, work.B * (T - 1)), {}
+        yield work.B * T, 3 * flops(model, [(0, [T - 1])] * work.B, work.B * (T - 1)), {}
 
 
 def run_sft(config, work, model):
@@ -180,9 +194,9 @@ def run_sft(config, work, model):
             (loss / per_step).backward()
             loss_sum += loss.detach()
         take_step(model, [optimizer], loss_sum, given, step)
-        lengths = [len(ids) for ids, _ in chosen]
-        yield sum(lengths), 3 * flops(model, [T - 1 for T in lengths],
-                                      sum(sum(mask) for _, mask in chosen)), {}
+        read = [(mask.count(0), [mask.count(1) - 1]) for _, mask in chosen]
+        scored = sum(mask.count(1) for _, mask in chosen)
+        yield sum(len(ids) for ids, _ in chosen), 3 * flops(model, read, scored), {}
 
 
 def run_reward(config, work, policy):
@@ -202,7 +216,7 @@ def run_reward(config, work, policy):
         (loss / len(winners)).backward()
         take_step(model, [optimizer], loss.detach(), given, step)
         lengths = [len(ids) for e in batch for ids in e.rows]
-        yield sum(lengths), 3 * flops(model.gpt, lengths), {}
+        yield sum(lengths), 3 * flops(model.gpt, answers_of(batch), len(lengths), head=False), {}
 
 
 def run_dpo(config, work, policy):
@@ -219,7 +233,7 @@ def run_dpo(config, work, policy):
                    work.tokenizer.pad)
         lengths = [len(ids) for e in batch for ids in e.rows]
         scored = sum(int(e.facts("response").sum()) for e in batch)
-        yield sum(lengths), 3 * flops(policy, [T - 1 for T in lengths], scored), {}
+        yield sum(lengths), 3 * flops(policy, answers_of(batch, 1), scored), {}
 
 
 def twin(policy, work):
@@ -239,8 +253,9 @@ def run_ppo(config, work, policy):
     optimizers = [common.adamw([m], lr, eps=given.adam_eps)
                   for m, lr in ((policy, given.lr), (critic, given.critic_lr))]
     B, T, R = work.B, work.P + work.R, work.R
-    judged, headless = flops(policy, [T] * B), flops(policy, [T - 1] * B)
-    passed = flops(policy, [T - 1] * B, B * R)
+    read = [(work.P, [R - 1])] * B
+    judged = flops(policy, [(work.P, [R])] * B, B, head=False)
+    headless, passed = flops(policy, read, B * R, head=False), flops(policy, read, B * R)
     # generate, score, reference and critic, and forward and backward passes of policy and critic.
     # The old log-probabilities need no pass: with one minibatch they are those of the first epoch
     needed = passed + judged + passed + headless + given.epochs * 3 * (passed + headless)
@@ -272,10 +287,8 @@ def run_grpo(config, work, policy):
                                      max_new_tokens=work.R))
     given = common.sized(given, "grpo", policy)
     optimizer = common.adamw([policy], given.lr, eps=given.adam_eps)
-    passed = flops(policy, [T - 1] * B, B * work.R)
-    # generated from prompts that are read once for a group, the reference, forward and backward
-    needed = (flops(policy, [T - 1] * B, B * work.R)
-              - (B - B // given.k) * flops(policy, [work.P]) + passed + 3 * passed)
+    passed = flops(policy, [(work.P, [work.R - 1] * given.k)] * (B // given.k), B * work.R)
+    needed = passed + passed + 3 * passed  # generated, the reference, forward and backward
     for step in range(config.steps + 1):
         clock = [now(device)]
         prompts, texts, tokens, mask, finished = grpo.rollout(policy, work.prompts, work.tokenizer,
@@ -303,7 +316,7 @@ def parts(clock, scored, end):
 
 def run_generate(config, work, model):
     prompts = [ids for _, ids, _ in work.prompts]
-    needed = flops(model, [work.P + work.R - 1] * work.B, work.B * work.R)
+    needed = flops(model, [(work.P, [work.R - 1])] * work.B, work.B * work.R)
     for step in range(config.steps + 1):
         draws = common.uniforms(config.seed, "bench", "answers", step, range(work.B), work.R)
         with autocast(work.device):
@@ -315,8 +328,7 @@ def run_label(config, work, model):
     """The answers that label.py draws; who ranks them is not measured."""
     given, prompts = label.Config(), [ids for _, ids, _ in work.prompts]
     each = given.k + given.oversample
-    needed = (flops(model, [work.P + work.R - 1] * work.B * each, work.B * each * work.R)
-              - work.B * (each - 1) * flops(model, [work.P]))  # a prompt is read once
+    needed = flops(model, [(work.P, [work.R - 1] * each)] * work.B, work.B * each * work.R)
     for step in range(config.steps + 1):
         batches.sample_texts(model, work.tokenizer, prompts, work.R,
                              partial(common.uniforms, config.seed, "bench", "answers", step),

@@ -39,6 +39,8 @@ class Mutant(NamedTuple):
     seen: str  # where this bug was found; "-" for a slip that is as easy, but has no public case
 
 
+SHARED = "test_model.py::test_a_shared_prompt_is_read_once_and_changes_nothing"
+
 # --- files ---------------------------------------------------------------------------------------
 
 FILES = [
@@ -116,7 +118,8 @@ MODEL = [
            "(int(positions.max()) // 64 + 1) * 64", "-(-int(positions.max()) // 64) * 64",
            "test_invariance.py::test_attention_reads_the_filled_part_of_the_cache", "-"),
     Mutant("prompts_see_what_follows", "model.py",
-           "is_causal=mask is None", "is_causal=cache is None",
+           "is_causal=True, **options)\n        k, v =",
+           "is_causal=False, **options)\n        k, v =",
            "test_model.py::test_greedy_with_mixed_lengths_equals_one_row_at_a_time", "-"),
     Mutant("cache_position_off_by_one", "model.py",
            "[:, None], current[:, None]\n",
@@ -129,8 +132,7 @@ MODEL = [
            "test_model.py::test_cache_equals_full_forward",
            "TRL 6800 (online DPO, XPO, Nash), OpenRLHF 217: position ids not passed"),
     Mutant("first_token_from_the_last_column", "model.py",
-           "last = hidden[torch.arange(len(prompts), device=device), start - 1]",
-           "last = hidden[:, -1]",
+           "* longest + start - 1", "* longest + longest - 1",
            "test_model.py::test_greedy_with_mixed_lengths_equals_one_row_at_a_time",
            "alpaca-lora 315, TRL 2778: the last column of a padded batch"),
     Mutant("cache_rows_mixed_up", "model.py",
@@ -240,9 +242,27 @@ MODEL = [
            "test_model.py::test_token_logprobs_by_hand",
            "nanoChatGPT: cross-entropy of probabilities"),
     Mutant("log_probability_of_the_token_before", "model.py",
-           "hidden = model(tokens[:, :-1])[predicts]",
+           "hidden = states(model, tokens[:, :-1], response_mask, predicts)",
            "hidden = model(tokens)[:, 1:][predicts]",
            "test_model.py::test_token_logprobs_by_hand", "a shift by one; cf. TRL 6819"),
+    Mutant("padding_of_a_shared_prompt_is_seen", "model.py",
+           "self.hidden = (behind[:, None] | later)[:, None]", "self.hidden = later[None, None]",
+           SHARED, "-"),
+    Mutant("answers_see_their_next_token", "model.py",
+           "place[P:, None] + 1  #", "place[P:, None] + 2  #", SHARED, "-"),
+    Mutant("answers_start_again_at_position_0", "model.py",
+           "column[:P].repeat(len(prompts)), place.flatten()",
+           "column[:P].repeat(len(prompts)), column[:R].repeat(B)", SHARED,
+           "prefix sharing with position ids of each part"),
+    Mutant("rows_behind_the_prompts_as_they_come", "model.py",
+           "old.index_select(0, self.of)", "old[torch.arange(len(self.of)) % len(old)]",
+           SHARED, "-"),
+    Mutant("every_row_reads_its_prompt", "model.py",
+           "if len(prompts) == B or int(lengths.sum() + after.sum()) > 0.9 * B * T:",
+           "if True:", SHARED, "-"),
+    Mutant("samples_of_inference_mode", "model.py",
+           "with torch.inference_mode(False):", "with torch.inference_mode(True):",
+           "test_model.py::test_a_gradient_may_be_computed_with_what_is_sampled", "-"),
     Mutant("exact_kl_reversed", "model.py",
            "kl = (logp_all.exp() * (logp_all - ref_all)).sum(-1)",
            "kl = (ref_all.exp() * (ref_all - logp_all)).sum(-1)",
@@ -595,7 +615,7 @@ DATA = [
 # --- SFT, the reward model, pretraining ----------------------------------------------------------
 
 LAST = "last = batches.ends(response_mask).long()"
-HIDDEN = "hidden = self.gpt(tokens)[torch.arange(len(tokens), device=tokens.device), last]"
+HIDDEN = "hidden = states(self.gpt, tokens, response_mask, wanted)"
 SCORE_PLACE = "test_reward.py::test_score_is_read_at_the_last_response_token"
 MICRO = "test_invariance.py::test_micro_batches_change_nothing"
 
@@ -608,7 +628,8 @@ REWARD = [
     Mutant("score_is_a_mean_over_positions", "reward.py", HIDDEN,
            "hidden = self.gpt(tokens).mean(1)", SCORE_PLACE, "minChatGPT: mean over padding too"),
     Mutant("score_place_found_by_id", "reward.py", LAST,
-           "last = (tokens == self.gpt.config.n_tokens).int().argmax(1) - 1", SCORE_PLACE,
+           "last = (tokens == self.gpt.config.n_tokens).int().argmax(1) - 1\n"
+           "        last = last % tokens.shape[1]", SCORE_PLACE,
            "DeepSpeedExamples PR 672, trlx PR 433: the first PAD id, wherever it stands"),
     Mutant("pairs_reversed", "reward.py",
            "-F.logsigmoid(chosen - rejected).sum()",
@@ -906,7 +927,8 @@ PPO = [
            "            self.head.weight.div_(reward_model.scale)\n", "",
            "test_ppo.py::test_critic_starts_as_the_reward_model", "-"),
     Mutant("critic_one_position_late", "ppo.py",
-           "hidden = self.gpt(tokens[:, :-1])", "hidden = self.gpt(tokens)[:, 1:]",
+           "hidden = states(self.gpt, tokens[:, :-1], response_mask, acts)",
+           "hidden = self.gpt(tokens)[:, 1:][acts]",
            "test_ppo.py::test_critic_starts_as_the_reward_model", "-"),
     Mutant("critic_is_zero", "ppo.py",
            'critic(tokens[p], mask[p])], 1)',
@@ -917,8 +939,7 @@ PPO = [
            'results = results',
            PREPARE, "-"),
     Mutant("values_of_the_padding", "ppo.py",
-           "value = nn.functional.pad(value, (1, 0)) * response_mask",
-           "value = nn.functional.pad(value, (1, 0))",
+           "value.new_zeros(acts.shape)", "value.new_ones(acts.shape)",
            "test_invariance.py::test_critic_ignores_padding_and_order", "-"),
     Mutant("missing_eos_not_punished", "ppo.py", MISSING, "score = score", PREPARE,
            "TRL 3750, second point: compared with another stop token"),

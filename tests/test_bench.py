@@ -49,8 +49,13 @@ def test_needed_operations(quick):
     model, C, L = GPT(size), size.n_embd, size.n_layer
     matrices = L * 12 * C * C  # of q, k, v and their projection 4, of the MLP 8
     attention = L * sum(2 * 2 * C * (t + 1) for t in range(10))
-    assert bench.flops(model, [10]) == 2 * matrices * 10 + attention
-    assert bench.flops(model, [10, 10], 3) - 2 * bench.flops(model, [10]) == 2 * C * 100 * 3
+    every = 2 * matrices * 10 + attention
+    assert bench.flops(model, [(4, [6])], 10, head=False) == every
+    assert bench.flops(model, [(0, [10])] * 2, 20) == 2 * every + 2 * C * 100 * 20
+    # of 7 positions the last block needs keys and values alone; a prompt once for three answers
+    assert bench.flops(model, [(4, [6])], 3, head=False) == every - 7 * 2 * 10 * C * C
+    prompt = bench.flops(model, [(4, [])], 4, head=False)
+    assert bench.flops(model, [(4, [6, 6, 6])], 22, head=False) == 3 * every - 2 * prompt
 
 
 def test_bytes_of_decoding(quick):

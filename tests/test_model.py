@@ -6,7 +6,8 @@ import model
 import pytest
 import torch
 import torch.nn.functional as F
-from model import GPT, GPTConfig, KVCache, generate, token_logprobs, token_stats
+from model import (GPT, GPTConfig, KVCache, SharedPrompts, generate, states, token_logprobs,
+                   token_stats)
 
 EOS = 0
 
@@ -243,6 +244,75 @@ def test_no_forward_pass_over_padding_of_all_rows(tiny):
     assert widths == [4, 4] and wide.shape == (2, 14)
     torch.testing.assert_close(wide, F.pad(expected, (0, 9)))
     assert token_logprobs(tiny, tokens, mask * 0).tolist() == [[0] * 5] * 2
+
+
+def test_states_that_are_wanted(tiny):
+    # catches a last block that leaves out what the wanted positions look at
+    tokens = torch.randint(0, 13, (3, 7))
+    at = torch.tensor([20, 3, 4, 3, 9])  # in any order, and twice
+    for part in (at, at[:0]):
+        found, expected = tiny(tokens, at=part), tiny(tokens).flatten(0, 1)[part]
+        torch.testing.assert_close(found, expected)
+        toward = torch.randn_like(expected)
+        for x, y in zip(*(torch.autograd.grad(out, tiny.parameters(), toward, allow_unused=True,
+                                              materialize_grads=True)
+                          for out in (found, expected))):
+            torch.testing.assert_close(x, y)
+
+
+DIALECTS = [dict(), dict(rope_theta=1e4, norm="rms", mlp="swiglu", n_kv_head=2, bias="qkv",
+                         qk_norm=True, tied=False)]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=["gpt2", "llama"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shared_prompt_is_read_once_and_changes_nothing(dialect, seed, monkeypatch):
+    # catches a row behind another's prompt, a mask or position that is off by one, states in
+    # another order, and a prompt that is read for each of its rows
+    torch.manual_seed(seed)
+    network = GPT(GPTConfig(vocab_size=64, n_tokens=50, block_size=40, n_layer=3, n_head=4,
+                            n_embd=32, **dialect)).double()
+    draw = lambda n: torch.randint(0, 50, (n,)).tolist()
+    # 1, 2, 3, ... rows behind prompts of which one begins like another; answers of one token
+    asked = [draw(9), draw(1), draw(17)]
+    asked.append(asked[0] + draw(3))
+    rows = [(len(prompt), prompt + draw(n)) for k, prompt in enumerate(asked, 1)
+            for n in [1, 12, 2, 7][:k]]
+    rows = [rows[i] for i in torch.randperm(len(rows))]
+    tokens = right_pad([ids for _, ids in rows], 50)
+    mask = response_mask([start for start, _ in rows], [ids for _, ids in rows])
+    before = mask[:, 1:].bool()
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    behind_it = [tokens[:, :-1], mask, before]
+    read = []
+    monkeypatch.setattr(SharedPrompts, "attend", lambda self, layer, q, *others, **options: (
+        read.append(len(q)), attend(self, layer, q, *others, **options))[1])
+    for inputs, tail in ((behind_it, 1), ([tokens, mask, last.bool()], 0)):
+        read.clear()
+        found, expected = states(network, *inputs), network(inputs[0])[inputs[2]]
+        assert read == [9 + 1 + 17 + 12 + sum(len(ids) - start - tail for start, ids in rows)] * 3
+        torch.testing.assert_close(found, expected)
+        toward = torch.randn_like(expected)
+        both = [torch.autograd.grad(out, network.parameters(), toward, allow_unused=True)
+                for out in (found, expected)]
+        torch.testing.assert_close(*both)
+
+
+attend = SharedPrompts.attend
+
+
+def test_prompts_are_shared_only_where_it_saves_something(tiny, monkeypatch):
+    monkeypatch.setattr(SharedPrompts, "attend", None)
+    for rows, starts in (([[1, 2, 3, 4], [5, 6, 7]], [2, 1]),  # of two prompts
+                         ([[1, 2, 3, 4, 5, 6, 7, 8]] * 2, [1, 1]),  # a twelfth
+                         ([[1, 2, 3, 4], [1, 2, 3, 5]], [0, 2])):  # one without a prompt
+        token_logprobs(tiny, right_pad(rows), response_mask(starts, rows))
+
+
+def test_a_gradient_may_be_computed_with_what_is_sampled(tiny):
+    # catches tensors of inference mode
+    tokens, mask, _ = generate(tiny, [[1, 2]], 4, EOS, uniforms=uniforms(1, 4))
+    (token_logprobs(tiny, tokens, mask) * mask).sum().backward()
 
 
 def test_entropy_and_exact_kl_by_hand(tiny):

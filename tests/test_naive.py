@@ -439,10 +439,10 @@ def test_micro_batches_bound_a_forward_pass(folder, stage, flags):
     # catches a --micro_batch that is read and not used: only the memory shows it
     rows, forward = set(), GPT.forward
 
-    def keep(network, tokens, *args, **options):
+    def keep(network, tokens, cache=None, *args, **options):
         if torch.is_grad_enabled():
-            rows.add(len(tokens))
-        return forward(network, tokens, *args, **options)
+            rows.add(len(tokens if cache is None else cache.of))
+        return forward(network, tokens, cache, *args, **options)
 
     with in_folder(folder) as patch:
         patch.setattr(GPT, "forward", keep)
