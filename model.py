@@ -5,7 +5,8 @@ Qwen2, Qwen3), by fields of `GPTConfig`: rotary positions, RMSNorm, SwiGLU, fewe
 values than for queries. The names of the modules are GPT-2's in both.
 
 Reading order: `Attention`, `MLP`, `Block`, `KVCache`, `GPT`, then the two functions that the
-stages call, `generate` (sampling) and `token_logprobs` (scoring).
+stages call, `generate` (sampling) and `token_logprobs` (scoring). `SharedPrompts` and `states` only
+save time.
 
 Shapes: B batch, T time (tokens), P prompt length, C channels (n_embd), H heads, D head_dim, V
 vocabulary rows, N the number of response tokens in a batch.
