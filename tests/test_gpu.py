@@ -156,8 +156,10 @@ def test_a_training_step_waits_only_for_sizes_and_for_its_check(net):
         optimizer.zero_grad(set_to_none=True)
     step()
     # the last response column and the number of response tokens are shapes of what follows (the
-    # backward pass asks for the latter again); nothing bad may get into the weights
-    known = ("nonzero()", "int(used.max())", "[predicts]", "run_backward(", "isfinite().all()")
+    # backward pass asks for the latter again), and so is how many rows share a prompt; nothing bad
+    # may get into the weights
+    known = ("nonzero()", "int(used.max())", "[predicts]", "run_backward(", "isfinite().all()",
+             "int(start.min())", ".unique(", "return_inverse")
     for line in synchronisations(step):
         assert any(words in line for words in known), line
 
