@@ -362,7 +362,8 @@ def rollout(case, policy):
     """Sample as the stage does; no answer ends before its length."""
     config = STAGES[case.stage].Config(batch_size=case.batch, max_new_tokens=case.new)
     prompts = [("", [1] * case.prompt, None)] * case.batch
-    tokenizer = SimpleNamespace(eos=case.model.n_tokens, decode=lambda ids: "")  # never drawn
+    pad = case.model.n_tokens  # as EOS it is never drawn
+    tokenizer = SimpleNamespace(eos=pad, pad=pad, decode=lambda ids: "")
     if case.stage == "grpo":
         config = dataclasses.replace(config, k=case.k)
     STAGES[case.stage].rollout(policy, prompts, tokenizer, config, 0)
@@ -415,11 +416,22 @@ def measure(case, only, device):
     return after - before
 
 
+def write_case(case, only):
+    return json.dumps([dataclasses.asdict(case), only])
+
+
+def read_case(text):
+    """(case, only) of what `write_case` wrote: JSON has no tuples."""
+    case, only = json.loads(text)
+    model = case["model"] | dict(rope_scaling=tuple(case["model"]["rope_scaling"]))
+    return Case(**case | dict(model=GPTConfig(**model))), tuple(only)
+
+
 def check(config):
     device = common.find_device(config.device)
     rows = []
     for name, case, only in cli.progress(check_cases(device.type == "cuda"), "check"):
-        child = json.dumps([dataclasses.asdict(case), only])
+        child = write_case(case, only)
         output = subprocess.run(
             [sys.executable, __file__, f"--child={child}", f"--device={device}"], check=True,
             stdout=subprocess.PIPE, text=True, env=dict(
@@ -484,9 +496,7 @@ def print_table(config):
 
 def main(config):
     if config.child:
-        case, only = json.loads(config.child)
-        case = Case(**dict(case, model=GPTConfig(**case["model"])))
-        print(measure(case, tuple(only), common.find_device(config.device)))
+        print(measure(*read_case(config.child), common.find_device(config.device)))
     elif config.check:
         check(config)
     else:

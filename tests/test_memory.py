@@ -291,3 +291,18 @@ def test_a_rollout_may_be_what_does_not_fit(capsys):
     [row] = [line for line in capsys.readouterr().out.splitlines()
              if line.startswith("| SmolLM2-360M | grpo")]
     assert row.endswith("| no | yes |")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_case_of_the_check_comes_back_as_it_was(gpu):
+    # catches a field that JSON changes, as it does tuples
+    for _, one, only in memory.check_cases(gpu):
+        assert memory.read_case(memory.write_case(one, only)) == (one, tuple(only))
+
+
+@pytest.mark.parametrize("stage, only", [*((stage, memory.TRAINING) for stage in memory.STAGES),
+                                         ("ppo", memory.ROLLOUT), ("grpo", memory.ROLLOUT)])
+def test_the_check_runs_what_the_stages_have(stage, only):
+    # catches a function or a field of a stage that the check calls by an older name
+    one = case(stage=stage, rows=4, k=4 if stage == "grpo" else 1)
+    assert memory.measure(one, only, torch.device("cpu")) >= 0
