@@ -1057,7 +1057,7 @@ PPO = [
            'speed.append(theirs["tok_per_s"] / ours["tok_per_s"])',
            "test_bench.py::test_a_peer_in_turn", "-"),
     Mutant("every_token_looks_at_all", "studies/bench.py",
-           "c.head_dim * T * (T + 1)", "c.head_dim * 2 * T * T",
+           "R * P + R * (R + 1) // 2", "R * (P + R)",
            "test_bench.py::test_needed_operations", "-"),
     Mutant("the_prompt_counts_as_generated", "studies/bench.py",
            "yield work.B * work.R, needed, {}", "yield work.B * (work.P + work.R), needed, {}",
