@@ -139,8 +139,9 @@ class SharedPrompts:
         self.of, self.P, self.R, device = of, P, R, of.device
         place = torch.arange(P + R, device=device)  # of keys: a prompt, then what follows it
         behind = (place >= lengths[of, None]) & (place < P)  # (B, P + R)
-        later = place >= place[P:, None] + 1  # (R, P + R)
-        self.hidden = (behind[:, None] | later)[:, None]  # (B, 1, R, P + R)
+        later = place > place[P:, None]  # (R, P + R)
+        hidden = (behind[:, None] | later)[:, None]  # (B, 1, R, P + R)
+        self.mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)
         real = torch.cat([(place[:P] < lengths[:, None]).flatten(),
                           (place[:R] < after[:, None]).flatten()])  # (G P + B R,)
         self.real = real.nonzero()[:, 0]  # (N,) where each token stands in the padded blocks
@@ -156,8 +157,8 @@ class SharedPrompts:
         asked = F.scaled_dot_product_attention(*prompts, is_causal=True, **options)
         keys, values = (torch.cat([old.index_select(0, self.of), fold(new[n:], self.R)], 2)
                         for old, new in zip(prompts[1:], (k, v)))  # (B, H_kv, P + R, D)
-        mask = torch.zeros_like(self.hidden, dtype=q.dtype).masked_fill_(self.hidden, -math.inf)
-        rest = F.scaled_dot_product_attention(fold(q[n:], self.R), keys, values, mask, **options)
+        rest = F.scaled_dot_product_attention(fold(q[n:], self.R), keys, values,
+                                              self.mask.to(q.dtype), **options)
         return torch.cat([unfold(asked), unfold(rest)]).index_select(0, self.real)[:, :, None]
 
 
@@ -216,8 +217,8 @@ def rotate(x, cos, sin):
 
 
 def pick(x, at):
-    """x (B, T, C) -> (N, C); at (N,): places in the flattened (B T,)."""
-    return x.flatten(0, 1).index_select(0, at)
+    """x (B, T, C) -> (N, C); at (N,): places in the flattened (B T,), or None for x itself."""
+    return x if at is None else x.flatten(0, 1).index_select(0, at)
 
 
 class Attention(nn.Module):
@@ -248,7 +249,7 @@ class Attention(nn.Module):
         else:
             y = cache.attend(layer, q, k, v, **options)
         y = y.transpose(1, 2).reshape(B, T, self.n_head * self.D)
-        y = self.c_proj(y if at is None else pick(y, at))
+        y = self.c_proj(pick(y, at))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -281,8 +282,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, layer=0, cache=None, angles=None, at=None):
-        y = self.attn(self.ln_1(x), layer, cache, angles, at)
-        x = y + (x if at is None else pick(x, at))
+        x = pick(x, at) + self.attn(self.ln_1(x), layer, cache, angles, at)
         return x + self.mlp(self.ln_2(x))
 
 

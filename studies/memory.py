@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
 
@@ -341,9 +342,9 @@ def training_step(case, networks, optimizers, batch, device):
     if case.stage == "dpo":
         config = dataclasses.replace(config, beta=0.1)
         pairs = range(0, batch, 2), range(1, batch, 2)  # in place of those of a file
-        dpo.batch_tensors = lambda *_: (tokens, mask, score, mask.sum(1), score, *map(list, pairs),
-                                        [])
-        return dpo.update(policy, other, optimizers[0], [], [], (batch // 2, 1), config, 0)
+        tensors = tokens, mask, score, mask.sum(1), score, *map(list, pairs), []
+        with patch.object(dpo, "batch_tensors", lambda *_: tensors):
+            return dpo.update(policy, other, optimizers[0], [], [], (batch // 2, 1), config, 0)
     if case.stage == "reward":  # from here on as in the loops of the two stages
         scores = reward.score_batch(policy.raw, tokens, mask, case.rows)
         reward.reward_loss(scores[::2], scores[1::2]).backward()

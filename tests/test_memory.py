@@ -302,8 +302,7 @@ def test_a_case_of_the_check_comes_back_as_it_was(gpu):
 
 @pytest.mark.parametrize("stage, only", [*((stage, memory.TRAINING) for stage in memory.STAGES),
                                          ("ppo", memory.ROLLOUT), ("grpo", memory.ROLLOUT)])
-def test_the_check_runs_what_the_stages_have(stage, only, monkeypatch):
+def test_the_check_runs_what_the_stages_have(stage, only):
     # catches a function or a field of a stage that the check calls by an older name
-    monkeypatch.setattr(memory.dpo, "batch_tensors", memory.dpo.batch_tensors)  # it sets another
     one = case(stage=stage, rows=4, k=4 if stage == "grpo" else 1)
     assert memory.measure(one, only, torch.device("cpu")) >= 0
