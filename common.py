@@ -40,7 +40,8 @@ CHECKPOINTS = ("init", "policy", "reference", "policies", "reward_model", "judge
 # flags that may change where a run goes on: no number depends on them, or the last digits only
 FREE = ("out", "resume", "overwrite", "port", "log_every", "save_every", "save_minutes", "device",
         "checkpointing", "reference_cache", "max_kl")
-ROUNDING = ("micro_batch", "chunk")  # which rows are computed together: free, and the run says so
+# which rows are computed together, and by which kernels: free, and the run says so
+ROUNDING = ("micro_batch", "chunk", "compile")
 
 
 # --- device, precision, seeds --------------------------------------------------------------------
@@ -247,6 +248,19 @@ def sized(config, stage, model):
     column = sum(model.num_params() > limit for limit in SIZES)
     return dataclasses.replace(config, **{name: row[column] for name, row in AUTO[stage].items()
                                           if getattr(config, name) is None})
+
+
+def prepare_blocks(config, *models):
+    """--checkpointing and --compile, of networks that are trained. UserError where nothing can be
+    compiled."""
+    if config.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(8, device=models[0].wte.weight.device))
+        except Exception as error:  # of many kinds: no compiler, no Triton, too new a Python
+            raise UserError("--compile=true: torch cannot compile here: "
+                            f"{str(error).strip().splitlines()[0]}. Leave it out") from None
+    for model in models:
+        model.checkpointing, model.compiled = config.checkpointing, config.compile
 
 
 def freeze(model):
@@ -461,7 +475,7 @@ class Run:
         """Warn of what makes the rest of the run differ in its last digits."""
         here = self._machine() | {k: v for k, v in self.settings.items() if k in ROUNDING}
         for key, value in here.items():
-            made = before["config"].get(key) if key in ROUNDING else before.get(key, value)
+            made = (before["config"] if key in ROUNDING else before).get(key, value)
             if made != value:
                 note(f"warning: {self.folder} was started with {key} {made}, here is {value}: it "
                      "goes on, but not to the last digit", sys.stderr)

@@ -48,6 +48,7 @@ class Config(cli.Config):
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
     checkpointing: bool = False  # compute activations again: less memory, a third more time
+    compile: bool = False  # blocks by torch.compile: for long runs on a GPU
     reference_cache: str = "out/reference_logps"  # folder for the reference's log-probabilities
     # --- looking and saving
     temperature: Positive[float] = 1.0  # of the samples in the comparison at the end
@@ -414,7 +415,7 @@ def main(config):
     # --- two networks, and the data ------------------------------------------
     policy, reference, _, tokenizer, parents, block_size = load_networks(config, device, False)
     config = common.sized(config, config.loss, policy)
-    policy.checkpointing = config.checkpointing
+    common.prepare_blocks(config, policy)
     common.ensure_input(config, "data", "label")
     origin = embedded(config.data)
     if origin:

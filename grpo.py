@@ -54,6 +54,7 @@ class Config(cli.Config):
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
     checkpointing: bool = False  # compute activations again: less memory, a third more time
+    compile: bool = False  # blocks by torch.compile: for long runs on a GPU
     # --- pretraining text
     ptx_coef: NotNegative[float] = 0.0  # weight of the pretraining loss, as in PPO-ptx
     ptx_data: str = "synthetic"  # its text: "synthetic", a text or a JSON file
@@ -404,7 +405,7 @@ def main(config):
     policy, reference, reward_model, tokenizer, parents, block_size = load_networks(
         config, device, config.reward == "model")
     config = common.sized(config, "grpo", policy)
-    policy.checkpointing = config.checkpointing
+    common.prepare_blocks(config, policy)
     if reward_model is not None:
         common.freeze(reward_model)
     synthetic = config.data == "synthetic"

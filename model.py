@@ -16,6 +16,7 @@ so scoring and training need no attention mask at all, and positions are simply 
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -286,6 +287,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+@functools.cache
+def compiled_block():
+    """Block's forward, compiled at its first calls: one function for all blocks and all lengths."""
+    # with gradients or without, behind shared prompts or not, the last block, one row: more than 8
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(Block.forward, dynamic=True)
+
+
 class GPT(nn.Module):
     """Embedding, blocks, a last norm; the head is the embedding's own matrix (tied) or another.
 
@@ -297,6 +306,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # compute each block again in the backward pass: less memory
+        self.compiled = False  # blocks by torch.compile, in training and scoring
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope_theta:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -338,9 +348,12 @@ class GPT(nn.Module):
         if isinstance(cache, KVCache):
             cache.move_to(positions, first)
         recompute = self.checkpointing and torch.is_grad_enabled()
+        # decoding has a graph of its own, `one_launch`
+        compiled = self.compiled and not isinstance(cache, KVCache)
+        run = compiled_block() if compiled else Block.__call__
         for layer, block in enumerate(self.h):
-            inputs = x, layer, cache, angles, at if layer + 1 == len(self.h) else None
-            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            inputs = block, x, layer, cache, angles, at if layer + 1 == len(self.h) else None
+            x = checkpoint(run, *inputs, use_reentrant=False) if recompute else run(*inputs)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -545,10 +558,10 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
     log-probabilities of the tokens under it, else None.
 
     The head runs on response positions only, at most `chunk` of them at a time (by default as many
-    as make 64 MiB of logits), and chunks recompute their log-softmax in the backward pass: of
-    (B, T, V) and (N, V) no more than a chunk ever exists in fp32.
+    as make 64 MiB of logits, 512 on a GPU), and chunks recompute their log-softmax in the backward
+    pass: of (B, T, V) and (N, V) no more than a chunk ever exists in fp32.
     """
-    chunk = chunk or max(128, 2**24 // model.config.n_tokens)
+    chunk = chunk or max(128, 2 ** (27 if tokens.is_cuda else 24) // model.config.n_tokens)
     T = tokens.shape[1]
     tokens, response_mask = trim(tokens, response_mask)
     predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1

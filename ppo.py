@@ -50,6 +50,7 @@ class Config(cli.Config):
     adam_eps: Positive[float] = 1e-5
     grad_clip: Positive[float] = 1.0
     checkpointing: bool = False  # compute activations again: less memory, a third more time
+    compile: bool = False  # blocks by torch.compile: for long runs on a GPU
     # --- the losses
     gamma: NotNegative[float] = 1.0
     lam: NotNegative[float] = 0.95  # GAE's lambda
@@ -410,7 +411,7 @@ def main(config):
     config = common.sized(common.sized(config, "ppo", policy), "critic", reward_model.gpt)
     critic = ValueModel(reward_model.members[0])  # of an ensemble the first one
     common.freeze(reward_model)
-    policy.checkpointing = critic.gpt.checkpointing = config.checkpointing
+    common.prepare_blocks(config, policy, critic.gpt)
     room, synthetic = block_size - config.max_new_tokens, config.data == "synthetic"
     train, held_out = load_prompts(
         config.data, {"training": 2000 if synthetic else None, "held-out": config.eval_prompts},

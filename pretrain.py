@@ -39,6 +39,7 @@ class Config(cli.Config):
     weight_decay: NotNegative[float] = 0.1
     grad_clip: Positive[float] = 1.0
     checkpointing: bool = False  # compute activations again: less memory, a third more time
+    compile: bool = False  # blocks by torch.compile: for long runs on a GPU
     documents: Positive[int] = 60000  # embedded data: documents to write
     eval_every: Positive[int] = 250  # steps between validation losses and saved states
 
@@ -145,7 +146,7 @@ def main(config):
     else:
         model, tokenizer, parent = common.load_policy(config.init, ("pretrain",), device)
         parents = dict(pretrain=parent["hash"])
-    model.checkpointing = config.checkpointing
+    common.prepare_blocks(config, model)
     # the whole context: a later stage that grows longer must not meet a position never trained
     rows = text_rows(config.data, tokenizer, model.config.block_size + 1, config.documents,
                      config.seed, config.skip_bad)

@@ -49,6 +49,7 @@ class Config(cli.Config):
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
     checkpointing: bool = False  # compute activations again: less memory, a third more time
+    compile: bool = False  # blocks by torch.compile: for long runs on a GPU
     # --- samples and saving
     max_new_tokens: Positive[int] | None = None  # SFT samples for the scale
     samples: Positive[int] = 512  # how many, and how many demonstrations
@@ -384,7 +385,7 @@ def first_weights(policy, config):
     GPT(policy.config)  # loading a policy draws one first: without it a seed's head would differ
     model = RewardModel(policy.config).to(device)
     model.gpt.load_state_dict(policy.state_dict())
-    model.gpt.checkpointing = config.checkpointing
+    common.prepare_blocks(config, model.gpt)
     return model
 
 

@@ -40,6 +40,7 @@ class Config(cli.Config):
     weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
     checkpointing: bool = False  # compute activations again: less memory, a third more time
+    compile: bool = False  # blocks by torch.compile: for long runs on a GPU
     # --- looking and saving
     max_new_tokens: Positive[int] | None = None  # of the samples that are looked at
     samples: Positive[int] = 512  # how many of them
@@ -119,7 +120,7 @@ def main(config):
     # --- model and data ------------------------------------------------------
     model, tokenizer, parent = common.load_policy(config.init, common.STARTS, device)
     config = common.sized(config, "sft", model)
-    model.checkpointing = config.checkpointing
+    common.prepare_blocks(config, model)
     data = load_data(config, tokenizer, model.config.block_size)
     text = None  # rows of pretraining text, or None
     source = config.pretrain_data or ("synthetic" if config.data == "synthetic" else None)

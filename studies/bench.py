@@ -37,6 +37,7 @@ class Config:
     batch_size: NotNegative[int] = 0  # B: rows, pairs, rankings or prompts a step; 0: by the size
     prompt: NotNegative[int] = 0  # P, tokens of a prompt; 0: by the size
     new: NotNegative[int] = 0  # R, tokens of an answer; 0: by the size
+    compile: bool = False  # training steps as with --compile=true of the stages
     steps: Positive[int] = 8  # measured, after one more to warm up
     seed: NotNegative[int] = 1  # of weights, tokens and lengths
     device: str = "auto"  # "auto" (a GPU where there is one), "cpu", "cuda"
@@ -202,6 +203,7 @@ def run_sft(config, work, model):
 def run_reward(config, work, policy):
     _, elements = make_data(config, work)
     model = reward.RewardModel(work.size).to(work.device)
+    model.gpt.compiled = config.compile
     model.gpt.load_state_dict(policy.state_dict())
     del policy
     given = common.sized(reward.Config(batch_size=work.B), "reward", model.gpt)
@@ -247,6 +249,7 @@ def run_ppo(config, work, policy):
     reference, device = twin(policy, work), work.device
     reward_model = reward.RewardModel(work.size).to(device).eval()
     critic = ppo.ValueModel(reward_model)
+    critic.gpt.compiled = config.compile
     common.freeze(reward_model)
     given = ppo.Config(batch_size=work.B, max_new_tokens=work.R, epochs=4, minibatches=1)
     given = common.sized(common.sized(given, "ppo", policy), "critic", reward_model.gpt)
@@ -400,6 +403,7 @@ def measure(config):
         work.size = model.config
     else:
         model = GPT(work.size).to(device).eval()
+    model.compiled = config.compile
     if work.P + work.R > work.size.block_size:
         raise UserError(f"--prompt and --new: {work.P} + {work.R} tokens are over the context of "
                         f"{work.size.block_size}")

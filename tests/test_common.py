@@ -522,6 +522,22 @@ def test_every_open_flag_of_a_stage_is_in_the_table():
         assert rates[0] > rates[1] >= rates[2]
 
 
+def test_blocks_are_prepared_as_the_flags_say(tiny, monkeypatch):
+    # catches a flag that reaches the first network only, and a traceback without a compiler
+    tried, other = [], GPT(tiny.config)
+    monkeypatch.setattr(torch, "compile", lambda fn: tried.append(fn) or fn)
+    for checkpointing, compiled in ((True, False), (False, True)):
+        common.prepare_blocks(SimpleNamespace(checkpointing=checkpointing, compile=compiled), tiny,
+                              other)
+        for network in (tiny, other):
+            assert (network.checkpointing, network.compiled) == (checkpointing, compiled)
+        assert len(tried) == compiled  # nothing is compiled that nobody asked for
+    monkeypatch.setattr(torch, "compile", lambda fn: 1 / 0)
+    with pytest.raises(UserError, match="^--compile=true: torch cannot compile here: division by "
+                                        "zero. Leave it out$"):
+        common.prepare_blocks(SimpleNamespace(checkpointing=False, compile=True), tiny)
+
+
 class OutOfMemoryError(RuntimeError):  # as torch.cuda's
     pass
 

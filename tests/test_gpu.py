@@ -86,6 +86,22 @@ def test_bf16_rounds_and_no_more(net):
     assert error.abs().mean() < 0.02 and error.mean().abs() < 0.005
 
 
+def test_compiled_blocks_round_and_no_more(net):
+    # catches kernels that are compiled wrong, and a first ratio of PPO that is far from 1
+    tokens, mask = rows(B=32)
+    expected = token_logprobs(net, tokens, mask)
+    net.to(GPU).compiled = True
+    with autocast(GPU):
+        found = token_logprobs(net, tokens.to(GPU), mask.to(GPU))
+        with torch.no_grad():
+            again = token_logprobs(net, tokens.to(GPU), mask.to(GPU))
+    found.sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    found, again = found.detach().cpu(), again.cpu()
+    for error in ((found - expected)[mask.bool()], (found - again)[mask.bool()]):
+        assert error.abs().mean() < 0.02 and error.mean().abs() < 0.005
+
+
 def test_frozen_weights_round_once(net):
     tokens, mask = (x.to(GPU) for x in rows())
     with autocast(GPU), torch.no_grad():

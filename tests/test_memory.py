@@ -189,6 +189,7 @@ def test_chunks_of_logits():
                                               new=100, rows=8)
     assert memory.chunk_of_logits(small, 3) == (4 * 30 * 100, 1)
     assert memory.chunk_of_logits(large, 8) == (4 * 267 * 50257, 3)  # 2^24 // 50257 = 333
+    assert memory.chunk_of_logits(dataclasses.replace(large, gpu=True), 8) == (4 * 800 * 50257, 1)
     huge = case(dict(TINY, vocab_size=200_064, n_tokens=200_000), new=100, rows=8)
     assert memory.chunk_of_logits(huge, 8) == (4 * 115 * 200_000, 7)  # 128, not below
 

@@ -1,6 +1,7 @@
 """The transformer, its cache, sampling, and the one log-probability function."""
 
 import contextlib
+from functools import partial
 
 import model
 import pytest
@@ -307,6 +308,51 @@ def test_prompts_are_shared_only_where_it_saves_something(tiny, monkeypatch):
                          ([[1, 2, 3, 4, 5, 6, 7, 8]] * 2, [1, 1]),  # a twelfth
                          ([[1, 2, 3, 4], [1, 2, 3, 5]], [0, 2])):  # one without a prompt
         token_logprobs(tiny, right_pad(rows), response_mask(starts, rows))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=["gpt2", "llama"])
+def test_compiled_blocks_change_nothing(dialect, monkeypatch):
+    # catches blocks that are compiled for one length, one layer or one batch; and that are not
+    torch.manual_seed(0)
+    network = GPT(GPTConfig(vocab_size=64, n_tokens=50, block_size=40, n_layer=3, n_head=4,
+                            n_embd=32, **dialect)).double()
+    made, eager = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph, inputs):  # all but the machine's code, which takes a minute to make
+        made.append(graph)
+        return eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    ran, compiled = [], model.compiled_block.__wrapped__()
+    monkeypatch.setattr(model, "compiled_block", lambda: lambda *inputs: (
+        ran.append(inputs[1].shape), compiled(*inputs))[1])
+
+    def run():
+        logp = token_logprobs(network, tokens, mask)
+        return logp, torch.autograd.grad(logp.sum(), network.parameters())
+
+    for T, shared, checkpointing in ((40, False, False), (40, True, False), (33, True, False),
+                                     (29, False, True), (40, False, False)):
+        tokens, mask = torch.randint(0, 50, (6, T)), torch.ones(6, T)
+        mask[:, :T // 2] = 0
+        if shared:
+            tokens[1::2, :T // 2] = tokens[::2, :T // 2]
+        network.checkpointing, network.compiled = checkpointing, False
+        expected = run()
+        assert not ran
+        network.compiled = True
+        torch.testing.assert_close(run(), expected, rtol=1e-6, atol=1e-9)
+        assert len(ran) == (6 if checkpointing else 3)
+        ran.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(token_logprobs(network, tokens, mask), expected[0])
+        assert len(ran) == 3
+        ran.clear()
+        generate(network, [[1, 2, 3]], 2, EOS, temperature=0)
+        assert not ran
+    # for all layers and lengths: with and without gradients, `at`, shared prompts; and the first
+    # one once more, because torch meets the dropout's float and starts again
+    assert len(made) == 9
 
 
 def test_a_gradient_may_be_computed_with_what_is_sampled(tiny):
