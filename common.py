@@ -257,8 +257,9 @@ def prepare_blocks(config, *models):
         try:
             torch.compile(torch.sin)(torch.zeros(8, device=models[0].wte.weight.device))
         except Exception as error:  # of many kinds: no compiler, no Triton, too new a Python
-            raise UserError("--compile=true: torch cannot compile here: "
-                            f"{str(error).strip().splitlines()[0]}. Leave it out") from None
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"--compile=true: torch cannot compile here: {why}. Leave it out"
+                            ) from None
     for model in models:
         model.checkpointing, model.compiled = config.checkpointing, config.compile
 

@@ -375,8 +375,8 @@ def update(policy, reference, optimizer, batch, others, average, config, pad, st
         tokens, mask, ref, length, label, winners, losers, best = batch_tensors(mine, pad, device)
         with autocast(device):  # every answer once; micro_batch bounds memory, not what is compared
             seq_logp = batches.in_pieces(
-                lambda p: token_logprobs(policy, tokens[p], mask[p]).sum(1), batches.ends(mask),
-                config.micro_batch)
+                lambda p: token_logprobs(policy, tokens[p], mask[p]).sum(1),
+                batches.ends_together(tokens, mask), config.micro_batch)
         if config.loss == "kto":
             loss = kto_loss(seq_logp - ref, label, baseline, config).sum()
             right = ordered((seq_logp.detach() - ref - baseline) * label)[label != 0]

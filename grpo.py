@@ -271,7 +271,7 @@ def prepare(policy, reference, tokens, mask, finished, score, config):
 
     with torch.no_grad(), autocast(tokens.device):
         old_logp, entropy, *ref_logp = batches.in_pieces(
-            measure, batches.ends(mask), config.micro_batch).unbind(1)
+            measure, batches.ends_together(tokens, mask), config.micro_batch).unbind(1)
     ref_logp = ref_logp[0] if ref_logp else None
     # a response cut by the length limit is not judged: for a verifier it is wrong
     missing = config.missing_eos if config.reward == "model" else 0.0
@@ -310,7 +310,8 @@ def update(policy, optimizer, batch, config, rng, text=None, iteration=None):
     before clipping; the last ptx_loss or None.
     """
     tokens, mask, kept = batch["tokens"], batch["mask"], batch["kept"]
-    device, steps, ptx, lengths = tokens.device, [], None, batches.ends(mask)
+    device, steps, ptx = tokens.device, [], None
+    lengths = batches.ends_together(tokens, mask)
     totals = dict.fromkeys(("clip_fraction", "approx_kl", "seen"), 0.0)  # seen: response tokens
     check = iteration == 0 and not config.reference
     ratio_max = torch.zeros((), device=device)

@@ -132,17 +132,18 @@ class SharedPrompts:
     those that follow in each of the B rows. Row b stands behind prompt of[b]. Attention itself
     needs padding: (G, P) prompts, and (B, R) of what follows.
 
-    of (B,); lengths (G,) of the prompts, after (B,) of what follows.
+    of (B,); lengths (G,) of the prompts, at most P; after (B,) of what follows, at most R. T: the
+    width of the padded rows.
     """
 
-    def __init__(self, lengths, of, after):
-        P, R = int(lengths.max()), max(1, int(after.max()))
-        self.of, self.P, self.R, device = of, P, R, of.device
+    def __init__(self, lengths, of, after, P, R, T):
+        self.of, self.P, self.R, self.T, device = of, P, R, T, of.device
         place = torch.arange(P + R, device=device)  # of keys: a prompt, then what follows it
         behind = (place >= lengths[of, None]) & (place < P)  # (B, P + R)
         later = place > place[P:, None]  # (R, P + R)
         hidden = (behind[:, None] | later)[:, None]  # (B, 1, R, P + R)
-        self.mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)
+        self.mask = torch.zeros(hidden.shape, device=device, dtype=precision(device))
+        self.mask.masked_fill_(hidden, -math.inf)
         real = torch.cat([(place[:P] < lengths[:, None]).flatten(),
                           (place[:R] < after[:, None]).flatten()])  # (G P + B R,)
         self.real = real.nonzero()[:, 0]  # (N,) where each token stands in the padded blocks
@@ -154,10 +155,12 @@ class SharedPrompts:
         fold = lambda x, size: x[:, :, 0].unflatten(0, (-1, size)).transpose(1, 2)
         unfold = lambda x: x.transpose(1, 2).flatten(0, 1)
         q, k, v = (x.index_select(0, self.token) for x in (q, k, v))
+        if options.pop("enable_gqa"):  # on a GPU no fast kernel takes grouped heads and a mask
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         prompts = [fold(x[:n], self.P) for x in (q, k, v)]  # (G, H, P, D)
         asked = F.scaled_dot_product_attention(*prompts, is_causal=True, **options)
         keys, values = (torch.cat([old.index_select(0, self.of), fold(new[n:], self.R)], 2)
-                        for old, new in zip(prompts[1:], (k, v)))  # (B, H_kv, P + R, D)
+                        for old, new in zip(prompts[1:], (k, v)))  # (B, H, P + R, D)
         rest = F.scaled_dot_product_attention(fold(q[n:], self.R), keys, values,
                                               self.mask.to(q.dtype), **options)
         return torch.cat([unfold(asked), unfold(rest)]).index_select(0, self.real)[:, :, None]
@@ -334,7 +337,7 @@ class GPT(nn.Module):
         `at` (N,): of the B T states only these are wanted, and returned as (N, C). The last block
         computes no others: behind its attention nobody looks at them.
         """
-        T = tokens.size(1)
+        T = cache.T if isinstance(cache, SharedPrompts) else tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
         first = positions is None
@@ -381,6 +384,12 @@ def autocast(device):
     return contextlib.nullcontext()
 
 
+def precision(device, otherwise=torch.float32):
+    """The dtype that autocast rounds to on this device; without autocast the other one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
+        else otherwise
+
+
 def one_launch(fn, *inputs):
     """fn as a CUDA graph: on a GPU a step of decoding is a thousand kernels, each done before the
     next one is launched. fn may read and write only tensors that stay where they are: weights that
@@ -406,7 +415,20 @@ def one_launch(fn, *inputs):
     return replay
 
 
-@torch.inference_mode()
+def sampling(fn):
+    """fn in inference mode, where views cost less than without gradients alone. Under autocast that
+    would round all weights again at every step: its copies of them are not kept there."""
+    @functools.wraps(fn)
+    def run(*args, **options):
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            with torch.no_grad():
+                return fn(*args, **options)
+        with torch.inference_mode():
+            return fn(*args, **options)
+    return run
+
+
+@sampling
 def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None, check_every=8,
              samples=1):
     """Sample `samples` responses per prompt, y_t ~ softmax(logits / temperature).
@@ -444,9 +466,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, uniforms=None
     start = torch.tensor(lengths, device=device)
     uniforms = uniforms.to(device) if temperature else None
 
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
-        else model.wte.weight.dtype
-    cache = KVCache(config, len(prompts), size, device, dtype)
+    cache = KVCache(config, len(prompts), size, device,
+                    precision(device, model.wte.weight.dtype))
     # prefill: the padding of short rows leaves junk in their later slots, see KVCache
     ends = torch.arange(len(prompts), device=device) * longest + start - 1
     last = model(tokens[:, :longest], cache, at=ends)  # (B, C), of the last token of each prompt
@@ -521,31 +542,44 @@ def trim(tokens, response_mask):
 
 def states(model, tokens, response_mask, wanted):
     """The final hidden states, (N, C), of the positions `wanted` (B, T), bool: none of them before
-    the last token of its row's prompt.
+    the last token of its row's prompt."""
+    return model(*least(tokens, response_mask, wanted)).flatten(0, -2)
+
+
+def least(tokens, response_mask, wanted):
+    """What a network is called with for `states`, so that it computes little else.
 
     A prompt that several rows begin with is read once, where that saves a tenth of the tokens.
     """
     (B, T), device = tokens.shape, tokens.device
     at, column = wanted.flatten().nonzero()[:, 0], torch.arange(T, device=device)
-    start = response_mask.int().argmax(1)  # (B,) tokens of the prompts
     if len(at) == B * T:
-        return model(tokens).flatten(0, 1)
+        return tokens,
+    plain = tokens, None, None, at
+    start = response_mask.int().argmax(1)  # (B,) tokens of the prompts
     if B == 1 or len(at) == 0 or int(start.min()) == 0:
-        return model(tokens, at=at)
-    prompts, of = tokens.masked_fill(column >= start[:, None], -1).unique(dim=0,
-                                                                          return_inverse=True)
+        return plain
+    prompts, of = prompts_of(tokens, start)
     lengths = (prompts >= 0).sum(1)  # (G,)
     after = (wanted * column).amax(1) + 1 - start  # (B,)
-    if len(prompts) == B or int(lengths.sum() + after.sum()) > 0.9 * B * T:
-        return model(tokens, at=at)
-    shared = SharedPrompts(lengths, of, after)
-    P, R = shared.P, shared.R
+    sizes = lengths.max(), after.max().clamp(min=1), lengths.sum() + after.sum()
+    P, R, N = torch.stack(sizes).tolist()  # a GPU is waited for once
+    if len(prompts) == B or N > 0.9 * B * T:
+        return plain
+    shared = SharedPrompts(lengths, of, after, P, R, T)
     place = (start[:, None] + column[:R]).clamp(max=T - 1)  # (B, R), behind the prompts
     inputs = torch.cat([prompts[:, :P].flatten(), tokens.gather(1, place).flatten()])
     positions = torch.cat([column[:P].repeat(len(prompts)), place.flatten()])
     row, place = at // T, at % T - start[at // T]  # (n,); -1: at the last token of a prompt
     at = torch.where(place < 0, of[row] * P + start[row] - 1, len(prompts) * P + row * R + place)
-    return model(inputs[shared.real, None], shared, positions[shared.real, None], shared.token[at])
+    return inputs[shared.real, None], shared, positions[shared.real, None], shared.token[at]
+
+
+def prompts_of(tokens, start):
+    """(prompts (G, T) without repetition, -1 behind each; of (B,), which of them a row begins with)
+    of rows (B, T) whose prompts have `start` (B,) tokens."""
+    behind = torch.arange(tokens.shape[1], device=tokens.device) >= start[:, None]
+    return tokens.masked_fill(behind, -1).unique(dim=0, return_inverse=True)
 
 
 def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, ref_model=None,
@@ -566,11 +600,11 @@ def token_stats(model, tokens, response_mask, temperature=1.0, entropy=False, re
     tokens, response_mask = trim(tokens, response_mask)
     predicts = response_mask[:, 1:].bool()  # token t is predicted from the hidden state at t - 1
     targets = tokens[:, 1:][predicts]  # (N,)
-    hidden = states(model, tokens[:, :-1], response_mask, predicts)  # (N, C)
-    ref_hidden = None
+    inputs = least(tokens[:, :-1], response_mask, predicts)
+    hidden, ref_hidden = model(*inputs).flatten(0, -2), None  # (N, C)
     if ref_model is not None:
         with torch.no_grad():
-            ref_hidden = states(ref_model, tokens[:, :-1], response_mask, predicts)
+            ref_hidden = ref_model(*inputs).flatten(0, -2)
 
     def stats(hidden, targets, ref_hidden):
         logp_all = F.log_softmax(model.logits(hidden) / temperature, dim=-1)  # (n, V)

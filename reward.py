@@ -207,7 +207,8 @@ def score_batch(score, tokens, mask, size):
     """score(tokens, mask) of a batch of rows (B, T), (B,): a reward model, or its `raw`; `size`
     rows a forward pass at most, 0: no bound."""
     with autocast(tokens.device):
-        return batches.in_pieces(lambda p: score(tokens[p], mask[p]), batches.ends(mask), size)
+        return batches.in_pieces(lambda p: score(tokens[p], mask[p]),
+                                 batches.ends_together(tokens, mask), size)
 
 
 def evaluate(model, elements, pad, device, noise=None):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cli import processes, progress
 from data.records import collate
-from model import autocast, generate, text_loss
+from model import autocast, generate, prompts_of, text_loss
 
 
 # --- several processes: each computes its share --------------------------------------------------
@@ -80,6 +80,15 @@ ENOUGH = 2**11  # tokens of a forward pass; measured on a CPU
 def ends(mask):
     """Position of the last response token of each row, (B,), from its mask (B, T)."""
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+
+
+def ends_together(tokens, mask):
+    """`ends`, but of the longest row that begins with the same prompt, and a fraction that tells
+    prompts apart: sorted by it, rows of a prompt are neighbours, and a pass reads it once."""
+    prompts, of = prompts_of(tokens, mask.int().argmax(1))
+    own = ends(mask)
+    longest = own.new_zeros(len(prompts)).scatter_reduce(0, of, own, "amax")
+    return longest[of] + of / len(prompts)
 
 
 def by_length(rows, lengths, size, most=math.inf, padding=0.2):

@@ -28,8 +28,8 @@ TOP = 16  # tokens of a position among which a candidate is drawn
 
 
 def embedding_gradients(model, tokens, mask):
-    """[(B, T, C), ...]: the gradient of the score with respect to the token embeddings of every
-    member. The positions' embeddings are added to them, so it is the same for the sum."""
+    """[(1, T, C), ...]: the gradient of the score of one row with respect to the token embeddings
+    of every member. The positions' embeddings are added to them, so it is the same for the sum."""
     inputs = []
 
     def keep(module, args, output):

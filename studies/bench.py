@@ -127,8 +127,9 @@ def make_data(config, work):
 def flops(model, read, wanted, head=True):
     """Of one forward pass over `read`, [(tokens of a prompt, [tokens of each of its answers])]: 2
     for each weight of a block and token, a prompt once for all its answers, and the products of
-    causal attention. `wanted`: the positions whose states are used; for the others the last block
-    needs keys and values alone. head: the vocabulary's, on the wanted ones.
+    causal attention, of all positions in every block. `wanted`: the positions whose states are
+    used; for the others no other weight of the last block is needed than those of keys and values.
+    head: the vocabulary's, on the wanted ones.
 
     What is generated costs the same: the last token is never read, so an answer has R - 1.
     """

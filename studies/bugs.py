@@ -57,8 +57,9 @@ class Case(NamedTuple):
 # the number of an exercise is the place in this list: no two of a kind beside each other
 CASES = (
     Case("top_k_in_rollouts", ("ppo",), "rollouts take the 8 likeliest tokens only, and the "
-         "log-probabilities know nothing of it", "the entropy starts lower than that of the "
-         "same model in a right run, and the KL by samples parts from the exact one"),
+         "log-probabilities know nothing of it", "not in what is shown: the SFT model gives 0.8% "
+         "of its probability to the others, one token in six answers, which never comes; ask for "
+         "the rank of each sampled token"),
     Case("eos_is_not_scored", ("sft",), "EOS is left out of the SFT loss", "the EOS rate falls, "
          "the length runs to its limit; the loss looks right"),
     Case("kl_sign_reversed", ("ppo",), "the KL is added to the reward: drift is paid for",
@@ -67,10 +68,10 @@ CASES = (
          "answer counts as chosen", "only the samples, and that longer answers win: accuracy and "
          "calibration are measured on the same pairs, and look right"),
     Case("whitening_skipped", ("ppo",), "advantages are not whitened", "the policy loss starts "
-         "away from 0: it holds minus the mean advantage"),
+         "away from 0, for it holds minus the mean advantage; gradient norms fall with it"),
     Case("no_temperature_in_rollouts", ("ppo",), "rollouts are drawn at temperature 1, all "
          "log-probabilities are those at 0.7", "score and length start as wild as at temperature "
-         "1, and the KL by samples parts from the exact one", dict(temperature=0.7)),
+         "1, and the KL by samples parts from the exact one, downwards", dict(temperature=0.7)),
     Case("prompt_is_scored", ("sft",), "the prompt is in the SFT loss", "the loss does not fall "
          "as low: what somebody will ask is not to be known"),
     Case("score_one_slot_behind_eos", ("ppo",), "the score is written one slot behind EOS, where "
@@ -80,8 +81,9 @@ CASES = (
          "margins are about as many times too small as an answer has tokens; the loss stays near "
          "0.69"),
     Case("eos_not_in_the_response_mask", ("ppo",), "EOS is missing from the responses, their sums "
-         "and losses, and the score is read a token early", "every length is one token less than "
-         "the same samples have; the score starts off its usual place"),
+         "and losses, and the score is read a token early", "the first length is one token less "
+         "than that of the right run, whose samples are the same; the score and the critic start "
+         "off their usual place; the KL by samples parts from the exact one, upwards"),
     Case("kl_dropped", ("ppo",), "the KL is computed and logged, but never part of the reward",
          "the KL rises to the last step, and the mean return is that of the score alone"),
     Case("loss_divided_by_padding_too", ("ppo",), "losses are divided by all positions, prompt and "
@@ -92,7 +94,8 @@ RIGHT = "right"
 CURVES = dict(
     ppo=[("step", name, title) for name, title in (
         ("score", "score"), ("kl", "KL by samples\n(nats per sequence)"),
-        ("kl_exact", "exact KL\n(nats per sequence)"), ("length", "length (tokens)"),
+        ("kl_error", "KL by samples less exact,\nmean so far (nats per seq.)"),
+        ("length", "length (tokens)"),
         ("eos_rate", "ends with EOS\n(share)"), ("entropy", "entropy\n(nats per token)"),
         ("returns_mean", "mean return (score)"), ("explained_variance", "explained\nvariance"),
         ("policy_loss", "policy loss"), ("ratio_max", "largest ratio"),
@@ -159,9 +162,19 @@ def both(number, seed, config):
 # --- what they say -------------------------------------------------------------------------------
 
 
+def curve(folder, kind, field):
+    """As runs.curve. kl_error: by how much the KL by samples is above the exact one, the mean of
+    all iterations so far; away from 0, samples and log-probabilities are not of one model."""
+    if field != "kl_error":
+        return runs.curve(folder, kind, field)
+    x, kl = runs.curve(folder, kind, "kl")
+    error = np.subtract(kl, runs.curve(folder, kind, "kl_exact")[1])
+    return x, list(error.cumsum() / np.arange(1, len(x) + 1))
+
+
 def level(folder, kind, field):
     """The mean of a curve over its last third: what it came to."""
-    y = runs.curve(folder, kind, field)[1]
+    y = curve(folder, kind, field)[1]
     return float(np.mean(y[-max(1, len(y) // 3):])) if y else None
 
 
@@ -180,7 +193,7 @@ def betrayed(stages, found, most=3):
             mean, half = runs.interval(bug - right)
             size = abs(mean) / (abs(right.mean()) + 1e-9)
             if size > 0.1 and not abs(mean) <= half:
-                shown.append((size, f"{stage} {field} {right.mean():.2f} → {bug.mean():.2f}"))
+                shown.append((size, f"{stage} {field} {right.mean():.2g} → {bug.mean():.2g}"))
     return "; ".join(text for _, text in sorted(shown, reverse=True)[:most]) or "nothing"
 
 
@@ -214,7 +227,7 @@ def bugs_page(rows, right, config):
              "difference is taken seed by seed. `costs`: the interval lies below 0. The last "
              "column: curves of the run's own log whose last third differs, right → with the bug. "
              "A bug that costs and shows little there is a silent one.\n",
-             "![gold lost by each bug, and the KL beside what the log says](bugs.png)\n",
+             "![gold lost by each bug](bugs.png)\n",
              "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     lines += ["| " + " | ".join(row["cells"]) + " |" for row in rows]
     lines += ["", "The right runs:\n", "| run | gold | wins against SFT, % | KL, nats | length |",
@@ -257,7 +270,7 @@ def draw_curves(case, one, path):
     axes = figure.subplots(lines, 4, squeeze=False).ravel()
     for axis, (stage, kind, field, title) in zip(axes, panels):
         for side, colour in (("right", "#999999"), ("bug", "#D55E00")):
-            x, y = runs.curve(one[side][0][stage], kind, field)
+            x, y = curve(one[side][0][stage], kind, field)
             axis.plot(x, y, color=colour, lw=1.3, marker="o" if len(x) < 8 else "", ms=3)
         if field in ("eos_rate", "accuracy"):
             axis.set_ylim(-0.05, 1.05)
@@ -295,7 +308,8 @@ def exercises_page(found, folder, config):
     lines = ["# Exercises: name the bug\n",
              "Each run below has one known bug in it. Orange is its own log, grey that of a right "
              "run with the same inputs and seed; the samples and figures are those that it logged "
-             "itself. What is wrong, in which line? [log.md](log.md) defines every curve; "
+             "itself. What is wrong, in which line? One of the twelve cannot be known from what is "
+             "shown. [log.md](log.md) defines every curve; "
              "[bugs.md](bugs.md) says what each bug costs (and names them all). "
              "`python studies/bugs.py --case=N` makes a case again.\n"]
     for number, one in found.items():

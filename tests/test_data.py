@@ -249,6 +249,28 @@ def test_pieces_hold_so_many_rows_and_tokens(size, most):
     assert most < 10**6 or [p.tolist() for p in parts] == [p.tolist() for p in fine]
 
 
+def test_rows_of_a_prompt_stay_together():
+    # catches pieces by each row's own length, which tear the answers to a prompt apart
+    prompts = [3, 1, 4], [1, 5], [3, 1]  # of which one begins like another
+    # of each row its prompt, and the length of its answer
+    rows = [(0, 2), (1, 9), (2, 3), (1, 1), (0, 9), (2, 7), (1, 2), (0, 1)]
+    tokens = torch.full((8, 12), 99)
+    mask = torch.zeros(8, 12)
+    for i, (k, n) in enumerate(rows):
+        P = len(prompts[k])
+        tokens[i, :P + n] = torch.tensor(prompts[k] + [7] * n)
+        mask[i, P:P + n] = 1
+    ends = batches.ends_together(tokens, mask)
+    # the longest row's last place, and a fraction
+    assert ends.int().tolist() == [{0: 11, 1: 10, 2: 8}[k] for k, _ in rows]
+    order = torch.cat(batches.by_length(torch.arange(8), ends, 3)).tolist()
+    assert [rows[i][0] for i in order] == [2, 2, 1, 1, 1, 0, 0, 0]
+    same = torch.full((4, 2), 5)  # of prompts of one length, too
+    same[::2, 0] = 6
+    order = batches.ends_together(same, torch.tensor([[0.0, 1]] * 4)).argsort().tolist()
+    assert order in ([0, 2, 1, 3], [1, 3, 0, 2])
+
+
 def test_pieces_of_little_padding(monkeypatch):
     # catches a bound on padding that counts the tokens of the piece before, or of the whole batch
     lengths = torch.tensor([10, 10, 10, 11, 12, 30, 31, 100, 9])

@@ -156,11 +156,15 @@ def test_decoding_never_waits_for_a_step(net):
     assert len(synchronisations(lambda: run(40))) < 12
 
 
-def test_a_training_step_waits_only_for_sizes_and_for_its_check(net):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_training_step_waits_only_for_sizes_and_for_its_check(net, shared):
     # catches a number that is read, or a tensor that is made on the CPU, in the middle of a step
     net, config = net.to(GPU).train(), SimpleNamespace(out="", lr=1e-4)
     optimizer = common.adamw([net], 1e-4)
     tokens, mask = (x.to(GPU) for x in rows())
+    if shared:
+        mask = mask[:1].expand(6, -1).clone()
+        tokens = torch.where(mask.cumsum(1) > 0, tokens, tokens[0])
 
     def step():
         with autocast(GPU):
@@ -172,10 +176,10 @@ def test_a_training_step_waits_only_for_sizes_and_for_its_check(net):
         optimizer.zero_grad(set_to_none=True)
     step()
     # the last response column and the number of response tokens are shapes of what follows (the
-    # backward pass asks for the latter again), and so is how many rows share a prompt; nothing bad
-    # may get into the weights
+    # backward pass asks for the latter again), and so are how many rows share a prompt, and the
+    # sizes of shared prompts; nothing bad may get into the weights
     known = ("nonzero()", "int(used.max())", "[predicts]", "run_backward(", "isfinite().all()",
-             "int(start.min())", ".unique(", "return_inverse")
+             "int(start.min())", ".unique(", "torch.stack(sizes).tolist()")
     for line in synchronisations(step):
         assert any(words in line for words in known), line
 

@@ -274,11 +274,14 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(dialect, seed, monkeyp
     network = GPT(GPTConfig(vocab_size=64, n_tokens=50, block_size=40, n_layer=3, n_head=4,
                             n_embd=32, **dialect)).double()
     draw = lambda n: torch.randint(0, 50, (n,)).tolist()
-    # 1, 2, 3, ... rows behind prompts of which one begins like another; answers of one token
+    # 1, 2, 3, ... rows behind prompts of which one begins like another; answers of one token; the
+    # longest prompt has short answers
     asked = [draw(9), draw(1), draw(17)]
-    asked.append(asked[0] + draw(3))
-    rows = [(len(prompt), prompt + draw(n)) for k, prompt in enumerate(asked, 1)
-            for n in [1, 12, 2, 7][:k]]
+    asked.append(asked[0] + draw(8))
+    answers = [1], [1, 12], [1, 12, 2], [1, 2, 2, 1]
+    if seed == 3:
+        answers = [[1] * (n + 1) for n in range(4)]
+    rows = [(len(prompt), prompt + draw(n)) for prompt, each in zip(asked, answers) for n in each]
     rows = [rows[i] for i in torch.randperm(len(rows))]
     tokens = right_pad([ids for _, ids in rows], 50)
     mask = response_mask([start for start, _ in rows], [ids for _, ids in rows])
@@ -291,7 +294,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(dialect, seed, monkeyp
     for inputs, tail in ((behind_it, 1), ([tokens, mask, last.bool()], 0)):
         read.clear()
         found, expected = states(network, *inputs), network(inputs[0])[inputs[2]]
-        assert read == [9 + 1 + 17 + 12 + sum(len(ids) - start - tail for start, ids in rows)] * 3
+        assert read == [9 + 1 + 17 + 17 + sum(len(ids) - start - tail for start, ids in rows)] * 3
         torch.testing.assert_close(found, expected)
         toward = torch.randn_like(expected)
         both = [torch.autograd.grad(out, network.parameters(), toward, allow_unused=True)
@@ -303,11 +306,35 @@ attend = SharedPrompts.attend
 
 
 def test_prompts_are_shared_only_where_it_saves_something(tiny, monkeypatch):
-    monkeypatch.setattr(SharedPrompts, "attend", None)
+    shared = []
+    monkeypatch.setattr(SharedPrompts, "attend", lambda self, layer, q, *others, **options: (
+        shared.append(q), attend(self, layer, q, *others, **options))[1])
     for rows, starts in (([[1, 2, 3, 4], [5, 6, 7]], [2, 1]),  # of two prompts
-                         ([[1, 2, 3, 4, 5, 6, 7, 8]] * 2, [1, 1]),  # a twelfth
-                         ([[1, 2, 3, 4], [1, 2, 3, 5]], [0, 2])):  # one without a prompt
+                         ([[1, *[2] * 21], [1, *[2] * 20]], [1, 1]),  # a twentieth
+                         ([[1, 2, 3, 4, 5]] * 2 + [[6, 7]], [4, 4, 0])):  # one without a prompt
         token_logprobs(tiny, right_pad(rows), response_mask(starts, rows))
+        assert not shared
+
+
+def test_rows_behind_a_shared_prompt_must_fit_the_context(tiny):
+    rows = [[1] * 20 + [2, 3, 4, 5, 6, 7]] * 2
+    with pytest.raises(ValueError, match="25 tokens do not fit the context of 24"):
+        token_logprobs(tiny, right_pad(rows), response_mask([20, 20], rows))
+
+
+def test_sampling_rounds_weights_once(tiny):
+    # catches copies in bf16 that are made again at every step
+    tiny.float()
+    shapes = [list(p.shape) for p in tiny.h.parameters() if p.dim() == 2]
+
+    def rounded(steps):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile(
+                record_shapes=True) as profile:
+            generate(tiny, [[1, 2]], steps, EOS + 20, uniforms=uniforms(1, steps))
+        return sum(e.name == "aten::_to_copy" and e.input_shapes[0] in shapes
+                   for e in profile.events())
+
+    assert rounded(3) == rounded(9) == len(shapes)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=["gpt2", "llama"])
