@@ -57,9 +57,9 @@ class Case(NamedTuple):
 # the number of an exercise is the place in this list: no two of a kind beside each other
 CASES = (
     Case("top_k_in_rollouts", ("ppo",), "rollouts take the 8 likeliest tokens only, and the "
-         "log-probabilities know nothing of it", "not in what is shown: the SFT model gives 0.8% "
-         "of its probability to the others, one token in six answers, which never comes; ask for "
-         "the rank of each sampled token"),
+         "log-probabilities know nothing of it", "only the first row: with the weights, prompts "
+         "and random numbers of the right run other answers are drawn, of a lower entropy. The SFT "
+         "model gives 0.8% of its probability to the tokens left out, one in six answers"),
     Case("eos_is_not_scored", ("sft",), "EOS is left out of the SFT loss", "the EOS rate falls, "
          "the length runs to its limit; the loss looks right"),
     Case("kl_sign_reversed", ("ppo",), "the KL is added to the reward: drift is paid for",
@@ -113,7 +113,9 @@ CURVES = dict(
          ("validation", "margin", "held-out margin"),
          ("validation", "chosen_logp", "log p of chosen\n(nats per sequence)"),
          ("validation", "rejected_logp", "log p of rejected\n(nats per sequence)")])
-# of a log's last row: what the run says of itself
+# of a log's first row, and of its last: what the run says of itself
+FIRST = ("score", "length", "entropy", "explained_variance", "policy_loss", "loss", "accuracy",
+         "grad_norm")
 SAYS = ("score", "kl", "kl_se", "length", "eos_rate", "loss", "accuracy", "longer_wins",
         "calibration_error", "margin", "chosen_logp", "rejected_logp")
 
@@ -193,7 +195,7 @@ def betrayed(stages, found, most=3):
             mean, half = runs.interval(bug - right)
             size = abs(mean) / (abs(right.mean()) + 1e-9)
             if size > 0.1 and not abs(mean) <= half:
-                shown.append((size, f"{stage} {field} {right.mean():.2g} → {bug.mean():.2g}"))
+                shown.append((size, f"{stage} {field} {right.mean():.3g} → {bug.mean():.3g}"))
     return "; ".join(text for _, text in sorted(shown, reverse=True)[:most]) or "nothing"
 
 
@@ -276,6 +278,12 @@ def draw_curves(case, one, path):
             axis.set_ylim(-0.05, 1.05)
         if field == "ratio_max":
             axis.set_yscale("log")
+        if field == "explained_variance":  # the first iterations of a bad critic hide all others
+            axis.set_ylim(bottom=max(-2.0, axis.get_ylim()[0]))
+        largest = [max(map(abs, line.get_ydata()), default=0.0) for line in axis.lines]
+        if field in ("kl", "kl_error", "returns_mean") and largest[-1] > 10 * largest[0]:
+            axis.set_yscale("symlog")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("epoch" if kind == "validation" else
                         "iteration" if stage == "ppo" else "step", fontsize=8)
@@ -307,11 +315,12 @@ def exercises_page(found, folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["# Exercises: name the bug\n",
              "Each run below has one known bug in it. Orange is its own log, grey that of a right "
-             "run with the same inputs and seed; the samples and figures are those that it logged "
-             "itself. What is wrong, in which line? One of the twelve cannot be known from what is "
-             "shown. [log.md](log.md) defines every curve; "
-             "[bugs.md](bugs.md) says what each bug costs (and names them all). "
-             "`python studies/bugs.py --case=N` makes a case again.\n"]
+             "run with the same inputs, seed and random numbers; the samples and figures are those "
+             "that it logged itself. What is wrong, in which line? [log.md](log.md) defines every "
+             "field; the third curve of PPO is the mean of `kl` - `kl_exact` so far, in which 0.05 "
+             "is noise. Samples are the last that a run logged, on training prompts in PPO, on "
+             "held-out ones elsewhere. [bugs.md](bugs.md) says what each bug costs (and names them "
+             "all). `python studies/bugs.py --case=N` makes a case again.\n"]
     for number, one in found.items():
         case, bug = CASES[number - 1], runs.BUGS[CASES[number - 1].bug]
         draw_curves(case, one, folder / f"{number}.png")
@@ -322,9 +331,12 @@ def exercises_page(found, folder, config):
         for stage in case.stages:
             last = runs.log_rows(one["bug"][0][stage], "final")[0]
             right = runs.log_rows(one["right"][0][stage], "final")[0]
-            lines.append(f"Last row of `{stage}.py` (in brackets the right run's): " + ", ".join(
-                f"{k} {last[k]:.3g} ({right[k]:.3g})" for k in SAYS
-                if last.get(k) is not None and right.get(k) is not None) + ".\n")
+            firsts = [runs.log_rows(one[side][0][stage], "step")[0] for side in ("bug", "right")]
+            for words, a, b, names in (("First", *firsts, FIRST), ("Last", last, right, SAYS)):
+                shown = [f"{k} {a[k]:.3g} ({b[k]:.3g})" for k in names
+                         if a.get(k) is not None and b.get(k) is not None]
+                lines.append(f"{words} row of `{stage}.py` (in brackets the right run's): "
+                             + ", ".join(shown) + ".\n")
         lines += [*samples(one["bug"][0][case.stages[-1]]), ""]
         seen = "" if bug.seen == "-" else f" Seen: {bug.seen}."
         lines += ["<details><summary>Solution</summary>\n", f"`{case.bug}`: {case.said}.{seen} "
