@@ -356,6 +356,7 @@ def browser(one_browser):
     one_browser.switch_to.window(first)
     one_browser.get("about:blank")
     set_screen(one_browser)
+    one_browser.get_log("browser")  # which empties it
     return one_browser
 
 
