@@ -386,6 +386,10 @@ def test_a_report_has_every_checkpoint_and_every_row(report):
     assert all(label.split("{")[0] in said for name, label, *_ in evaluate.ROWS
                if name not in never_right)
     assert [*content["rows"]] == [name for name, *_ in evaluate.ROWS]
+    for name, keys in (("gold_by_family", evaluate.FAMILIES), ("gold_by_part", evaluate.PARTS)):
+        for each in content[name].values():
+            assert set(each) <= set(keys) and len(each) > 2
+        assert [*content[name]] == [*found][:3]  # best of n has none
     assert content["rows"]["distinct"] == dict(label="different answers of 3", unit="", better=1)
     if importlib.util.find_spec("matplotlib"):
         assert "](report.png)" in text and (out / "report.png").read_bytes()[1:4] == b"PNG"
