@@ -5,7 +5,7 @@ Qwen2, Qwen3), by fields of `GPTConfig`: rotary positions, RMSNorm, SwiGLU, fewe
 values than for queries. The names of the modules are GPT-2's in both.
 
 Reading order: `Attention`, `MLP`, `Block`, `KVCache`, `GPT`, then the two functions that the
-stages call, `generate` (sampling) and `token_logprobs` (scoring). `SharedPrompts` and `states` only
+stages call, `generate` (sampling) and `token_logprobs` (scoring). `SharedPrompts` and `least` only
 save time.
 
 Shapes: B batch, T time (tokens), P prompt length, C channels (n_embd), H heads, D head_dim, V
@@ -85,6 +85,11 @@ class GPTConfig:
                              " (the first id behind the real tokens is PAD)")
 
 
+def as_numbers(hidden, dtype):
+    """The mask of attention, -inf where `hidden`: every layer would make it of truth values."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
+
+
 class KVCache:
     """Keys and values of every layer in one fixed block of memory, (n_layer, 2, B, H_kv, S, D).
 
@@ -109,10 +114,9 @@ class KVCache:
         if positions.device.type == "cpu":  # of a GPU one would wait for it, and a graph is static
             # in steps of 64, because attention is slower at the first sight of a shape
             self.filled = min(self.filled, (int(positions.max()) // 64 + 1) * 64)
-        # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S), as
-        # numbers, which every layer would make of truth values
+        # a query at position p may look at slots 0..p, whatever lies behind them: (B, 1, T, S)
         later = torch.arange(self.filled, device=positions.device) > positions[:, None, :, None]
-        self.mask = torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -math.inf)
+        self.mask = as_numbers(later, self.kv.dtype)
 
     def attend(self, layer, q, k, v, **options):
         """Write k, v (B, H_kv, T, D) of one layer; what q (B, H, T, D) gets from all slots."""
@@ -142,8 +146,7 @@ class SharedPrompts:
         behind = (place >= lengths[of, None]) & (place < P)  # (B, P + R)
         later = place > place[P:, None]  # (R, P + R)
         hidden = (behind[:, None] | later)[:, None]  # (B, 1, R, P + R)
-        self.mask = torch.zeros(hidden.shape, device=device, dtype=precision(device))
-        self.mask.masked_fill_(hidden, -math.inf)
+        self.mask = as_numbers(hidden, precision(device))
         real = torch.cat([(place[:P] < lengths[:, None]).flatten(),
                           (place[:R] < after[:, None]).flatten()])  # (G P + B R,)
         self.real = real.nonzero()[:, 0]  # (N,) where each token stands in the padded blocks
@@ -420,10 +423,8 @@ def sampling(fn):
     would round all weights again at every step: its copies of them are not kept there."""
     @functools.wraps(fn)
     def run(*args, **options):
-        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-            with torch.no_grad():
-                return fn(*args, **options)
-        with torch.inference_mode():
+        rounds = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+        with torch.no_grad() if rounds else torch.inference_mode():
             return fn(*args, **options)
     return run
 
@@ -560,11 +561,13 @@ def least(tokens, response_mask, wanted):
     if B == 1 or len(at) == 0 or int(start.min()) == 0:
         return plain
     prompts, of = prompts_of(tokens, start)
+    if len(prompts) == B:
+        return plain
     lengths = (prompts >= 0).sum(1)  # (G,)
     after = (wanted * column).amax(1) + 1 - start  # (B,)
     sizes = lengths.max(), after.max().clamp(min=1), lengths.sum() + after.sum()
     P, R, N = torch.stack(sizes).tolist()  # a GPU is waited for once
-    if len(prompts) == B or N > 0.9 * B * T:
+    if N > 0.9 * B * T:
         return plain
     shared = SharedPrompts(lengths, of, after, P, R, T)
     place = (start[:, None] + column[:R]).clamp(max=T - 1)  # (B, R), behind the prompts

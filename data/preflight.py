@@ -37,8 +37,8 @@ def overfit(model, loss, elements, config, pad, device, pairs=32, most=150):
     optimizer, losses = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0), []
     for _ in progress(range(most + 1), "overfit"):
         with autocast(device):
-            scores = batches.in_pieces(lambda p: model.raw(tokens[p], mask[p]), batches.ends(mask),
-                                       config.micro_batch)
+            scores = batches.in_pieces(lambda p: model.raw(tokens[p], mask[p]),
+                                       batches.ends_together(tokens, mask), config.micro_batch)
         mean = loss(scores[winners], scores[losers]) / len(winners)
         mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
