@@ -1,8 +1,8 @@
 """Take it out and see: PPO, its labels and its demonstrations, one thing changed at a time.
 
 Each arm is a chain of stages with other flags than the default pipeline, judged with all others of
-its seed in one report of evaluate.py (on the same prompts, with the same random numbers): proxy,
-gold, KL, length, diversity, entropy, refusals, loss on text. docs/triage.md tells how to use it.
+its part and seed in one report of evaluate.py (on the same prompts, with the same random numbers):
+proxy, gold, KL, length, diversity, entropy, refusals, loss on text. docs/triage.md uses it.
 
     python studies/ablations.py                     # all parts, 3 seeds; resumes where it stopped
     python studies/ablations.py --part=ppo --workers=2    # two runs side by side, one thread each
@@ -15,7 +15,7 @@ refusals. size: PPO of the small model against an SFT model ten times its size.
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Config:
     part: str = "all"  # "ppo", "labels", "more", "demos", "size"; several with commas; "all"
     runs: str = "out/seed{seed}"  # base model, SFT model, rankings, reward model; made if missing
     out: str = "out/ablations"  # a folder for every run
-    pages: str = "docs"  # ablations.md and .png go here
+    pages: str = "docs/ablations"  # a page and a picture for each part go here
     seeds: Positive[int] = 3  # from 1 on; of every stage
     flags: str = ""  # of stages, with commas between: ppo.iterations=10,evaluate.samples=4
     workers: Positive[int] = 1  # runs side by side; above 1 with one thread each
@@ -90,6 +90,9 @@ PARTS = dict(
     size={
         "large": Arm("SFT model of ten times the size", [
             ("pretrain", dict(n_layer=8, n_head=8, n_embd=320)), ("sft", {})])})
+TITLES = dict(ppo="what of PPO is needed", labels="what a biased labeler teaches",
+              more="three times the training", demos="which demonstrations",
+              size="a small model with feedback, a large one without")
 COLUMNS = (("score", "proxy", 1, "+.2f"), ("gold", "gold", 1, "+.2f"),
            ("win_rate", "wins against SFT, %", 100, ".0f"), ("kl", "KL, nats", 1, ".2f"),
            ("length", "length", 1, ".1f"), ("distinct", "different of {samples} answers", 1, ".1f"),
@@ -139,11 +142,11 @@ def train(name, arm, seed, config, scripts=ROOT):
     return folder
 
 
-def report(folders, seed, config):
-    """{arm: metrics} of evaluate.py's report on all policies of a seed."""
+def report(part, folders, seed, config):
+    """{arm: metrics} of evaluate.py's report on all policies of a part and seed."""
     base = Path(config.runs.format(seed=seed))
     others = {name: str(f) for name, f in folders.items() if f != base / "sft"}
-    out = Path(config.out) / f"report-{'-'.join(others)}"[:150] / f"seed{seed}"
+    out = Path(config.out) / f"report-{part}" / f"seed{seed}"
     flags = dict(policies=",".join(others.values()), reference=str(base / "sft"),
                  reward_model=str(base / "reward"))
     flags |= runs.stage_flags(config.flags).get("evaluate", {})
@@ -172,48 +175,43 @@ def size_sentence(found):
             f"{runs.with_interval(gaps)}, {runs.verdict(gaps)}.")
 
 
-def page(found, parts, config):
+def page(part, found, config):
     """Markdown; found: [{arm: metrics}] of each seed."""
-    text = runs.with_interval
+    text, against = runs.with_interval, "sft" if part == "demos" else "ppo"
     samples = runs.stage_flags(config.flags).get("evaluate", {}).get("samples", 10)
-    lines = ["# Take it out and see\n", f"    {runs.as_typed('ablations', config)}\n",
-             f"Means of {config.seeds} seeds ± half of their 95% interval (Student's t); gold "
-             "against PPO as it is, of the demonstrations against the SFT model as it is, seed by "
-             "seed: no difference where the interval covers 0. Proxy: the default reward model, "
-             "whichever trained the arm. Loss on text: nats a token of held-out pretraining "
-             "text. [triage.md](triage.md): from a symptom to its cause.\n",
-             "![a curve of every arm beside that of PPO as it is](ablations.png)\n"]
-    for part in parts:
-        against = "sft" if part == "demos" else "ppo"
-        heads = [title.format(samples=samples) for _, title, *_ in COLUMNS]
-        lines += [f"## {part}\n", "| arm | " + " | ".join(heads) + f" | gold against {against} |",
-                  "|" + "---|" * (len(COLUMNS) + 2)]
-        for name, arm in (FIRST | PARTS[part]).items():
-            gaps = [one[name]["gold"] - one[against]["gold"] for one in found]
-            cells = [text([None if one[name].get(key) is None else unit * one[name][key]
-                           for one in found], form) for key, _, unit, form in COLUMNS]
-            gap = "" if name == against else f"{text(gaps)}, {runs.verdict(gaps)}"
-            lines.append(f"| {arm.said} | " + " | ".join(cells) + f" | {gap} |")
-        lines.append("")
-        for name, sentence in (("ptx", ptx_sentence), ("large", size_sentence)):
-            if name in PARTS[part]:
-                lines += [sentence(found), ""]
+    heads = [title.format(samples=samples) for _, title, *_ in COLUMNS]
+    whose = "the SFT model" if against == "sft" else "PPO"
+    lines = [f"# Take it out and see: {TITLES[part]}\n",
+             f"    {runs.as_typed('ablations', replace(config, part=part))}\n",
+             f"Means of {config.seeds} seeds ± half of their 95% interval (Student's t); the last "
+             f"column is gold less that of {whose} as it is, seed by seed: no difference where the "
+             "interval covers 0. Proxy: the default reward model, whichever trained the arm. Loss "
+             "on text: nats a token of held-out pretraining text. [triage.md](../triage.md): from "
+             "a symptom to its cause.\n",
+             f"![a curve of every arm, beside that of the default]({part}.png)\n",
+             "| arm | " + " | ".join(heads) + f" | gold against {against} |",
+             "|" + "---|" * (len(COLUMNS) + 2)]
+    for name, arm in (FIRST | PARTS[part]).items():
+        gaps = [one[name]["gold"] - one[against]["gold"] for one in found]
+        cells = [text([None if one[name].get(key) is None else unit * one[name][key]
+                       for one in found], form) for key, _, unit, form in COLUMNS]
+        gap = "" if name == against else f"{text(gaps)}, {runs.verdict(gaps)}"
+        lines.append(f"| {arm.said} | " + " | ".join(cells) + f" | {gap} |")
+    lines += ["", *(sentence(found) + "\n" for name, sentence in (
+        ("ptx", ptx_sentence), ("large", size_sentence)) if name in PARTS[part])]
     return "\n".join(lines)
 
 
 def draw(arms, folders, path):
-    """A panel for each arm: one curve of it, a line a seed (orange), over PPO as it is (grey)."""
-    arms = {name: arm for name, arm in arms.items() if arm.steps}
-    lines = -(-len(arms) // 4)
-    figure = runs.new_figure(12, 0.5 + 2.5 * lines)
-    axes = figure.subplots(lines, 4, squeeze=False).ravel()
+    """A panel for each arm: one curve of it, a line a seed (orange), over the default's (grey)."""
+    columns = min(4, len(arms))
+    lines = -(-len(arms) // columns)
+    figure = runs.new_figure(3 * columns, 0.5 + 2.5 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, (name, arm) in zip(axes, arms.items()):
         stage = arm.steps[-1][0]
         kind = "step" if stage == "ppo" else "validation"
-        sides = [(folders[name], "#D55E00")]
-        if stage == "ppo":
-            sides.insert(0, (folders["ppo"], "#999999"))
-        for each, colour in sides:
+        for each, colour in ((folders.get(stage, ()), "#999999"), (folders[name], "#D55E00")):
             for folder in each:
                 axis.plot(*runs.curve(folder, kind, arm.curve), color=colour, lw=1,
                           marker="" if kind == "step" else "o", ms=3)
@@ -224,8 +222,26 @@ def draw(arms, folders, path):
         axis.grid(alpha=0.25, lw=0.6)
     for axis in axes[len(arms):]:
         axis.axis("off")
-    figure.suptitle("orange: the arm, a line a seed; grey: PPO as it is", fontsize=10)
+    figure.suptitle("orange: the arm, a line a seed; grey: the same stage as it is", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def study(part, config, pool):
+    """Train and judge the arms of a part; write its page and picture."""
+    arms, seeds, path = FIRST | PARTS[part], range(1, config.seeds + 1), Path(config.pages, part)
+    scripts = {name: runs.with_bug(arm.bug, Path(config.out) / name) if arm.bug else ROOT
+               for name, arm in arms.items()}
+    jobs = [(name, seed) for seed in seeds for name in arms]
+    done = dict(zip(jobs, pool.map(lambda job: train(
+        job[0], arms[job[0]], job[1], config, scripts[job[0]]), jobs)))
+    found = list(pool.map(lambda seed: report(
+        part, {name: done[name, seed] for name in arms}, seed, config), seeds))
+    text = page(part, found, config)
+    print(text)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(PARTS[part], {name: [done[name, seed] for seed in seeds] for name in arms},
+         path.with_suffix(".png"))
+    print(f"written: {path}.md, {part}.png")
 
 
 def main(config):
@@ -233,24 +249,11 @@ def main(config):
     parts = list(PARTS) if config.part == "all" else config.part.split(",")
     if set(parts) - set(PARTS):
         raise UserError(f"--part={config.part}: expected all, or of {', '.join(PARTS)}")
-    arms = FIRST | {name: arm for part in parts for name, arm in PARTS[part].items()}
     Path(config.pages).mkdir(parents=True, exist_ok=True)
-    scripts = {name: runs.with_bug(arm.bug, Path(config.out) / name) if arm.bug else ROOT
-               for name, arm in arms.items()}
-    seeds = range(1, config.seeds + 1)
     with ThreadPoolExecutor(config.workers) as pool:
-        list(pool.map(lambda seed: runs.pipeline(config, seed), seeds))
-        jobs = [(name, seed) for seed in seeds for name in arms]
-        done = dict(zip(jobs, pool.map(lambda job: train(
-            job[0], arms[job[0]], job[1], config, scripts[job[0]]), jobs)))
-        found = list(pool.map(lambda seed: report(
-            {name: done[name, seed] for name in arms}, seed, config), seeds))
-    text = page(found, parts, config)
-    print(text)
-    (Path(config.pages) / "ablations.md").write_text(text, encoding="utf-8")
-    draw(arms, {name: [done[name, seed] for seed in seeds] for name in arms},
-         Path(config.pages) / "ablations.png")
-    print(f"written: {config.pages}/ablations.md, ablations.png")
+        list(pool.map(lambda seed: runs.pipeline(config, seed), range(1, config.seeds + 1)))
+        for part in parts:
+            study(part, config, pool)
 
 
 if __name__ == "__main__":

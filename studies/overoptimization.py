@@ -3,7 +3,8 @@
 As Gao et al. (2022) measured it: gold and proxy against d, the square root of the KL to the SFT
 model, for best-of-n and along PPO at three betas; proxies from few and from many comparisons, one
 network or an ensemble. They found gold ~ d (a - b d) for best-of-n and d (a - b ln d) for RL; both
-forms are fitted to both here, with a constant c in front, for R at d = 0 is measured as well.
+forms are fitted to both here, with a constant c in front: gold at d = 0 is measured as well. All
+answers are to training prompts: PPO's rollouts are.
 
     python studies/overoptimization.py                   # 3 seeds; resumes where it stopped
     python studies/overoptimization.py --workers=2       # two runs side by side, one thread each
@@ -15,6 +16,7 @@ early (Gao et al., section 3.6), so that all betas lie on one curve? The page an
 import json
 import math
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +36,8 @@ class Config:
     seeds: Positive[int] = 3  # from 1 on; of every stage
     few: Positive[int] = 250  # prompts with rankings of the proxy from few comparisons
     members: Positive[int] = 4  # of an ensemble
-    window: Positive[int] = 5  # iterations of PPO that make a point
-    bon_prompts: Positive[int] = 128  # held-out prompts of best-of-n
+    window: Positive[int] = 5  # iterations of PPO that make a point, but for the first alone
+    bon_prompts: Positive[int] = 128  # training prompts of best-of-n
     bon_samples: Positive[int] = 128  # SFT samples a prompt: the largest n
     max_new_tokens: Positive[int] = 48
     flags: str = ""  # of stages, with commas between: ppo.iterations=10,reward.samples=64
@@ -59,7 +61,7 @@ from studies import runs
 from studies.frontier import COLOURS, best_of_n
 
 PROXIES = ("few", "many", "few, ensemble", "many, ensemble")
-POLICIES = ("best of n", 0.0, 0.05, 0.2)  # the numbers are betas of PPO
+POLICIES = ("best of n", 0.0, 0.02, 0.05)  # the numbers are betas of PPO
 BETAS = {name: (0.0,) if "ensemble" in name else POLICIES[1:] for name in PROXIES}  # that take time
 MISSING_EOS = -3.0
 
@@ -111,34 +113,37 @@ def ppo(job, config):
 
 
 def ppo_curve(folder, window):
-    """dict of d, gold, proxy, each (points,), means of `window` iterations; and se, that of gold.
+    """dict of step, d, gold, proxy, each (points,), means of `window` iterations; and se of gold.
 
-    Gold and score are those of the rollouts, d is the root of the mean exact KL. The error comes
-    from how much gold jumps from one iteration to the next: half the mean square of the jumps is
-    the variance of one, whatever the trend.
+    The first iteration, that of the SFT model, is a point of its own. Gold and score are those of
+    the rollouts, d is the root of the mean exact KL. se, the standard error of a point, comes from
+    how much gold jumps from one iteration to the next: half the mean square of the jumps is the
+    variance of one, whatever the trend.
     """
     rows = [row for row in runs.log_rows(folder, "step") if row["score"] is not None]
-    n = max(1, len(rows) // window)
-    mean = lambda key: np.array([np.mean([r[key] for r in part])
-                                 for part in np.array_split(np.array(rows, object), n)])
+    n = max(1, (len(rows) - 1) // window)
+    parts = [rows[:1], *np.array_split(np.array(rows[1:], object), n)]
+    mean = lambda key: np.array([np.mean([r[key] for r in part]) for part in parts])
     jumps = np.diff([row["gold"] for row in rows])
-    return dict(d=np.sqrt(np.maximum(mean("kl_exact"), 0)), gold=mean("gold"), proxy=mean("score"),
-                se=float(np.sqrt(np.mean(jumps ** 2) / 2 / window)) if len(jumps) else 0.0)
+    return dict(step=mean("step"), d=np.sqrt(np.maximum(mean("kl_exact"), 0)), gold=mean("gold"),
+                proxy=mean("score"), se=float(np.sqrt(np.mean(jumps ** 2) / 2 / window)))
 
 
 def bon_curves(seed, config, device):
-    """{proxy: dict of d, gold, proxy, each (n = 1, 2, 4, ...)} of best-of-n, from SFT samples."""
+    """dict of curves, {proxy: dict of d, gold, proxy, each (n = 1, 2, 4, ...)} of best-of-n from
+    SFT samples, and of the seconds that took. d is an upper bound: answers may be the same."""
     base, out = Path(config.runs.format(seed=seed)), Path(config.out) / f"seed{seed}"
     folders = {name: proxy(name, seed, config) for name in PROXIES}
-    key = [config.bon_prompts, config.bon_samples, config.max_new_tokens,
+    key = ["training", config.bon_prompts, config.bon_samples, config.max_new_tokens,
            runs.inputs(dict(init=str(base / "sft"))),
            *(runs.inputs(dict(reward_model=str(f))) for f in folders.values())]
-    path = out / "best_of_n.json"
+    path, started = out / "best_of_n.json", time.monotonic()
     if path.exists() and (saved := json.loads(path.read_text()))["key"] == key:
-        return saved["curves"]
+        return saved
     policy, tokenizer, _ = common.load_policy(base / "sft", ("sft",), device)
-    texts, ids, _ = zip(*load_prompts("synthetic", {"held-out": config.bon_prompts}, tokenizer,
-                                      policy.config.block_size - config.max_new_tokens)[0])
+    texts, ids, _ = zip(*load_prompts("synthetic", {"training": config.bon_prompts}, tokenizer,
+                                      policy.config.block_size - config.max_new_tokens,
+                                      seed)[0])
     drawn = batches.sample_texts(policy, tokenizer, ids, config.max_new_tokens,
                                  partial(common.uniforms, seed, "overoptimization", "n", 0), 1.0,
                                  samples=config.bon_samples)
@@ -157,9 +162,10 @@ def bon_curves(seed, config, device):
                                            for n in sizes]
         curves[name] = dict(d=[math.sqrt(math.log(n) - (n - 1) / n) for n in sizes],
                             gold=each(gold), proxy=each(score))
+    saved = dict(key=key, curves=curves, seconds=round(time.monotonic() - started, 1))
     with whole_file(path, "w", encoding="utf-8") as file:
-        file.write(cli.to_json(dict(key=key, curves=curves)) + "\n")
-    return curves
+        file.write(cli.to_json(saved) + "\n")
+    return saved
 
 
 # --- what they say -------------------------------------------------------------------------------
@@ -184,70 +190,109 @@ def facts(curve):
     """What one curve of PPO shows: where gold peaks, and the checks of over-optimisation."""
     top, d, gold, score = int(np.argmax(curve["gold"])), curve["d"], curve["gold"], curve["proxy"]
     error = math.sqrt(2) * curve["se"]  # of a difference of two points
-    return dict(d_peak=float(d[top]), gold_peak=float(gold[top]), point=top + 1.0,
-                d_end=float(d[-1]), gold_end=float(gold[-1]),
-                proxy_rises=bool(score[-1] > score[top]),
-                gold_falls=bool(gold[top] - gold[-1] > 2 * error))
+    return dict(step=float(curve["step"][top]), d_peak=float(d[top]), gold_peak=float(gold[top]),
+                d_end=float(d[-1]), gold_end=float(gold[-1]), lost=float(gold[top] - gold[-1]),
+                proxy_gain=float(score[-1] - score[top]), reached=bool(top < len(gold) - 1),
+                falls=bool(gold[top] - gold[-1] > 2 * error))
 
 
-def matched(curve, other):
-    """Gold at the end of one curve less that of another at the same d: 0 if both are one curve."""
+def off(curve, other):
+    """How far a curve lies above another at the same d: 0 if both are one curve.
+
+    The mean of gold over the second half of its points, less that of the other between its points.
+    """
+    d, gold = (np.asarray(curve[key])[len(curve["d"]) // 2:] for key in ("d", "gold"))
     order = np.argsort(other["d"])
-    return float(curve["gold"][-1] - np.interp(curve["d"][-1], np.asarray(other["d"])[order],
-                                               np.asarray(other["gold"])[order]))
+    return float(np.mean(gold - np.interp(d, np.asarray(other["d"])[order],
+                                          np.asarray(other["gold"])[order])))
 
 
-def page(curves, config):
-    """Markdown; curves: {(proxy, beta or "best of n"): [the curve of each seed]}."""
+def told(gaps):
+    """A difference over seeds with its interval, and whether there is one."""
+    return runs.with_interval(gaps) + (
+        ", no difference" if runs.verdict(gaps) == "no difference" else "")
+
+
+def page(curves, minutes, held_out, config):
+    """Markdown.
+
+    curves: {(proxy, beta or "best of n"): [the curve of each seed]}; minutes: of each seed;
+    held_out: {(proxy, beta): [gold of each seed]}, at the end of PPO, on held-out prompts.
+    """
+    text, table = runs.with_interval, lambda *heads: [
+        "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines = ["# Over-optimisation\n", f"    {runs.as_typed('overoptimization', config)}\n",
              f"Means of {config.seeds} seeds ± half of their 95% interval (Student's t). d is the "
              "square root of the KL to the SFT model, in nats per sequence: along PPO the exact KL "
-             f"of its rollouts, a point each {config.window} iterations; of best-of-n "
-             f"log n - (n - 1) / n. Few: {config.few} prompts with rankings; many: all; an "
-             f"ensemble: the mean of {config.members} networks.\n",
+             f"of its rollouts, a point each {config.window} iterations; of best-of-n at most "
+             "log n - (n - 1) / n. Gold and proxy are those of answers to training prompts. Few: "
+             f"{config.few} prompts with rankings, and so fewer steps; many: all; an ensemble: the "
+             f"mean of {config.members} networks. The runs behind this page, base model to labels "
+             f"not counted, took {text(minutes, '.0f')} minutes a seed, one run at a time.\n",
              "![gold and proxy against the square root of the KL](overoptimization.png)\n",
-             "## The peak\n", "| proxy | beta | point of gold's peak | d there | gold there "
-             "| d at the end | gold at the end | seeds: proxy above its value at the peak "
-             "| seeds: gold fell by over 2 standard errors |", "|" + "---|" * 9]
-    text = runs.with_interval
+             "## The peak\n", "The peak is the largest of noisy points, and so a little too high: "
+             "a fall counts from two standard errors on. \"In n seeds\": of which gold was still "
+             "highest before the last point, gold fell by over two standard errors, and the proxy "
+             "rose meanwhile.\n",
+             *table("proxy", "beta", "iteration of gold's peak", "d there", "gold there",
+                    "d at the end", "gold at the end", "lost since the peak",
+                    "proxy gained meanwhile", "peak before the end", "gold falls", "proxy rises",
+                    "gold at the end, held-out prompts")]
     known = {key: [facts(c) for c in each] for key, each in curves.items() if key[1] != "best of n"}
     for (name, beta), rows in known.items():
-        get = lambda key, form, rows=rows: text([row[key] for row in rows], form)
-        lines.append(f"| {name} | {beta:g} | {get('point', '.1f')} | {get('d_peak', '.2f')} | "
-                     f"{get('gold_peak', '+.2f')} | {get('d_end', '.2f')} | "
-                     f"{get('gold_end', '+.2f')} | "
-                     f"{sum(r['proxy_rises'] for r in rows)} of {len(rows)} | "
-                     f"{sum(r['gold_falls'] for r in rows)} of {len(rows)} |")
-    lines += ["", "## Sooner and lower, or the same curve?\n", "Against beta 0 and the same proxy, "
-              "seed by seed. If a smaller beta peaked sooner and lower, the first two would be "
-              "above 0. If KL were early stopping, the last would be 0: gold at the end less that "
-              "of beta 0 at the same d.\n", "| proxy | beta | points until the peak, more | gold "
-              "at the peak, more | off the curve of beta 0 |", "|---|---|---|---|---|"]
-    for (name, beta), rows in known.items():
-        if beta:
-            zero = known[name, 0.0]
-            more = [text([r[k] - z[k] for r, z in zip(rows, zero)])
-                    for k in ("point", "gold_peak")]
-            off = [matched(c, o) for c, o in zip(curves[name, beta], curves[name, 0.0])]
-            lines.append(f"| {name} | {beta:g} | {more[0]} | {more[1]} | {text(off)} |")
-    lines += ["", "## The two forms\n", "Fitted to gold, all seeds together. The peak is that of "
-              "the fit; - where it has none among the d that were reached.\n",
-              "| proxy | policy | c + d (a - b d): a, b | R² | peak "
-              "| c + d (a - b ln d): a, b | R² | peak |", "|" + "---|" * 8]
+        cells = [text([row[key] for row in rows], form) for key, form in (
+            ("step", ".0f"), ("d_peak", ".2f"), ("gold_peak", "+.2f"), ("d_end", ".2f"),
+            ("gold_end", "+.2f"), ("lost", ".2f"), ("proxy_gain", "+.2f"))]
+        cells += [f"{sum(row[key] for row in rows)} of {len(rows)}" for key in (
+            "reached", "falls")] + [f"{sum(r['proxy_gain'] > 0 for r in rows)} of {len(rows)}"]
+        lines.append(f"| {name} | {beta:g} | {' | '.join(cells)} | "
+                     f"{text(held_out[name, beta])} |")
+    lines += ["", "## Sooner and lower, or the same curve?\n", "A larger beta less a smaller one "
+              "with the same proxy, seed by seed. If the smaller one peaked sooner and lower, the "
+              "first two would be above 0. If the KL penalty were early stopping, the last would "
+              "be 0: gold over the second half of the run, less that of the smaller beta at the "
+              "same d. Iterations only where both peaks come before the end.\n",
+              *table("proxy", "betas", "iterations until the peak", "gold at the peak",
+                     "off the curve of the smaller beta")]
+    for name in PROXIES:
+        for low, high in zip(BETAS[name], BETAS[name][1:]):
+            pairs = list(zip(known[name, high], known[name, low]))
+            later = told([h["step"] - s["step"] for h, s in pairs]) if all(
+                h["reached"] and s["reached"] for h, s in pairs) else "-"
+            apart = [off(c, o) for c, o in zip(curves[name, high], curves[name, low])]
+            lines.append(f"| {name} | {high:g} - {low:g} | {later} | "
+                         f"{told([h['gold_peak'] - s['gold_peak'] for h, s in pairs])} | "
+                         f"{told(apart)} |")
+    lines += ["", "## Which proxy?\n", "Differences, seed by seed, of PPO at beta 0 and of the "
+              f"best of {config.bon_samples}.\n",
+              *table("proxies", "gold at the peak", "d there", "gold at the end",
+                     f"gold of the best of {config.bon_samples}")]
+    for better, worse in (("many", "few"), ("few, ensemble", "few"), ("many, ensemble", "many")):
+        if better in PROXIES and worse in PROXIES:
+            pairs = list(zip(known[better, 0.0], known[worse, 0.0]))
+            cells = [told([x[key] - y[key] for x, y in pairs])
+                     for key in ("gold_peak", "d_peak", "gold_end")]
+            best = zip(curves[better, "best of n"], curves[worse, "best of n"])
+            cells.append(told([x["gold"][-1] - y["gold"][-1] for x, y in best]))
+            lines.append(f"| {better} - {worse} | " + " | ".join(cells) + " |")
+    lines += ["", "## The two forms\n", "Fitted to the gold of each seed. \"Peaks at\": the d of "
+              "the fit's maximum, over the seeds where it lies among the d that were reached.\n",
+              *table("proxy", "policy", "c + d (a - b d): a", "b", "R²", "peaks at",
+                     "c + d (a - b ln d): a", "b", "R²", "peaks at")]
     for (name, beta), each in curves.items():
-        d, gold = (np.concatenate([c[key] for c in each]) for key in ("d", "gold"))
         cells = []
         for form in ("square", "ln"):
-            f = fit(d, gold, form)
-            cells += [f"{f['a']:.2f}, {f['b']:.2f}", f"{f['r2']:.2f}",
-                      "-" if math.isnan(f["peak"]) or f["peak"] > d.max() else f"{f['peak']:.2f}"]
+            fits = [fit(c["d"], c["gold"], form) for c in each]
+            cells += [text([f[key] for f in fits], ".2f") for key in ("a", "b", "r2")]
+            peaks = [f["peak"] for f, c in zip(fits, each) if f["peak"] <= max(c["d"])]
+            cells.append(f"{np.mean(peaks):.2f} ({len(peaks)} of {len(fits)})" if peaks else "-")
         who = beta if beta == "best of n" else f"PPO, beta {beta:g}"
         lines.append(f"| {name} | {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(curves, path):
-    """A column for each proxy: gold (solid) and proxy (dashed) against d, a colour a policy."""
+    """A column for each proxy: gold above, proxy below, against d; a colour a policy."""
     figure = runs.new_figure(12, 6.6)
     axes = figure.subplots(2, len(PROXIES), sharex=True, sharey="row", squeeze=False)
     for (name, beta), each in curves.items():
@@ -263,10 +308,16 @@ def draw(curves, path):
     for axis, title in zip(axes[:, 0], ("gold reward", "proxy (standard deviations of\nSFT "
                                         "samples)")):
         axis.set_ylabel(title)
+    reach = max(max(c["d"]) for each in curves.values() for c in each)
+    ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 50) if tick <= reach]
     for axis in axes.ravel():
+        # beta 0 goes five times as far as all others
+        axis.set_xscale("symlog", linthresh=2, linscale=1.2)
+        axis.set_xticks(ticks, ticks)
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.25, lw=0.6)
-    figure.supxlabel("square root of the KL to the SFT model (KL in nats per sequence); a line a "
-                     "seed", fontsize="medium")
+    figure.supxlabel("square root of the KL to the SFT model (KL in nats per sequence), "
+                     "logarithmic from 2 on; a line a seed", fontsize="medium")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
                   frameon=False)
     figure.savefig(path, dpi=110)
@@ -285,12 +336,18 @@ def main(config):
         jobs = [(n, beta, s) for n in PROXIES for beta in BETAS[n] for s in seeds]
         folders = dict(zip(jobs, pool.map(lambda job: ppo(job, config), jobs)))
     best = [bon_curves(seed, config, device) for seed in seeds]
-    curves = {}
+    curves, held_out = {}, {}
     for name in PROXIES:
-        curves[name, "best of n"] = [one[name] for one in best]
+        curves[name, "best of n"] = [one["curves"][name] for one in best]
         for beta in BETAS[name]:
-            curves[name, beta] = [ppo_curve(folders[name, beta, s], config.window) for s in seeds]
-    text = page(curves, config)
+            each = [folders[name, beta, s] for s in seeds]
+            curves[name, beta] = [ppo_curve(folder, config.window) for folder in each]
+            held_out[name, beta] = [runs.final(folder)["gold"] for folder in each]
+    minutes = [sum(runs.final(f)["seconds"] for f in (
+        *(proxy(name, s, config) for name in PROXIES),
+        *(folders[job] for job in jobs if job[2] == s))) / 60 + one["seconds"] / 60
+        for s, one in zip(seeds, best)]
+    text = page(curves, minutes, held_out, config)
     print(text)
     (Path(config.pages) / "overoptimization.md").write_text(text, encoding="utf-8")
     draw(curves, Path(config.pages) / "overoptimization.png")

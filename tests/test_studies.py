@@ -147,7 +147,7 @@ def test_overoptimization(folder, monkeypatch, capsys):
     # catches a proxy that is trained on all rankings, a curve of another proxy or beta, best-of-n
     # of an older SFT model
     monkeypatch.setattr(overoptimization, "PROXIES", ("few, ensemble", "many"))
-    monkeypatch.setattr(overoptimization, "BETAS", {"few, ensemble": (0.0,), "many": (0.0, 0.2)})
+    monkeypatch.setattr(overoptimization, "BETAS", {"few, ensemble": (0.0,), "many": (0.0, 0.05)})
     small = ["--seeds=1", "--out=over", "--few=9", "--members=2", "--window=1", "--bon_prompts=5",
              "--bon_samples=4", "--max_new_tokens=8", "--device=cpu"]
     study(overoptimization, *small, "--pages=docs")
@@ -160,11 +160,17 @@ def test_overoptimization(folder, monkeypatch, capsys):
     assert log("reward-few-ensemble")["data"] == "over/seed1/few9.jsonl"
     assert log("reward-few-ensemble")["ensemble"] == 2
     assert log("ppo-few-ensemble-beta0")["reward_model"] == "over/seed1/reward-few-ensemble"
-    assert (log("ppo-many-beta0.2")["beta"], log("ppo-many-beta0")["beta"]) == (0.2, 0.0)
+    assert (log("ppo-many-beta0.05")["beta"], log("ppo-many-beta0")["beta"]) == (0.05, 0.0)
     text = (folder.path / "docs" / "overoptimization.md").read_text()
-    steps = runs.log_rows("over/seed1/ppo-many-beta0.2", "step")
-    row = next(line for line in text.splitlines() if line.startswith("| many | 0.2 | "))
-    assert row.split(" | ")[4] == f"{max(s['gold'] for s in steps):+.2f}"
+    steps = runs.log_rows("over/seed1/ppo-many-beta0.05", "step")
+    row = next(line for line in text.splitlines() if line.startswith("| many | 0.05 | "))
+    top = max(steps, key=lambda s: s["gold"])
+    gained = steps[-1]["score"] - top["score"]
+    assert row.split(" | ")[4] == f"{top['gold']:+.2f}"
+    assert row.split(" | ")[7:9] == [f"{top['gold'] - steps[-1]['gold']:.2f}", f"{gained:+.2f}"]
+    held_out = runs.final("over/seed1/ppo-many-beta0.05")["gold"]
+    assert row.endswith(f" | {held_out:+.2f} |")
+    assert "| many | 0.05 - 0 | " in text
     assert (folder.path / "docs" / "overoptimization.png").stat().st_size > 20_000
     saved = json.loads((folder.path / "over/seed1/best_of_n.json").read_text())
     assert saved["curves"]["many"]["d"][0] == 0
@@ -188,14 +194,33 @@ def test_fits_and_checks_of_overoptimization():
     wrong = overoptimization.fit(d, d * (2 - 1.5 * np.log(d)), "square")
     assert 0.5 < wrong["r2"] < 0.999
     assert np.isnan(overoptimization.fit(d, d * (2 + 0.5 * d), "square")["peak"])
-    curve = dict(d=np.array([0, 1.0, 2]), gold=np.array([0, 1.0, 0.5]),
+    curve = dict(d=np.array([0, 1.0, 2]), gold=np.array([0, 1.0, 0.5]), step=np.array([0, 3, 8]),
                  proxy=np.array([0, 1.0, 2]), se=0.1)
     found = overoptimization.facts(curve)
-    assert found["proxy_rises"] and found["gold_falls"] and found["d_peak"] == 1
-    assert found["point"] == 2
-    assert not overoptimization.facts(curve | dict(se=0.2))["gold_falls"]  # 0.5 < 2 * 0.28
+    assert found["proxy_gain"] == 1 and found["falls"] and found["d_peak"] == 1
+    assert found["step"] == 3 and found["reached"] and found["lost"] == 0.5
+    assert not overoptimization.facts(curve | dict(se=0.2))["falls"]  # 0.5 < 2 * 0.28
+    assert not overoptimization.facts(curve | dict(gold=np.arange(3)))["reached"]
     half = dict(d=np.array([0, 1.5]), gold=np.array([0, 1.0]))
-    assert overoptimization.matched(half, curve) == pytest.approx(0.25)
+    assert overoptimization.off(half, curve) == pytest.approx(0.25)
+    three = dict(d=np.array([0, 9, 1.0, 1.5]), gold=np.array([0, 9, 1.2, 1.15]))
+    assert overoptimization.off(three, curve) == pytest.approx((0.2 + 0.4) / 2)
+    assert overoptimization.told([1, 1.1, 0.9]) == "+1.00 ± 0.25"
+    assert overoptimization.told([-1, 1]).endswith(", no difference")
+
+
+def test_points_of_ppo(folder):
+    # catches the SFT model's iteration in the mean of others, a point that is left out, an error
+    # by the trend
+    rows = [dict(kind="step", step=i, score=float(i), gold=2.0 * i + (-1) ** i, kl_exact=float(i))
+            for i in range(7)]
+    (folder.path / "points").mkdir(exist_ok=True)
+    (folder.path / "points" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    curve = overoptimization.ppo_curve(folder.path / "points", 3)
+    assert list(curve["step"]) == [0, 2, 5] and list(curve["proxy"]) == [0, 2, 5]
+    assert list(curve["d"]) == pytest.approx([0, 2 ** 0.5, 5 ** 0.5])
+    assert curve["gold"] == pytest.approx([1, 4 - 1 / 3, 10 + 1 / 3])
+    assert curve["se"] == pytest.approx((np.mean([0, 16, 0, 16, 0, 16]) / 2 / 3) ** 0.5)
 
 
 def test_ablations(folder, monkeypatch, capsys):
@@ -208,8 +233,8 @@ def test_ablations(folder, monkeypatch, capsys):
         demos={"nosft": parts["ppo"]["nosft"]}))
     flags = ["--seeds=1", "--out=abl", "--device=cpu"]
     study(ablations, *flags, "--pages=docs")
-    assert [name.split("/")[-1] for name in made(folder)][-8:] == [
-        "ppo", "ppo", "label", "reward", "ppo", "sft", "ppo", "evaluate"]
+    assert [name.split("/")[-1] for name in made(folder)][-10:] == [
+        "ppo", "ppo", "evaluate", "label", "reward", "ppo", "evaluate", "sft", "ppo", "evaluate"]
     log = lambda name: json.loads(open(f"abl/{name}/log.jsonl").readline())["config"]
     assert log("nosft/seed1/ppo")["init"] == "abl/nosft/seed1/sft"
     assert (log("nosft/seed1/sft")["lr"], log("nosft/seed1/sft")["demos"]) == (1e-12, 64)
@@ -218,18 +243,21 @@ def test_ablations(folder, monkeypatch, capsys):
     assert log("cautious/seed1/ppo")["reward_model"] == "abl/cautious/seed1/reward"
     value = lambda name: runs.log_rows(f"abl/{name}/seed1/ppo", "step")[0]["explained_variance"]
     assert value("ppo") != value("nocritic") and log("ppo/seed1/ppo")["max_kl"] == 0
-    text = (folder.path / "docs" / "ablations.md").read_text()
-    [found] = (folder.path / "abl").glob("report-*/seed1/report.json")
-    found = json.loads(found.read_text())["checkpoints"]
+    text = (folder.path / "docs" / "demos.md").read_text()
+    found = (folder.path / "abl" / "report-demos" / "seed1" / "report.json").read_text()
+    found = json.loads(found)["checkpoints"]
+    assert "python studies/ablations.py --part=demos --seeds=1" in text
     row = next(line for line in text.splitlines() if line.startswith("| no SFT first"))
     assert "| different of 2 answers |" in text
     kl, gold = (found["abl/nosft/seed1/ppo"][k] for k in ("kl", "gold"))
     assert row.split(" | ")[2] == f"{gold:+.2f}" and row.split(" | ")[4] == f"{kl:.2f}"
     assert row.endswith(f"| {gold - found['seed1/sft']['gold']:+.2f}, one seed |")
-    assert (folder.path / "docs" / "ablations.png").stat().st_size > 20_000
+    assert all((folder.path / "docs" / f"{part}.png").stat().st_size > 9_000
+               for part in ablations.PARTS)
     monkeypatch.setattr(ablations, "draw", lambda *_: None)
-    study(ablations, *flags, "--pages=again")
-    assert not made(folder) and (folder.path / "again" / "ablations.md").read_text() == text
+    study(ablations, *flags, "--pages=again", "--part=demos")
+    assert not made(folder) and (folder.path / "again" / "demos.md").read_text() == text
+    assert [path.name for path in (folder.path / "again").glob("*.md")] == ["demos.md"]
     with pytest.raises(UserError, match="--part=ppos: expected all, or of ppo, labels, demos"):
         study(ablations, "--part=ppos")
 
