@@ -49,6 +49,7 @@ class Arm(NamedTuple):
     said: str  # what is changed
     steps: list  # [(stage, flags)]: each starts from those of the arm before it, else the pipeline
     curve: str = "gold"  # what is drawn of its last stage
+    against: str = "ppo"  # the arm that differs by one thing
     bug: str = ""  # of tests/mutants.py: with the scripts in which it is
 
 
@@ -61,32 +62,44 @@ def labelled(**flags):
     return [("label", dict(answers="{base}/label/rankings.jsonl") | flags), ("reward", {}), *ppo()]
 
 
+# large enough that some ratios leave the clip's range: at the default rate it has little to do
+FAST = dict(epochs=4, lr=1e-3)
 FIRST = {"ppo": Arm("PPO as it is", ppo()), "sft": Arm("the SFT model", [])}
 PARTS = dict(
     ppo={
         "beta0": Arm("beta 0", ppo(beta=0), "kl"),
-        "epochs4": Arm("4 epochs an iteration", ppo(epochs=4), "clip_fraction"),
-        "noclip": Arm("4 epochs, no clip", ppo(epochs=4, clip=1e9, value_clip=1e9), "approx_kl"),
-        "nocritic": Arm("no critic: values are 0", ppo(), bug="critic_is_zero"),
+        "fast": Arm("4 epochs an iteration, lr 0.001", ppo(**FAST), "clip_fraction"),
+        "noclip": Arm("4 epochs, lr 0.001, no clip", ppo(**FAST, clip=1e9, value_clip=1e9),
+                      "approx_kl", "fast"),
+        # lambda below 1 would discount the score; whitening still takes the batch's mean off
+        "nocritic": Arm("no critic: values 0, lambda 1", ppo(lam=1.0), bug="critic_is_zero"),
         "nowhiten": Arm("advantages not whitened", ppo(whiten=False)),
         # steps too small to move a weight: the base model under the chat template
         "nosft": Arm("no SFT first", [("sft", dict(epochs=1, demos=64, lr=1e-12)), *ppo()],
                      "eos_rate"),
         "ptx": Arm("pretraining text mixed in, --ptx_coef=0.3", ppo(ptx_coef=0.3)),
-        "eager": Arm("over-eager controller: target 2 nats, horizon 140",
-                     ppo(kl_target=2.0, kl_horizon=140.0), "beta")},
+        "patient": Arm("controller: target 2 nats", ppo(kl_target=2.0), "beta"),
+        "eager": Arm("eager controller: 2 nats, horizon 140",
+                     ppo(kl_target=2.0, kl_horizon=140.0), "beta", "patient")},
     labels={
         "long": Arm("labeler likes length: 0.15 a word", labelled(length=0.15), "length"),
-        "cautious": Arm("labeler likes caution: 2 a refusal", labelled(caution=2.0), "length")},
+        "cautious": Arm("labeler likes caution: 2 a refusal", labelled(caution=2.0))},
     more={
         "ppo3": Arm("PPO, three times the iterations", ppo(iterations="3x"), "entropy"),
         "dpo": Arm("DPO", [("dpo", {})], "chosen_logp"),
-        "dpo3": Arm("DPO, three epochs", [("dpo", dict(epochs=3))], "chosen_logp")},
+        "dpo3": Arm("DPO, three epochs", [("dpo", dict(epochs=3))], "chosen_logp", "dpo")},
     demos={
-        "few": Arm("SFT: 600 careful demonstrations", [("sft", dict(demos=600, quality=1.0))]),
-        "many": Arm("SFT: 6,000 uneven ones", [("sft", dict(demos=6000, quality=0.25))]),
-        "unsafe": Arm("SFT: without those on harmful prompts", [("sft", dict(safety=0.0))]),
-        "tenth": Arm("SFT: a tenth of those", [("sft", dict(safety=0.1))])},
+        "many": Arm("SFT: 6,000 uneven ones", [("sft", dict(demos=6000, quality=0.25))],
+                    against="sft"),
+        "few": Arm("SFT: 600 careful demonstrations", [("sft", dict(demos=600, quality=1.0))],
+                   against="many"),
+        "again": Arm("SFT: the 600 for as many steps", [
+            ("sft", dict(demos=600, quality=1.0, epochs=30))], against="many"),
+        "safe": Arm("SFT: 6,000 careful ones", [("sft", dict(quality=1.0))], against="sft"),
+        "tenth": Arm("SFT: a tenth of the harmful prompts", [
+            ("sft", dict(quality=1.0, safety=0.1))], against="safe"),
+        "unsafe": Arm("SFT: no harmful prompts", [("sft", dict(quality=1.0, safety=0.0))],
+                      against="safe")},
     size={
         "large": Arm("SFT model of ten times the size", [
             ("pretrain", dict(n_layer=8, n_head=8, n_embd=320)), ("sft", {})])})
@@ -99,6 +112,8 @@ COLUMNS = (("score", "proxy", 1, "+.2f"), ("gold", "gold", 1, "+.2f"),
            ("entropy", "entropy, nats a token", 1, ".2f"),
            ("refusal", "refuses the harmful, %", 100, ".0f"),
            ("over_refusal", "refuses the harmless, %", 100, ".0f"),
+           ("honesty", "admits what nobody can know, %", 100, ".0f"),
+           ("facts", "facts right, %", 100, ".0f"),
            ("text_loss", "loss on text", 1, ".3f"))
 UNITS = dict(gold="gold", kl="KL (nats)", clip_fraction="clipped (share)",
              approx_kl="KL of a step (nats a token)", eos_rate="ends with EOS (share)",
@@ -166,7 +181,36 @@ def ptx_sentence(found):
     text = runs.with_interval
     return (f"PPO loses {text(lost, '+.3f')} nats a token of text against the SFT model "
             f"({runs.verdict([-x for x in lost])}); --ptx_coef gives back {text(back, '+.3f')}"
-            + (f", a share of {text(shares, '.2f')}." if len(shares) == len(lost) else "."))
+            + (f", a share of {text(shares, '.2f')}, at least half in "
+               f"{sum(share >= 0.5 for share in shares)} of {len(shares)} seeds."
+               if len(shares) == len(lost) else "."))
+
+
+def drift_sentence(folders):
+    """How far the controllers let the KL go on the way; folders: {arm: [one of each seed]}."""
+    said = []
+    for name in ("patient", "eager"):
+        curves = [[runs.curve(folder, "step", field)[1] for folder in folders[name]]
+                  for field in ("kl_exact", "beta")]
+        said.append(f"largest KL {runs.with_interval([max(c) for c in curves[0]], '.2f')} nats, "
+                    f"lowest beta {runs.with_interval([min(c) for c in curves[1]], '.3f')}")
+    return (f"On the way, of a target of 2 nats: {said[0]}; with the eager controller {said[1]}. "
+            "The end of a run alone does not show it.")
+
+
+def clip_sentence(folders):
+    shares = [max(runs.curve(folder, "step", "clip_fraction")[1]) for folder in folders["fast"]]
+    return ("With 4 epochs at lr 0.001 the clip holds back at most "
+            f"{runs.with_interval([100 * x for x in shares], '.1f')}% of the tokens of an "
+            "iteration.")
+
+
+def hacking_sentence(name, said, found, folders):
+    """What the reward model of an arm's own labels thinks of its policy."""
+    own = [runs.final(folder)["score_gap"] for folder in folders[name]]
+    gold = [one[name]["gold"] - one["sft"]["gold"] for one in found]
+    return (f"{said}: on its own labels' reward model the policy gains {runs.with_interval(own)} "
+            f"over the SFT model, of gold {runs.with_interval(gold)}.")
 
 
 def size_sentence(found):
@@ -175,31 +219,41 @@ def size_sentence(found):
             f"{runs.with_interval(gaps)}, {runs.verdict(gaps)}.")
 
 
-def page(part, found, config):
-    """Markdown; found: [{arm: metrics}] of each seed."""
-    text, against = runs.with_interval, "sft" if part == "demos" else "ppo"
+def remarks(part, found, folders):
+    """What the table does not show, a paragraph each."""
+    arms = PARTS[part]
+    said = [ptx_sentence(found)] if "ptx" in arms else []
+    said += [drift_sentence(folders)] if "eager" in arms else []
+    said += [clip_sentence(folders)] if "fast" in arms else []
+    said += [hacking_sentence(name, arm.said, found, folders) for name, arm in arms.items()
+             if arm.steps[0][0] == "label"]
+    return said + ([size_sentence(found)] if "large" in arms else [])
+
+
+def page(part, found, folders, config):
+    """Markdown; found: [{arm: metrics}] of each seed; folders: {arm: [one of each seed]}."""
+    text, arms = runs.with_interval, FIRST | PARTS[part]
     samples = runs.stage_flags(config.flags).get("evaluate", {}).get("samples", 10)
     heads = [title.format(samples=samples) for _, title, *_ in COLUMNS]
-    whose = "the SFT model" if against == "sft" else "PPO"
     lines = [f"# Take it out and see: {TITLES[part]}\n",
              f"    {runs.as_typed('ablations', replace(config, part=part))}\n",
              f"Means of {config.seeds} seeds ± half of their 95% interval (Student's t); the last "
-             f"column is gold less that of {whose} as it is, seed by seed: no difference where the "
-             "interval covers 0. Proxy: the default reward model, whichever trained the arm. Loss "
-             "on text: nats a token of held-out pretraining text. [triage.md](../triage.md): from "
-             "a symptom to its cause.\n",
+             "columns: gold less that of the arm that differs by one thing, seed by seed, no "
+             "difference where the interval covers 0. Proxy: the default reward model, whichever "
+             "trained the arm. KL: to the SFT model as it is. Loss on text: nats a token of "
+             "held-out pretraining text. [triage.md](../triage.md): from a symptom to its "
+             "cause.\n",
              f"![a curve of every arm, beside that of the default]({part}.png)\n",
-             "| arm | " + " | ".join(heads) + f" | gold against {against} |",
-             "|" + "---|" * (len(COLUMNS) + 2)]
-    for name, arm in (FIRST | PARTS[part]).items():
-        gaps = [one[name]["gold"] - one[against]["gold"] for one in found]
+             "| arm | " + " | ".join(heads) + " | gold, difference | from |",
+             "|" + "---|" * (len(COLUMNS) + 3)]
+    for name, arm in arms.items():
+        gaps = [one[name]["gold"] - one[arm.against]["gold"] for one in found]
         cells = [text([None if one[name].get(key) is None else unit * one[name][key]
                        for one in found], form) for key, _, unit, form in COLUMNS]
-        gap = "" if name == against else f"{text(gaps)}, {runs.verdict(gaps)}"
+        gap = (" | " if name == arm.against else
+               f"{text(gaps)}, {runs.verdict(gaps)} | {arms[arm.against].said}")
         lines.append(f"| {arm.said} | " + " | ".join(cells) + f" | {gap} |")
-    lines += ["", *(sentence(found) + "\n" for name, sentence in (
-        ("ptx", ptx_sentence), ("large", size_sentence)) if name in PARTS[part])]
-    return "\n".join(lines)
+    return "\n".join(lines + [""] + [said + "\n" for said in remarks(part, found, folders)])
 
 
 def draw(arms, folders, path):
@@ -236,11 +290,11 @@ def study(part, config, pool):
         job[0], arms[job[0]], job[1], config, scripts[job[0]]), jobs)))
     found = list(pool.map(lambda seed: report(
         part, {name: done[name, seed] for name in arms}, seed, config), seeds))
-    text = page(part, found, config)
+    folders = {name: [done[name, seed] for seed in seeds] for name in arms}
+    text = page(part, found, folders, config)
     print(text)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    draw(PARTS[part], {name: [done[name, seed] for seed in seeds] for name in arms},
-         path.with_suffix(".png"))
+    draw(PARTS[part], folders, path.with_suffix(".png"))
     print(f"written: {path}.md, {part}.png")
 
 

@@ -228,13 +228,17 @@ def test_ablations(folder, monkeypatch, capsys):
     # a bug that stays in the scripts of the others
     parts = ablations.PARTS
     monkeypatch.setattr(ablations, "PARTS", dict(
-        ppo={"nocritic": parts["ppo"]["nocritic"]},
+        ppo={name: parts["ppo"][name] for name in ("nocritic", "patient", "eager")},
         labels={"cautious": parts["labels"]["cautious"]},
-        demos={"nosft": parts["ppo"]["nosft"]}))
+        more={name: parts["more"][name] for name in ("ppo3", "dpo", "dpo3")},
+        size={"large": parts["size"]["large"]._replace(steps=[
+            ("pretrain", dict(n_embd=40, n_head=2, n_layer=1)), ("sft", {})])},
+        demos={"nosft": parts["ppo"]["nosft"]._replace(against="sft")}))
     flags = ["--seeds=1", "--out=abl", "--device=cpu"]
     study(ablations, *flags, "--pages=docs")
-    assert [name.split("/")[-1] for name in made(folder)][-10:] == [
-        "ppo", "ppo", "evaluate", "label", "reward", "ppo", "evaluate", "sft", "ppo", "evaluate"]
+    assert [name.split("/")[-1] for name in made(folder)][-19:] == [
+        "ppo", "ppo", "ppo", "ppo", "evaluate", "label", "reward", "ppo", "evaluate", "ppo", "dpo",
+        "dpo", "evaluate", "pretrain", "sft", "evaluate", "sft", "ppo", "evaluate"]
     log = lambda name: json.loads(open(f"abl/{name}/log.jsonl").readline())["config"]
     assert log("nosft/seed1/ppo")["init"] == "abl/nosft/seed1/sft"
     assert (log("nosft/seed1/sft")["lr"], log("nosft/seed1/sft")["demos"]) == (1e-12, 64)
@@ -251,14 +255,22 @@ def test_ablations(folder, monkeypatch, capsys):
     assert "| different of 2 answers |" in text
     kl, gold = (found["abl/nosft/seed1/ppo"][k] for k in ("kl", "gold"))
     assert row.split(" | ")[2] == f"{gold:+.2f}" and row.split(" | ")[4] == f"{kl:.2f}"
-    assert row.endswith(f"| {gold - found['seed1/sft']['gold']:+.2f}, one seed |")
+    assert row.endswith(f"| {gold - found['seed1/sft']['gold']:+.2f}, one seed | the SFT model |")
+    assert log("ppo3/seed1/ppo")["iterations"] == 9 and log("dpo3/seed1/dpo")["epochs"] == 3
+    assert log("large/seed1/sft")["init"] == "abl/large/seed1/pretrain"
+    assert log("large/seed1/pretrain")["n_embd"] == 40
+    kl = [row["kl_exact"] for row in runs.log_rows("abl/eager/seed1/ppo", "step")]
+    read = lambda part: (folder.path / "docs" / f"{part}.md").read_text()
+    assert f"with the eager controller largest KL {max(kl):.2f} nats" in read("ppo")
+    own = runs.final("abl/cautious/seed1/ppo")["score_gap"]
+    assert f"the policy gains {own:+.2f} over the SFT model" in read("labels")
     assert all((folder.path / "docs" / f"{part}.png").stat().st_size > 9_000
                for part in ablations.PARTS)
     monkeypatch.setattr(ablations, "draw", lambda *_: None)
     study(ablations, *flags, "--pages=again", "--part=demos")
     assert not made(folder) and (folder.path / "again" / "demos.md").read_text() == text
     assert [path.name for path in (folder.path / "again").glob("*.md")] == ["demos.md"]
-    with pytest.raises(UserError, match="--part=ppos: expected all, or of ppo, labels, demos"):
+    with pytest.raises(UserError, match="--part=ppos: expected all, or of ppo, labels, more"):
         study(ablations, "--part=ppos")
 
 
@@ -268,7 +280,7 @@ def test_sentences_of_ablations():
                   ptx=dict(text_loss=1.05), large=dict(gold=0.5 - x)) for x in (0, 0.1, 0.05)]
     assert ablations.ptx_sentence(found) == (
         "PPO loses +0.250 ± 0.124 nats a token of text against the SFT model (costs); --ptx_coef "
-        "gives back +0.200 ± 0.124, a share of 0.79 ± 0.10.")
+        "gives back +0.200 ± 0.124, a share of 0.79 ± 0.10, at least half in 3 of 3 seeds.")
     assert ablations.size_sentence(found).endswith("SFT model ten times its size: +0.55 ± 0.12, "
                                                    "gains.")
     assert runs.verdict([-1, 1]) == "no difference"
