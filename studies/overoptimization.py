@@ -182,6 +182,7 @@ def fit(d, y, form):
     c, a, b = np.linalg.lstsq(X, y, rcond=None)[0]
     spread = ((y - y.mean()) ** 2).sum()
     peak = (math.exp(min(a / b - 1, 50)) if form == "ln" else a / (2 * b)) if b > 0 else math.nan
+    peak = peak if peak > 0 else math.nan  # falls from the start
     return dict(a=float(a), b=float(b), peak=float(peak),
                 r2=float(1 - ((y - X @ [c, a, b]) ** 2).sum() / spread) if spread else math.nan)
 
@@ -213,11 +214,12 @@ def told(gaps):
         ", no difference" if runs.verdict(gaps) == "no difference" else "")
 
 
-def page(curves, minutes, held_out, config):
+def page(curves, minutes, held_out, accuracy, config):
     """Markdown.
 
     curves: {(proxy, beta or "best of n"): [the curve of each seed]}; minutes: of each seed;
-    held_out: {(proxy, beta): [gold of each seed]}, at the end of PPO, on held-out prompts.
+    held_out: {(proxy, beta): [gold of each seed]}, at the end of PPO, on held-out prompts;
+    accuracy: {proxy: [of each seed]}.
     """
     text, table = runs.with_interval, lambda *heads: [
         "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -231,9 +233,9 @@ def page(curves, minutes, held_out, config):
              f"not counted, took {text(minutes, '.0f')} minutes a seed, one run at a time.\n",
              "![gold and proxy against the square root of the KL](overoptimization.png)\n",
              "## The peak\n", "The peak is the largest of noisy points, and so a little too high: "
-             "a fall counts from two standard errors on. \"In n seeds\": of which gold was still "
-             "highest before the last point, gold fell by over two standard errors, and the proxy "
-             "rose meanwhile.\n",
+             "a fall counts from two standard errors on. The counts are of seeds: in which gold "
+             "was highest before the last point, fell by over two standard errors from there to "
+             "the end, and the proxy rose meanwhile.\n",
              *table("proxy", "beta", "iteration of gold's peak", "d there", "gold there",
                     "d at the end", "gold at the end", "lost since the peak",
                     "proxy gained meanwhile", "peak before the end", "gold falls", "proxy rises",
@@ -251,20 +253,31 @@ def page(curves, minutes, held_out, config):
               "with the same proxy, seed by seed. If the smaller one peaked sooner and lower, the "
               "first two would be above 0. If the KL penalty were early stopping, the last would "
               "be 0: gold over the second half of the run, less that of the smaller beta at the "
-              "same d. Iterations only where both peaks come before the end.\n",
+              "same d. Iterations, in steps of a point, where both peaks come before the end.\n",
               *table("proxy", "betas", "iterations until the peak", "gold at the peak",
                      "off the curve of the smaller beta")]
+    tally = {"later": [], "higher": [], "off the curve": []}
     for name in PROXIES:
-        for low, high in zip(BETAS[name], BETAS[name][1:]):
+        betas = BETAS[name]
+        for low, high in dict.fromkeys([*zip(betas, betas[1:]), (betas[0], betas[-1])]):
+            if low == high:
+                continue
             pairs = list(zip(known[name, high], known[name, low]))
-            later = told([h["step"] - s["step"] for h, s in pairs]) if all(
-                h["reached"] and s["reached"] for h, s in pairs) else "-"
-            apart = [off(c, o) for c, o in zip(curves[name, high], curves[name, low])]
-            lines.append(f"| {name} | {high:g} - {low:g} | {later} | "
-                         f"{told([h['gold_peak'] - s['gold_peak'] for h, s in pairs])} | "
-                         f"{told(apart)} |")
+            gaps = [[h["step"] - s["step"] for h, s in pairs],
+                    [h["gold_peak"] - s["gold_peak"] for h, s in pairs],
+                    [off(c, o) for c, o in zip(curves[name, high], curves[name, low])]]
+            if not all(h["reached"] and s["reached"] for h, s in pairs):
+                gaps[0] = None
+            for word, gap in zip(tally, gaps):
+                tally[word] += [] if gap is None else [runs.verdict(gap) == "gains"]
+            lines.append(f"| {name} | {high:g} - {low:g} | " + " | ".join(
+                "-" if gap is None else told(gap) for gap in gaps) + " |")
+    lines += ["", "Of the larger beta, the interval above 0: " + ", ".join(
+        f"{word} in {sum(each)} of {len(each)}" for word, each in tally.items()) + "."]
     lines += ["", "## Which proxy?\n", "Differences, seed by seed, of PPO at beta 0 and of the "
-              f"best of {config.bon_samples}.\n",
+              f"best of {config.bon_samples}. Accuracy on held-out pairs, %: " + ", ".join(
+                  f"{name} {text([100 * a for a in accuracy[name]], '.1f')}"
+                  for name in PROXIES) + ".\n",
               *table("proxies", "gold at the peak", "d there", "gold at the end",
                      f"gold of the best of {config.bon_samples}")]
     for better, worse in (("many", "few"), ("few, ensemble", "few"), ("many, ensemble", "many")):
@@ -343,11 +356,13 @@ def main(config):
             each = [folders[name, beta, s] for s in seeds]
             curves[name, beta] = [ppo_curve(folder, config.window) for folder in each]
             held_out[name, beta] = [runs.final(folder)["gold"] for folder in each]
+    models = {name: [proxy(name, s, config) for s in seeds] for name in PROXIES}
+    accuracy = {name: [runs.final(f)["accuracy"] for f in each] for name, each in models.items()}
     minutes = [sum(runs.final(f)["seconds"] for f in (
-        *(proxy(name, s, config) for name in PROXIES),
+        *(each[s - 1] for each in models.values()),
         *(folders[job] for job in jobs if job[2] == s))) / 60 + one["seconds"] / 60
         for s, one in zip(seeds, best)]
-    text = page(curves, minutes, held_out, config)
+    text = page(curves, minutes, held_out, accuracy, config)
     print(text)
     (Path(config.pages) / "overoptimization.md").write_text(text, encoding="utf-8")
     draw(curves, Path(config.pages) / "overoptimization.png")

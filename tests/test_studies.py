@@ -170,7 +170,8 @@ def test_overoptimization(folder, monkeypatch, capsys):
     assert row.split(" | ")[7:9] == [f"{top['gold'] - steps[-1]['gold']:.2f}", f"{gained:+.2f}"]
     held_out = runs.final("over/seed1/ppo-many-beta0.05")["gold"]
     assert row.endswith(f" | {held_out:+.2f} |")
-    assert "| many | 0.05 - 0 | " in text
+    assert "| many | 0.05 - 0 | " in text and "higher in 0 of 1" in text
+    assert f"many {100 * runs.final('seed1/reward')['accuracy']:.1f}" in text
     assert (folder.path / "docs" / "overoptimization.png").stat().st_size > 20_000
     saved = json.loads((folder.path / "over/seed1/best_of_n.json").read_text())
     assert saved["curves"]["many"]["d"][0] == 0
@@ -193,7 +194,8 @@ def test_fits_and_checks_of_overoptimization():
     assert ln["peak"] == pytest.approx(np.exp(2 / 1.5 - 1))
     wrong = overoptimization.fit(d, d * (2 - 1.5 * np.log(d)), "square")
     assert 0.5 < wrong["r2"] < 0.999
-    assert np.isnan(overoptimization.fit(d, d * (2 + 0.5 * d), "square")["peak"])
+    for a in (2 + 0.5 * d, -1 - 0.5 * d):  # rises, falls all the way
+        assert np.isnan(overoptimization.fit(d, d * a, "square")["peak"])
     curve = dict(d=np.array([0, 1.0, 2]), gold=np.array([0, 1.0, 0.5]), step=np.array([0, 3, 8]),
                  proxy=np.array([0, 1.0, 2]), se=0.1)
     found = overoptimization.facts(curve)
