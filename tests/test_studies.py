@@ -150,7 +150,11 @@ def test_overoptimization(folder, monkeypatch, capsys):
     monkeypatch.setattr(overoptimization, "BETAS", {"few, ensemble": (0.0,), "many": (0.0, 0.05)})
     small = ["--seeds=1", "--out=over", "--few=9", "--members=2", "--window=1", "--bon_prompts=5",
              "--bon_samples=4", "--max_new_tokens=8", "--device=cpu"]
+    asked, load = [], overoptimization.load_prompts
+    monkeypatch.setattr(overoptimization, "load_prompts", lambda *args, **more: asked.append(
+        (args[1], args[4])) or load(*args, **more))
     study(overoptimization, *small, "--pages=docs")
+    assert asked == [({"training": 5}, 1)]  # as the rollouts: of the seed's training prompts
     assert made(folder)[-4:] == ["reward", "ppo", "ppo", "ppo"]
     few = [json.loads(line) for line in open("over/seed1/few9.jsonl")]
     every = [json.loads(line) for line in open("seed1/label/rankings.jsonl")]
@@ -170,7 +174,12 @@ def test_overoptimization(folder, monkeypatch, capsys):
     assert row.split(" | ")[7:9] == [f"{top['gold'] - steps[-1]['gold']:.2f}", f"{gained:+.2f}"]
     held_out = runs.final("over/seed1/ppo-many-beta0.05")["gold"]
     assert row.endswith(f" | {held_out:+.2f} |")
-    assert "| many | 0.05 - 0 | " in text and "higher in 0 of 1" in text
+    high, low = (overoptimization.ppo_curve(f"over/seed1/ppo-many-beta{beta}", 1)
+                 for beta in ("0.05", "0"))
+    row = next(line for line in text.splitlines() if line.startswith("| many | 0.05 - 0 | "))
+    assert row.split(" | ")[3:] == [f"{max(high['gold']) - max(low['gold']):+.2f}",
+                                    f"{overoptimization.off(high, low):+.2f} |"]
+    assert "higher in 0 of 1" in text
     assert f"many {100 * runs.final('seed1/reward')['accuracy']:.1f}" in text
     assert (folder.path / "docs" / "overoptimization.png").stat().st_size > 20_000
     saved = json.loads((folder.path / "over/seed1/best_of_n.json").read_text())
