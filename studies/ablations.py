@@ -67,7 +67,7 @@ FAST = dict(epochs=4, lr=1e-3)
 FIRST = {"ppo": Arm("PPO as it is", ppo()), "sft": Arm("the SFT model", [])}
 PARTS = dict(
     ppo={
-        "beta0": Arm("beta 0", ppo(beta=0), "kl"),
+        "beta0": Arm("beta 0", ppo(beta=0), "kl_exact"),
         "fast": Arm("4 epochs an iteration, lr 0.001", ppo(**FAST), "clip_fraction"),
         "noclip": Arm("4 epochs, lr 0.001, no clip", ppo(**FAST, clip=1e9, value_clip=1e9),
                       "approx_kl", "fast"),
@@ -75,12 +75,11 @@ PARTS = dict(
         "nocritic": Arm("no critic: values 0, lambda 1", ppo(lam=1.0), bug="critic_is_zero"),
         "nowhiten": Arm("advantages not whitened", ppo(whiten=False)),
         # steps too small to move a weight: the base model under the chat template
-        "nosft": Arm("no SFT first", [("sft", dict(epochs=1, demos=64, lr=1e-12)), *ppo()],
-                     "eos_rate"),
+        "nosft": Arm("no SFT first", [("sft", dict(epochs=1, demos=64, lr=1e-12)), *ppo()]),
         "ptx": Arm("pretraining text mixed in, --ptx_coef=0.3", ppo(ptx_coef=0.3)),
-        "patient": Arm("controller: target 2 nats", ppo(kl_target=2.0), "beta"),
+        "patient": Arm("controller: target 2 nats", ppo(kl_target=2.0), "kl_exact"),
         "eager": Arm("eager controller: 2 nats, horizon 140",
-                     ppo(kl_target=2.0, kl_horizon=140.0), "beta", "patient")},
+                     ppo(kl_target=2.0, kl_horizon=140.0), "kl_exact", "patient")},
     labels={
         "long": Arm("labeler likes length: 0.15 a word", labelled(length=0.15), "length"),
         "cautious": Arm("labeler likes caution: 2 a refusal", labelled(caution=2.0))},
@@ -115,10 +114,9 @@ COLUMNS = (("score", "proxy", 1, "+.2f"), ("gold", "gold", 1, "+.2f"),
            ("honesty", "admits what nobody can know, %", 100, ".0f"),
            ("facts", "facts right, %", 100, ".0f"),
            ("text_loss", "loss on text", 1, ".3f"))
-UNITS = dict(gold="gold", kl="KL (nats)", clip_fraction="clipped (share)",
-             approx_kl="KL of a step (nats a token)", eos_rate="ends with EOS (share)",
-             beta="beta (score a nat)", length="length (tokens)", entropy="entropy (nats a token)",
-             chosen_logp="log p of chosen (nats)")
+UNITS = dict(gold="gold", kl_exact="KL (nats)", clip_fraction="clipped (share)",
+             approx_kl="KL of a step (nats a token)", length="length (tokens)",
+             entropy="entropy (nats a token)", chosen_logp="log p of chosen (nats)")
 
 
 # --- the runs ------------------------------------------------------------------------------------
@@ -188,14 +186,21 @@ def ptx_sentence(found):
 
 def drift_sentence(folders):
     """How far the controllers let the KL go on the way; folders: {arm: [one of each seed]}."""
-    said = []
-    for name in ("patient", "eager"):
-        curves = [[runs.curve(folder, "step", field)[1] for folder in folders[name]]
-                  for field in ("kl_exact", "beta")]
-        said.append(f"largest KL {runs.with_interval([max(c) for c in curves[0]], '.2f')} nats, "
-                    f"lowest beta {runs.with_interval([min(c) for c in curves[1]], '.3f')}")
+    curves = {name: {field: [runs.curve(folder, "step", field)[1] for folder in folders[name]]
+                     for field in ("kl_exact", "beta", "gold")} for name in ("patient", "eager")}
+    said = [f"largest KL {runs.with_interval([max(c) for c in each['kl_exact']], '.2f')} nats, "
+            f"lowest beta {runs.with_interval([min(c) for c in each['beta']], '.3f')}"
+            for each in curves.values()]
+    gaps = []
+    for kl, *gold in zip(curves["eager"]["kl_exact"], curves["eager"]["gold"],
+                         curves["patient"]["gold"]):
+        top = kl.index(max(kl))  # gold of one iteration is too noisy
+        eager, patient = (sum(x[max(top - 2, 0):top + 3]) / len(x[max(top - 2, 0):top + 3])
+                          for x in gold)
+        gaps.append(eager - patient)
     return (f"On the way, of a target of 2 nats: {said[0]}; with the eager controller {said[1]}. "
-            "The end of a run alone does not show it.")
+            "Where its KL is largest, gold of the five iterations around less that of the other "
+            f"controller in the same: {', '.join(f'{gap:+.2f}' for gap in gaps)}.")
 
 
 def clip_sentence(folders):
@@ -258,9 +263,9 @@ def page(part, found, folders, config):
 
 def draw(arms, folders, path):
     """A panel for each arm: one curve of it, a line a seed (orange), over the default's (grey)."""
-    columns = min(4, len(arms))
+    columns = min(3, len(arms))
     lines = -(-len(arms) // columns)
-    figure = runs.new_figure(3 * columns, 0.5 + 2.5 * lines)
+    figure = runs.new_figure(3.6 * columns, 0.5 + 2.5 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, (name, arm) in zip(axes, arms.items()):
         stage = arm.steps[-1][0]
@@ -269,7 +274,7 @@ def draw(arms, folders, path):
             for folder in each:
                 axis.plot(*runs.curve(folder, kind, arm.curve), color=colour, lw=1,
                           marker="" if kind == "step" else "o", ms=3)
-        axis.set_title(arm.said.replace(": ", ":\n").replace(", ", ",\n", 1), fontsize=9)
+        axis.set_title(arm.said.replace(": ", ":\n"), fontsize=9)
         axis.set_ylabel(UNITS[arm.curve], fontsize=8)
         axis.set_xlabel("iteration" if kind == "step" else "epoch", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -272,7 +272,10 @@ def test_ablations(folder, monkeypatch, capsys):
     assert log("large/seed1/pretrain")["n_embd"] == 40
     kl = [row["kl_exact"] for row in runs.log_rows("abl/eager/seed1/ppo", "step")]
     read = lambda part: (folder.path / "docs" / f"{part}.md").read_text()
+    gold = [np.mean([row["gold"] for row in runs.log_rows(f"abl/{name}/seed1/ppo", "step")])
+            for name in ("eager", "patient")]  # of all three iterations, wherever the top is
     assert f"with the eager controller largest KL {max(kl):.2f} nats" in read("ppo")
+    assert kl.index(max(kl)) and f"in the same: {gold[0] - gold[1]:+.2f}." in read("ppo")
     own = runs.final("abl/cautious/seed1/ppo")["score_gap"]
     assert f"the policy gains {own:+.2f} over the SFT model" in read("labels")
     assert all((folder.path / "docs" / f"{part}.png").stat().st_size > 9_000
