@@ -288,8 +288,9 @@ def test_ablations(folder, monkeypatch, capsys):
         study(ablations, "--part=ppos")
 
 
-def test_sentences_of_ablations():
-    # catches a share of the wrong loss, a verdict with the wrong sign
+def test_sentences_of_ablations(folder):
+    # catches a share of the wrong loss, a verdict with the wrong sign, an arm beside another than
+    # the one that differs by one thing, the KL at the end for that on the way
     found = [dict(sft=dict(text_loss=1.0), ppo=dict(text_loss=1.2 + x, gold=1.0),
                   ptx=dict(text_loss=1.05), large=dict(gold=0.5 - x)) for x in (0, 0.1, 0.05)]
     assert ablations.ptx_sentence(found) == (
@@ -298,3 +299,26 @@ def test_sentences_of_ablations():
     assert ablations.size_sentence(found).endswith("SFT model ten times its size: +0.55 ± 0.12, "
                                                    "gains.")
     assert runs.verdict([-1, 1]) == "no difference"
+    gold = {name: float(n) for n, name in enumerate(ablations.FIRST | ablations.PARTS["demos"])}
+    page = ablations.page("demos", [{name: dict(gold=x) for name, x in gold.items()}], {},
+                          cli.read_flags(ablations.Config, ["--seeds=1"]))
+    for name, arm in ablations.PARTS["demos"].items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| {arm.said} |"))
+        other = (ablations.FIRST | ablations.PARTS["demos"])[arm.against].said
+        assert row.endswith(f"{gold[name] - gold[arm.against]:+.2f}, one seed | {other} |")
+    curves = {"patient": ([1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1]),
+              "eager": ([1, 2, 2, 5, 2, 2], [9, 1, 1, 0, 1, 2])}
+    for name, (kl, reward) in curves.items():
+        (folder.path / name).mkdir(exist_ok=True)
+        rows = [dict(kind="step", step=i, kl_exact=k, gold=g, beta=1 / k)
+                for i, (k, g) in enumerate(zip(kl, reward))]
+        (folder.path / name / "log.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows))
+    said = ablations.drift_sentence({name: [folder.path / name] for name in curves})
+    assert "largest KL 2.00 nats, lowest beta 0.500; with" in said
+    assert "largest KL 5.00 nats, lowest beta 0.200. " in said
+    assert said.endswith("in the same: +0.00.")  # of iterations 1 to 5
+    rows = (folder.path / "eager" / "log.jsonl").read_text().replace('"gold": 0', '"gold": -4')
+    (folder.path / "eager" / "log.jsonl").write_text(rows)
+    said = ablations.drift_sentence({name: [folder.path / name] for name in curves})
+    assert said.endswith("in the same: -0.80.")
