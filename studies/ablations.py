@@ -279,6 +279,7 @@ def draw(arms, folders, path):
         axis.set_ylabel(UNITS[arm.curve], fontsize=8)
         axis.set_xlabel("iteration" if kind == "step" else "epoch", fontsize=8)
         axis.tick_params(labelsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25, lw=0.6)
     for axis in axes[len(arms):]:
         axis.axis("off")
