@@ -281,9 +281,9 @@ def test_ablations(folder, monkeypatch, capsys):
     assert all((folder.path / "docs" / f"{part}.png").stat().st_size > 9_000
                for part in ablations.PARTS)
     monkeypatch.setattr(ablations, "draw", lambda *_: None)
-    study(ablations, *flags, "--pages=again", "--part=demos")
-    assert not made(folder) and (folder.path / "again" / "demos.md").read_text() == text
-    assert [path.name for path in (folder.path / "again").glob("*.md")] == ["demos.md"]
+    study(ablations, *flags, "--pages=once", "--part=demos")
+    assert not made(folder) and (folder.path / "once" / "demos.md").read_text() == text
+    assert [path.name for path in (folder.path / "once").glob("*.md")] == ["demos.md"]
     with pytest.raises(UserError, match="--part=ppos: expected all, or of ppo, labels, more"):
         study(ablations, "--part=ppos")
 
