@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
@@ -195,9 +196,9 @@ def drift_sentence(folders):
     gaps = []
     for kl, *gold in zip(curves["eager"]["kl_exact"], curves["eager"]["gold"],
                          curves["patient"]["gold"]):
-        top = kl.index(max(kl))  # gold of one iteration is too noisy
-        eager, patient = (sum(x[max(top - 2, 0):top + 3]) / len(x[max(top - 2, 0):top + 3])
-                          for x in gold)
+        top = kl.index(max(kl))
+        around = slice(max(top - 2, 0), top + 3)  # gold of one iteration is too noisy
+        eager, patient = (mean(x[around]) for x in gold)
         gaps.append(eager - patient)
     return (f"On the way, of a target of 2 nats: {said[0]}; with the eager controller {said[1]}. "
             "Where its KL is largest, gold of the five iterations around less that of the other "

@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path starts at its own folder
@@ -258,10 +259,7 @@ def page(curves, minutes, held_out, accuracy, config):
                      "off the curve of the smaller beta")]
     tally = {"later": [], "higher": [], "off the curve": []}
     for name in PROXIES:
-        betas = BETAS[name]
-        for low, high in dict.fromkeys([*zip(betas, betas[1:]), (betas[0], betas[-1])]):
-            if low == high:
-                continue
+        for low, high in combinations(BETAS[name], 2):
             pairs = list(zip(known[name, high], known[name, low]))
             gaps = [[h["step"] - s["step"] for h, s in pairs],
                     [h["gold_peak"] - s["gold_peak"] for h, s in pairs],
@@ -345,7 +343,8 @@ def main(config):
             path = Path(config.out) / f"seed{seed}" / f"few{config.few}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             fewer_rankings(base, path, config.few)
-        list(pool.map(lambda job: proxy(*job, config), [(n, s) for n in PROXIES for s in seeds]))
+        jobs = [(n, s) for n in PROXIES for s in seeds]
+        models = dict(zip(jobs, pool.map(lambda job: proxy(*job, config), jobs)))
         jobs = [(n, beta, s) for n in PROXIES for beta in BETAS[n] for s in seeds]
         folders = dict(zip(jobs, pool.map(lambda job: ppo(job, config), jobs)))
     best = [bon_curves(seed, config, device) for seed in seeds]
@@ -356,12 +355,9 @@ def main(config):
             each = [folders[name, beta, s] for s in seeds]
             curves[name, beta] = [ppo_curve(folder, config.window) for folder in each]
             held_out[name, beta] = [runs.final(folder)["gold"] for folder in each]
-    models = {name: [proxy(name, s, config) for s in seeds] for name in PROXIES}
-    accuracy = {name: [runs.final(f)["accuracy"] for f in each] for name, each in models.items()}
-    minutes = [sum(runs.final(f)["seconds"] for f in (
-        *(each[s - 1] for each in models.values()),
-        *(folders[job] for job in jobs if job[2] == s))) / 60 + one["seconds"] / 60
-        for s, one in zip(seeds, best)]
+    accuracy = {n: [runs.final(models[n, s])["accuracy"] for s in seeds] for n in PROXIES}
+    minutes = [(one["seconds"] + sum(runs.final(folder)["seconds"] for job, folder in (
+        models | folders).items() if job[-1] == s)) / 60 for s, one in zip(seeds, best)]
     text = page(curves, minutes, held_out, accuracy, config)
     print(text)
     (Path(config.pages) / "overoptimization.md").write_text(text, encoding="utf-8")

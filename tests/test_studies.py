@@ -24,11 +24,15 @@ FLAGS = ("pretrain.steps=1", "label.prompts=24", "label.held_out=6", "label.k=3"
          "sft.demos=40", "sft.samples=4", "sft.max_new_tokens=8", "sft.pretrain_mix=0")
 
 
+def write_log(folder, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def finished(folder, stage, seed, parents, **config):
     """The log of a run that is over, of which the model is there already."""
-    rows = [dict(kind="config", stage=stage, config=config | dict(seed=seed), parents=parents),
-            dict(kind="final")]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_log(folder, [dict(kind="config", stage=stage, config=config | dict(seed=seed),
+                            parents=parents), dict(kind="final")])
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +227,9 @@ def test_fits_and_checks_of_overoptimization():
 def test_points_of_ppo(folder):
     # catches the SFT model's iteration in the mean of others, a point that is left out, an error
     # by the trend
-    rows = [dict(kind="step", step=i, score=float(i), gold=2.0 * i + (-1) ** i, kl_exact=float(i))
-            for i in range(7)]
-    (folder.path / "points").mkdir(exist_ok=True)
-    (folder.path / "points" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_log(folder.path / "points", [
+        dict(kind="step", step=i, score=float(i), gold=2.0 * i + (-1) ** i, kl_exact=float(i))
+        for i in range(7)])
     curve = overoptimization.ppo_curve(folder.path / "points", 3)
     assert list(curve["step"]) == [0, 2, 5] and list(curve["proxy"]) == [0, 2, 5]
     assert list(curve["d"]) == pytest.approx([0, 2 ** 0.5, 5 ** 0.5])
@@ -309,11 +312,8 @@ def test_sentences_of_ablations(folder):
     curves = {"patient": ([1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1]),
               "eager": ([1, 2, 2, 5, 2, 2], [9, 1, 1, 0, 1, 2])}
     for name, (kl, reward) in curves.items():
-        (folder.path / name).mkdir(exist_ok=True)
-        rows = [dict(kind="step", step=i, kl_exact=k, gold=g, beta=1 / k)
-                for i, (k, g) in enumerate(zip(kl, reward))]
-        (folder.path / name / "log.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows))
+        write_log(folder.path / name, [dict(kind="step", step=i, kl_exact=k, gold=g, beta=1 / k)
+                                       for i, (k, g) in enumerate(zip(kl, reward))])
     said = ablations.drift_sentence({name: [folder.path / name] for name in curves})
     assert "largest KL 2.00 nats, lowest beta 0.500; with" in said
     assert "largest KL 5.00 nats, lowest beta 0.200. " in said
