@@ -7,12 +7,13 @@ proxy, gold, KL, length, diversity, entropy, refusals, loss on text. docs/triage
     python studies/ablations.py                     # all parts, 3 seeds; resumes where it stopped
     python studies/ablations.py --part=ppo --workers=2    # two runs side by side, one thread each
 
-ppo: what of PPO is needed. labels: what a biased labeler teaches. more: three times the training,
-PPO and DPO. demos: LIMA's question, few careful or many uneven demonstrations, and their share of
-refusals. size: PPO of the small model against an SFT model ten times its size.
+ppo: what of PPO is needed. labels: what biased, noisy and few labels teach. more: three times the
+training, PPO and DPO. demos: LIMA's question, few careful or many uneven demonstrations, and their
+share of refusals. size: PPO of the small model against an SFT model ten times its size.
 """
 
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -83,7 +84,10 @@ PARTS = dict(
                      ppo(kl_target=2.0, kl_horizon=140.0), "kl_exact", "patient")},
     labels={
         "long": Arm("labeler likes length: 0.15 a word", labelled(length=0.15), "length"),
-        "cautious": Arm("labeler likes caution: 2 a refusal", labelled(caution=2.0))},
+        "cautious": Arm("labeler likes caution: 2 a refusal", labelled(caution=2.0)),
+        # two ways to a reward model below 60%: what it learned is noise, or all it saw is
+        "scarce": Arm("labels scarce: 60 prompts", labelled(prompts=60)),
+        "noisy": Arm("labels noisy: 5,500 prompts, noise 6", labelled(noise=6.0))},
     more={
         "ppo3": Arm("PPO, three times the iterations", ppo(iterations="3x"), "entropy"),
         "dpo": Arm("DPO", [("dpo", {})], "chosen_logp"),
@@ -103,7 +107,7 @@ PARTS = dict(
     size={
         "large": Arm("SFT model of ten times the size", [
             ("pretrain", dict(n_layer=8, n_head=8, n_embd=320)), ("sft", {})])})
-TITLES = dict(ppo="what of PPO is needed", labels="what a biased labeler teaches",
+TITLES = dict(ppo="what of PPO is needed", labels="what biased, noisy and few labels teach",
               more="three times the training", demos="which demonstrations",
               size="a small model with feedback, a large one without")
 COLUMNS = (("score", "proxy", 1, "+.2f"), ("gold", "gold", 1, "+.2f"),
@@ -213,17 +217,26 @@ def clip_sentence(folders):
 
 
 def hacking_sentence(name, said, found, folders):
-    """What the reward model of an arm's own labels thinks of its policy."""
+    """How good the reward model of an arm's own labels is, and what it thinks of the policy."""
+    right = [100 * runs.final(folder.parent / "reward")["accuracy"] for folder in folders[name]]
     own = [runs.final(folder)["score_gap"] for folder in folders[name]]
     gold = [one[name]["gold"] - one["sft"]["gold"] for one in found]
-    return (f"{said}: on its own labels' reward model the policy gains {runs.with_interval(own)} "
-            f"over the SFT model, of gold {runs.with_interval(gold)}.")
+    return (f"{said}: its own reward model agrees with {runs.with_interval(right, '.1f')}% of its "
+            f"held-out labels; on it the policy gains {runs.with_interval(own)} over the SFT "
+            f"model, of gold {runs.with_interval(gold)}.")
 
 
-def size_sentence(found):
+def size_sentence(found, folders):
+    """The small PPO model beside the large SFT model: their sizes, their gold, who wins."""
+    models = [common.load_policy(folders[name][0], common.POLICIES, "cpu")[0]
+              for name in ("ppo", "large")]
+    small, large = (model.num_params() for model in models)
     gaps = [one["ppo"]["gold"] - one["large"]["gold"] for one in found]
-    return ("Gold of the small PPO model less that of the SFT model ten times its size: "
-            f"{runs.with_interval(gaps)}, {runs.verdict(gaps)}.")
+    wins = [100 / (1 + math.exp(one["large"]["rating"] - one["ppo"]["rating"])) for one in found]
+    return (f"The small model has {small:,} parameters, the large one {large:,}, "
+            f"{large / small:.1f} times as many. Gold of the small PPO model less that of the "
+            f"large SFT model: {runs.with_interval(gaps)}, {runs.verdict(gaps)}. By the report's "
+            f"ratings it wins {runs.with_interval(wins, '.0f')}% of comparisons between the two.")
 
 
 def remarks(part, found, folders):
@@ -234,7 +247,7 @@ def remarks(part, found, folders):
     said += [clip_sentence(folders)] if "fast" in arms else []
     said += [hacking_sentence(name, arm.said, found, folders) for name, arm in arms.items()
              if arm.steps[0][0] == "label"]
-    return said + ([size_sentence(found)] if "large" in arms else [])
+    return said + ([size_sentence(found, folders)] if "large" in arms else [])
 
 
 def page(part, found, folders, config):

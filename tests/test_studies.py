@@ -280,7 +280,13 @@ def test_ablations(folder, monkeypatch, capsys):
     assert f"with the eager controller largest KL {max(kl):.2f} nats" in read("ppo")
     assert kl.index(max(kl)) and f"in the same: {gold[0] - gold[1]:+.2f}." in read("ppo")
     own = runs.final("abl/cautious/seed1/ppo")["score_gap"]
-    assert f"the policy gains {own:+.2f} over the SFT model" in read("labels")
+    right = runs.final("abl/cautious/seed1/reward")["accuracy"]
+    assert (f"agrees with {100 * right:.1f}% of its held-out labels; on it the policy gains "
+            f"{own:+.2f} over the SFT model" in read("labels"))
+    found = (folder.path / "abl" / "report-size" / "seed1" / "report.json").read_text()
+    small, large = (json.loads(found)["checkpoints"][f"abl/{name}/seed1/{stage}"]["rating"]
+                    for name, stage in (("ppo", "ppo"), ("large", "sft")))
+    assert f"ratings it wins {100 / (1 + np.exp(large - small)):.0f}% of" in read("size")
     assert all((folder.path / "docs" / f"{part}.png").stat().st_size > 9_000
                for part in ablations.PARTS)
     monkeypatch.setattr(ablations, "draw", lambda *_: None)
@@ -291,16 +297,22 @@ def test_ablations(folder, monkeypatch, capsys):
         study(ablations, "--part=ppos")
 
 
-def test_sentences_of_ablations(folder):
+def test_sentences_of_ablations(folder, monkeypatch):
     # catches a share of the wrong loss, a verdict with the wrong sign, an arm beside another than
-    # the one that differs by one thing, the KL at the end for that on the way
-    found = [dict(sft=dict(text_loss=1.0), ppo=dict(text_loss=1.2 + x, gold=1.0),
-                  ptx=dict(text_loss=1.05), large=dict(gold=0.5 - x)) for x in (0, 0.1, 0.05)]
+    # the one that differs by one thing, the KL at the end for that on the way, sizes changed over
+    found = [dict(sft=dict(text_loss=1.0), ppo=dict(text_loss=1.2 + x, gold=1.0, rating=2.0),
+                  ptx=dict(text_loss=1.05), large=dict(gold=0.5 - x, rating=2 - np.log(3)))
+             for x in (0, 0.1, 0.05)]
     assert ablations.ptx_sentence(found) == (
         "PPO loses +0.250 ± 0.124 nats a token of text against the SFT model (costs); --ptx_coef "
         "gives back +0.200 ± 0.124, a share of 0.79 ± 0.10, at least half in 3 of 3 seeds.")
-    assert ablations.size_sentence(found).endswith("SFT model ten times its size: +0.55 ± 0.12, "
-                                                   "gains.")
+    sizes = dict(ppo=2000, large=20_500)
+    monkeypatch.setattr(common, "load_policy", lambda path, *_: [
+        SimpleNamespace(num_params=lambda: sizes[path])])
+    said = ablations.size_sentence(found, {name: [name] for name in sizes})
+    assert said.startswith("The small model has 2,000 parameters, the large one 20,500, 10.2 times")
+    assert said.endswith("of the large SFT model: +0.55 ± 0.12, gains. By the report's ratings it "
+                         "wins 75 ± 0% of comparisons between the two.")
     assert runs.verdict([-1, 1]) == "no difference"
     gold = {name: float(n) for n, name in enumerate(ablations.FIRST | ablations.PARTS["demos"])}
     page = ablations.page("demos", [{name: dict(gold=x) for name, x in gold.items()}], {},
