@@ -297,7 +297,8 @@ def draw(arms, folders, path):
         axis.grid(alpha=0.25, lw=0.6)
     for axis in axes[len(arms):]:
         axis.axis("off")
-    figure.suptitle("orange: the arm, a line a seed; grey: the same stage as it is", fontsize=10)
+    said = ["orange: the arm, a line a seed", "grey: the same stage as it is"]
+    figure.suptitle(("\n" if columns == 1 else "; ").join(said), fontsize=10)
     figure.savefig(path, dpi=110)
 
 
