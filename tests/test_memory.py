@@ -304,6 +304,8 @@ def test_a_case_of_the_check_comes_back_as_it_was(gpu):
 @pytest.mark.parametrize("stage, only", [*((stage, memory.TRAINING) for stage in memory.STAGES),
                                          ("ppo", memory.ROLLOUT), ("grpo", memory.ROLLOUT)])
 def test_the_check_runs_what_the_stages_have(stage, only):
-    # catches a function or a field of a stage that the check calls by an older name
+    # catches a function or a field of a stage that the check calls by an older name, and what the
+    # process holds besides in the figure: torch alone is over 100 MiB
     one = case(stage=stage, rows=4, k=4 if stage == "grpo" else 1)
-    assert memory.measure(one, only, torch.device("cpu")) >= 0
+    # so small that pages of an earlier test, returned meanwhile, can bring it below 0
+    assert abs(memory.measure(one, only, torch.device("cpu"))) < 64 * 2**20
